@@ -1,0 +1,72 @@
+"""Logging, and the catalogue of metrics.
+
+Names in `METRICS` are the only ones that the product exports; the deployments publish them
+through Ray Serve's metrics, under the names that Prometheus shows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from heliostat.settings import TelemetrySettings
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One exported metric.
+
+    Attributes:
+        name: As Prometheus shows it.
+        kind: Counter, gauge or histogram.
+        unit: Of its values.
+        labels: Tag keys.
+        meaning: One line.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    labels: tuple[str, ...]
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("heliostat_requests_total", "counter", "requests", ("route", "status"), "Requests answered"),
+    Metric("heliostat_request_latency_ms", "histogram", "ms", ("route",), "Time in the gateway"),
+    Metric("heliostat_predictions_total", "counter", "entities", ("model", "version", "variant"), "Predictions"),
+    Metric("heliostat_fallbacks_total", "counter", "entities", ("model", "reason"), "Answers by a fallback"),
+    Metric("heliostat_missing_features_total", "counter", "features", ("model",), "Features without a value"),
+    Metric("heliostat_events_total", "counter", "events", ("source", "outcome"), "Events taken in"),
+)
+
+
+def configure_logging(settings: TelemetrySettings) -> None:
+    """Send Heliostat's log records to standard error, as text or as one JSON object a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if settings.format == "json" else _TextFormatter())
+    logger = logging.getLogger("heliostat")
+    logger.handlers = [handler]
+    logger.setLevel(settings.level)
+    logger.propagate = False
+
+
+class _TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s  %(message)s", datefmt="%H:%M:%S")
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        document = {
+            "at": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            document["error"] = self.formatException(record.exc_info)
+        return json.dumps(document)
