@@ -1,0 +1,166 @@
+"""Many waiting requests, one call: the lever that makes a hop cheap.
+
+A call is started as soon as there is room for one in flight, and takes with it everything
+that waits by then. So nobody waits for a timer, and the busier the service is, the larger
+its batches are.
+
+What goes wrong in such code, and is ruled out here: a result set on the future of a
+client who has gone ends the drain task, and everybody hangs for ever; one failed item
+fails its neighbours; an exception is swallowed and its waiters hang; unbounded calls in
+flight form no batches at all; a task that outlives its request keeps that request's
+context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from heliostat.errors import BatchResultError, OverloadedError, ShuttingDownError
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter(Generic[ItemT, ResultT]):
+    item: ItemT
+    weight: int
+    future: asyncio.Future[ResultT]
+
+
+class Coalescer(Generic[ItemT, ResultT]):
+    """Turns concurrent single calls into few batch calls.
+
+    Belongs to the event loop that first submits to it.
+
+    Args:
+        call: Takes the items of a batch, gives as many results in the same order; a result that
+            is an exception is raised to that item's waiter alone.
+        max_weight: A batch's summed weight at most; a single heavier item is a batch of its own.
+        max_in_flight: Calls under way at once, at most.
+        max_waiting: Items that may wait; one more is refused.
+        weigh: The weight of an item, such as its number of entities; 1 by default.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[list[ItemT]], Awaitable[Sequence[ResultT | Exception]]],
+        *,
+        max_weight: int,
+        max_in_flight: int = 2,
+        max_waiting: int = 1_024,
+        weigh: Callable[[ItemT], int] | None = None,
+    ) -> None:
+        self._call = call
+        self._max_weight, self._max_in_flight, self._max_waiting = max_weight, max_in_flight, max_waiting
+        self._weigh = weigh
+        self._waiting: deque[_Waiter[ItemT, ResultT]] = deque()
+        self._running: set[asyncio.Task[None]] = set()
+        self._start_is_due = False
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Items that no call has taken yet."""
+        return len(self._waiting)
+
+    @property
+    def in_flight(self) -> int:
+        """Calls under way."""
+        return len(self._running)
+
+    async def submit(self, item: ItemT) -> ResultT:
+        """Wait for one item's result.
+
+        Cancelling the wait is safe at any time: an item that no call has taken yet is dropped.
+
+        Raises:
+            OverloadedError: If too many wait already.
+            ShuttingDownError: After `close`.
+            Exception: Whatever the call raised, or gave as this item's result.
+        """
+        if self._closed:
+            raise ShuttingDownError
+        if len(self._waiting) >= self._max_waiting:
+            self._forget_the_gone()
+            if len(self._waiting) >= self._max_waiting:
+                raise OverloadedError(len(self._waiting), self._max_waiting)
+        loop = asyncio.get_running_loop()
+        weight = 1 if self._weigh is None else self._weigh(item)
+        waiter = _Waiter[ItemT, ResultT](item, weight, loop.create_future())
+        self._waiting.append(waiter)
+        self._start_soon(loop)
+        return await waiter.future
+
+    async def close(self) -> None:
+        """Refuse new items and wait until the accepted ones are answered."""
+        self._closed = True
+        while self._running or self._waiting:
+            self._start()
+            if self._running:
+                await asyncio.wait(self._running)
+
+    def _start_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start calls after everything that is ready to run now had its chance to submit."""
+        if not self._start_is_due and len(self._running) < self._max_in_flight:
+            self._start_is_due = True
+            loop.call_soon(self._start)
+
+    def _start(self) -> None:
+        self._start_is_due = False
+        loop = asyncio.get_running_loop()
+        while len(self._running) < self._max_in_flight:
+            batch = self._take()
+            if not batch:
+                return
+            # A context of its own: the call serves many requests and may outlive the one that woke it.
+            task = loop.create_task(self._run(batch), context=contextvars.Context())
+            self._running.add(task)
+            task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if self._waiting:
+            self._start()
+
+    def _take(self) -> list[_Waiter[ItemT, ResultT]]:
+        batch: list[_Waiter[ItemT, ResultT]] = []
+        weight = 0
+        while self._waiting:
+            waiter = self._waiting[0]
+            if not waiter.future.done():
+                if batch and weight + waiter.weight > self._max_weight:
+                    break
+                weight += waiter.weight
+                batch.append(waiter)
+            self._waiting.popleft()
+        return batch
+
+    def _forget_the_gone(self) -> None:
+        self._waiting = deque(waiter for waiter in self._waiting if not waiter.future.done())
+
+    async def _run(self, batch: list[_Waiter[ItemT, ResultT]]) -> None:
+        try:
+            results = await self._call([waiter.item for waiter in batch])
+            if len(results) != len(batch):
+                raise BatchResultError(len(batch), len(results))  # noqa: TRY301 - handled like the call's own
+        except asyncio.CancelledError:
+            for waiter in batch:
+                waiter.future.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to those who wait
+            results = [error] * len(batch)
+        for waiter, result in zip(batch, results, strict=True):
+            if waiter.future.done():
+                continue
+            if isinstance(result, StopIteration):  # the one exception that a future refuses
+                waiter.future.set_exception(RuntimeError("a batch call gave StopIteration as a result"))
+            elif isinstance(result, Exception):
+                waiter.future.set_exception(result)
+            else:
+                waiter.future.set_result(result)
