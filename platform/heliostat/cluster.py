@@ -1,0 +1,268 @@
+"""Ray: joined where one is given, started here where none is, and stopped by whoever started it.
+
+The one place that sets Ray's environment. Ray's own ``ray stop`` ends every Ray of the
+machine, so a kept cluster (`start_head`) is stopped by its process id alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+
+from heliostat.errors import StorageError, StorageNotSharedError
+from heliostat.settings import Settings
+
+RAY_ENVIRONMENT = {
+    # Serve: a C ingress, gRPC between the stages, user code on the replica's own loop.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    # Workers stay warm: a job of a second shouldn't pay for a start of ten.
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    "RAY_num_workers_soft_limit": "8",
+    # The V2 Parquet reader starts 32 actors a read.
+    "RAY_DATA_USE_DATASOURCE_V2": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # A forgotten iterator mustn't start a second cluster at exit.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "1",
+}
+
+_HEAD_FILE = "ray-head.json"
+_START_LIMIT_S = 90.0
+
+
+def set_environment() -> None:
+    """Set what makes Ray quick on small machines, where the user hasn't set otherwise."""
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def logical_cpus(settings: Settings) -> int:
+    """How many CPUs Ray is told of: more than a small machine has, or actors wait for each other."""
+    return settings.ray.cpus or max(8, os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def connect(settings: Settings) -> Iterator[None]:
+    """Join the Ray cluster of RAY_ADDRESS or of `heliostat up`, or start one for as long as the block runs.
+
+    Inside another connection it does nothing.
+
+    Raises:
+        StorageNotSharedError: If the cluster has several nodes and storage that one of them alone sees.
+    """
+    if ray.is_initialized():
+        check_storage(settings)
+        yield
+        return
+    set_environment()
+    address = os.environ.get("RAY_ADDRESS") or head_address(settings.home)
+    environment = {"env_vars": settings.environment()}
+    if address:
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="WARNING")
+    else:
+        ray.init(
+            num_cpus=logical_cpus(settings),
+            object_store_memory=settings.ray.object_store_bytes,
+            include_dashboard=settings.ray.dashboard,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
+    try:
+        check_storage(settings)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_storage(settings: Settings) -> None:
+    """Refuse storage that some nodes of the connected cluster can't see.
+
+    Raises:
+        StorageNotSharedError: Naming the settings.
+    """
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    if nodes < 2:
+        return
+    local = []
+    if "://" not in settings.data_root and not settings.storage.shared:
+        local.append(f"storage.root ({settings.data_root})")
+    if settings.online.url is None or settings.online.url.startswith("unix:"):
+        local.append(f"online.url ({settings.online.url or 'embedded'})")
+    if settings.catalog_url.startswith("sqlite"):
+        local.append(f"catalog.url ({settings.catalog_url})")
+    if local:
+        raise StorageNotSharedError(nodes, tuple(local))
+
+
+def head_address(home: Path) -> str | None:
+    """The address of the head that `heliostat up` started for this home, if it runs."""
+    head = _read_head(home)
+    return None if head is None else str(head["address"])
+
+
+def jobs_address(home: Path) -> str | None:
+    """Where the same head takes jobs: what ``ray job submit --address`` wants."""
+    head = _read_head(home)
+    return None if head is None else str(head["jobs"])
+
+
+def start_head(settings: Settings) -> str:
+    """Start a Ray head that outlives this process, with the job API; returns its address.
+
+    An already running head of the same home is kept.
+
+    Raises:
+        StorageError: If it doesn't come up; the message has its last lines.
+    """
+    running = head_address(settings.home)
+    if running:
+        return running
+    set_environment()
+    settings.home.mkdir(parents=True, exist_ok=True)
+    # Ray puts unix sockets below this folder, and their paths may have 107 bytes at most.
+    folder = Path(tempfile.mkdtemp(prefix="hs-ray-"))
+    port, jobs_port, client_port = _free_ports(3)
+    log = settings.home / "ray-head.log"
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        *("start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
+        f"--port={port}",
+        f"--temp-dir={folder}",
+        f"--num-cpus={logical_cpus(settings)}",
+        f"--object-store-memory={settings.ray.object_store_bytes}",
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={jobs_port}",
+        f"--ray-client-server-port={client_port}",
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - our own program and numbers
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **settings.environment(), "HELIOSTAT_HOME": str(settings.home)},
+        )
+    head = {
+        "pid": process.pid,
+        "folder": str(folder),
+        "address": f"127.0.0.1:{port}",
+        "jobs": f"http://127.0.0.1:{jobs_port}",
+    }
+    (settings.home / _HEAD_FILE).write_text(json.dumps(head))
+    limit = time.monotonic() + _START_LIMIT_S
+    while not (_listens(port) and _listens(jobs_port)):
+        if process.poll() is not None or time.monotonic() > limit:
+            stop_head(settings.home)
+            last = log.read_text(errors="replace")[-800:]
+            raise StorageError(f"Ray's head didn't start; the end of {log}:\n{last}")
+        time.sleep(0.1)
+    return str(head["address"])
+
+
+def stop_head(home: Path) -> bool:
+    """Stop the head of this home and all its processes, and remove its files; whether there was one."""
+    head = _read_head(home, alive=False)
+    if head is None:
+        return False
+    pid = int(head["pid"])
+    members = _session_members(pid)
+    if _alive(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        _wait_gone([pid], 20.0)
+    for last in (signal.SIGTERM, signal.SIGKILL):
+        left = [each for each in members if _alive(each)]
+        for each in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, last)
+        _wait_gone(left, 5.0)
+    shutil.rmtree(str(head["folder"]), ignore_errors=True)
+    (home / _HEAD_FILE).unlink(missing_ok=True)
+    return True
+
+
+def _read_head(home: Path, *, alive: bool = True) -> dict[str, object] | None:
+    try:
+        head: dict[str, object] = json.loads((home / _HEAD_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return head if not alive or _alive(int(str(head["pid"]))) else None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return _signals(pid) if not Path("/proc/self").exists() else False
+    return state != "Z"
+
+
+def _signals(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _session_members(leader: int) -> list[int]:
+    """Every process below a leader, found while it still lives."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(entry.name))
+    found, waiting = [], [leader]
+    while waiting:
+        children = parents.get(waiting.pop(), [])
+        found.extend(children)
+        waiting.extend(children)
+    return found
+
+
+def _wait_gone(pids: list[int], limit_s: float) -> None:
+    limit = time.monotonic() + limit_s
+    while any(_alive(pid) for pid in pids) and time.monotonic() < limit:
+        with contextlib.suppress(ChildProcessError, OSError):
+            os.waitpid(-1, os.WNOHANG) if any(_is_child(pid) for pid in pids) else None
+        time.sleep(0.05)
+
+
+def _is_child(pid: int) -> bool:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getpid()
+    except (OSError, IndexError, ValueError):
+        return False
+
+
+def _listens(port: int) -> bool:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
