@@ -75,5 +75,5 @@ def _foreign(error: Exception) -> int:
         return int(getattr(error, "exit_code", 2))
     if type(error).__name__ in ("Abort", "Exit"):
         return int(getattr(error, "exit_code", INTERRUPTED))
-    logging.getLogger("heliostat").exception("unexpected error")
+    logging.getLogger("heliostat").error("unexpected error", exc_info=error)
     return 1

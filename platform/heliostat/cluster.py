@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -200,12 +201,12 @@ def stop_head(home: Path) -> bool:
     return True
 
 
-def _read_head(home: Path, *, alive: bool = True) -> dict[str, object] | None:
+def _read_head(home: Path, *, alive: bool = True) -> dict[str, Any] | None:
     try:
-        head: dict[str, object] = json.loads((home / _HEAD_FILE).read_bytes())
+        head: dict[str, Any] = json.loads((home / _HEAD_FILE).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return head if not alive or _alive(int(str(head["pid"]))) else None
+    return head if not alive or _alive(int(head["pid"])) else None
 
 
 def _alive(pid: int) -> bool:

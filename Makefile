@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine with Python 3.11 to 3.13: `make demo` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format bench clean lock
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Create the environment from the lock file
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8'
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet -r requirements.lock
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps -e .
+	@touch $@
+
+demo: $(READY) ## From raw purchases to served predictions, on real data, in a few minutes
+	@exec $(BIN)/python jobs/demo.py
+
+test: $(READY) ## All tests but the slow ones
+	@exec $(BIN)/python -m pytest -m "not slow" -q
+
+test-all: $(READY) ## All tests
+	@exec $(BIN)/python -m pytest -q
+
+check: $(READY) ## Formatting, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## Benchmarks side by side with what a user would pick instead
+	$(BIN)/python benchmarks/point_in_time.py
+	$(BIN)/python benchmarks/serving.py
+
+lock: $(READY) ## Write the lock file anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra demo --extra dev \
+		--no-header --no-annotate pyproject.toml -o requirements.lock --upgrade
+
+clean: ## Remove the environment, local state and caches
+	rm -rf $(VENV) .heliostat .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
