@@ -3,19 +3,24 @@
     HeliostatError
     ├── DefinitionError            a declaration contradicts itself or the registry
     │   ├── UnknownColumnError  UnknownFeatureError  UnknownViewError  UnknownSourceError
-    │   ├── DuplicateNameError  WindowError  ExpressionError
+    │   ├── DuplicateNameError  WindowError  ExpressionError  DefinitionConflictError
     ├── SettingsError              a setting is unknown, malformed or contradicts another
     │   └── UnknownSettingError
     ├── DataError                  rows, files or columns that don't fit
     │   ├── MissingFileError  SchemaMismatchError  KeyColumnError
-    │   └── ExperimentDataError  MonitoringDataError
+    │   └── ExperimentDataError  MonitoringDataError  SignatureMismatchError  InvalidRouteError
     ├── RequestError               a request that can't be read
-    │   └── BodyTooLargeError
+    │   └── BodyTooLargeError  MalformedBodyError  InvalidFieldError  UnknownOverrideError
+    ├── ServingError               the service can't answer now
+    │   ├── OverloadedError  ShuttingDownError  DeadlineError
+    │   └── UnservableModelError  PredictionLogError  BatchResultError
     ├── NotFoundError              the thing asked for doesn't exist
     │   └── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
     ├── ConflictError              somebody else was first, or a rule forbids it
+    │   └── PromotionConflictError  GateFailedError  RollbackError  RolloutError
     └── StorageError               a store can't be reached, or can't be trusted
-        └── OnlineStoreUnavailableError  CatalogUnavailableError  StorageNotSharedError
+        ├── OnlineStoreUnavailableError  CatalogUnavailableError  StorageNotSharedError
+        └── CatalogSchemaError  ArtifactStoreError  ArtifactMissingError  ArtifactCorruptError
 
 Each says what was asked, what exists and what to do. Each survives pickling, since Ray
 carries errors between processes: the constructor's arguments equal ``args``, and the
@@ -147,6 +152,17 @@ class InvalidDefinitionError(DefinitionError):
         return f"{self.where}: {self.problem}; {self.fix}"
 
 
+class DefinitionConflictError(DefinitionError):
+    """A declaration says something else than what is registered under the same name and version."""
+
+    def __init__(self, what: str, differences: tuple[str, ...], fix: str) -> None:
+        super().__init__(what, differences, fix)
+        self.what, self.differences, self.fix = what, differences, fix
+
+    def __str__(self) -> str:
+        return f"{self.what} is registered with another meaning: {'; '.join(self.differences)}. {self.fix}"
+
+
 # ── Settings ────────────────────────────────────────────────────────────────────────
 
 
@@ -228,6 +244,30 @@ class InvalidValueError(DataError):
         return f"{self.what}: {self.value!r} isn't usable; expected {self.expected}"
 
 
+class SignatureMismatchError(DataError):
+    """A model was given other features than those it was trained on, or in another order."""
+
+    def __init__(self, what: str, problems: tuple[str, ...], expected: tuple[str, ...]) -> None:
+        super().__init__(what, problems, expected)
+        self.what, self.problems, self.expected = what, problems, expected
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} doesn't fit the signature: {'; '.join(self.problems)}. Expected: {_listed(self.expected)}"
+        )
+
+
+class InvalidRouteError(DataError):
+    """A routing document contradicts itself, or can't be read."""
+
+    def __init__(self, model: str, problem: str, fix: str) -> None:
+        super().__init__(model, problem, fix)
+        self.model, self.problem, self.fix = model, problem, fix
+
+    def __str__(self) -> str:
+        return f"the route of model {self.model!r} can't be used: {self.problem}; {self.fix}"
+
+
 class UndefinedMetricError(DataError):
     """A metric was asked for on rows where it has no value."""
 
@@ -287,6 +327,128 @@ class BodyTooLargeError(RequestError):
         )
 
 
+# ── Serving ─────────────────────────────────────────────────────────────────────────
+
+
+class MalformedBodyError(RequestError):
+    """A request's body can't be parsed at all."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the body is no JSON object ({self.reason}); send Content-Type: application/json and an object"
+
+
+class InvalidFieldError(RequestError):
+    """A field of a request has the wrong type, is missing, or isn't known."""
+
+    http_status = 422
+
+    def __init__(self, field: str, problem: str, expected: str) -> None:
+        super().__init__(field, problem, expected)
+        self.field, self.problem, self.expected = field, problem, expected
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.problem}; expected {self.expected}"
+
+
+class UnknownOverrideError(RequestError):
+    """A request gives a feature that the model doesn't take."""
+
+    http_status = 422
+
+    def __init__(self, feature: str, model: str, known: tuple[str, ...]) -> None:
+        super().__init__(feature, model, known)
+        self.feature, self.model, self.known = feature, model, known
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} takes no feature {self.feature!r}; it takes: {_listed(self.known)}"
+
+
+class ServingError(HeliostatError):
+    """The service can't answer now; the same request may succeed later."""
+
+    http_status = 503
+    exit_code = 6
+
+
+class OverloadedError(ServingError):
+    """More requests wait than are allowed to."""
+
+    def __init__(self, waiting: int, limit: int) -> None:
+        super().__init__(waiting, limit)
+        self.waiting, self.limit = waiting, limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.waiting} requests wait already, the limit is {self.limit}; "
+            "try again later, or add replicas (serving.replicas)"
+        )
+
+
+class ShuttingDownError(ServingError):
+    """The replica takes no new requests."""
+
+    def __str__(self) -> str:
+        return "this replica is shutting down; send the request again, another one takes it"
+
+
+class DeadlineError(ServingError):
+    """A request wasn't answered within its time."""
+
+    http_status = 504
+
+    def __init__(self, deadline_ms: float) -> None:
+        super().__init__(deadline_ms)
+        self.deadline_ms = deadline_ms
+
+    def __str__(self) -> str:
+        return f"no answer within {self.deadline_ms:.0f} ms; try again, or raise serving.deadline_ms"
+
+
+class UnservableModelError(ServingError):
+    """No version of a model can be loaded, and nothing is known to fall back on."""
+
+    def __init__(self, model: str, version: int, reason: str) -> None:
+        super().__init__(model, version, reason)
+        self.model, self.version, self.reason = model, version, reason
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version} of model {self.model!r} can't be served ({self.reason}) and no other is known; "
+            f"see `heliostat models show {self.model}`, then roll back or train again"
+        )
+
+
+class PredictionLogError(ServingError):
+    """Predictions couldn't be made durable, so they aren't given out."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"the prediction log can't be written ({self.reason}); repair the online store, "
+            "or set serving.when_log_fails: answer to answer without it"
+        )
+
+
+class BatchResultError(ServingError):
+    """A batch call gave another number of results than it was given items."""
+
+    http_status = 500
+
+    def __init__(self, expected: int, given: int) -> None:
+        super().__init__(expected, given)
+        self.expected, self.given = expected, given
+
+    def __str__(self) -> str:
+        return f"a batch of {self.expected} items gave {self.given} results; the stage that was called is broken"
+
+
 # ── Not found ───────────────────────────────────────────────────────────────────────
 
 
@@ -343,6 +505,59 @@ class ConflictError(HeliostatError):
     exit_code = 5
 
 
+class PromotionConflictError(ConflictError):
+    """An alias has moved since the caller looked at it."""
+
+    def __init__(self, model: str, alias: str, expected: str, found: str) -> None:
+        super().__init__(model, alias, expected, found)
+        self.model, self.alias, self.expected, self.found = model, alias, expected, found
+
+    def __str__(self) -> str:
+        return (
+            f"alias {self.alias!r} of model {self.model!r} was expected at {self.expected} but is at {self.found}: "
+            f"somebody moved it. Look again (heliostat models show {self.model}) and repeat if it still holds"
+        )
+
+
+class GateFailedError(ConflictError):
+    """A version may not be promoted, since the gate didn't let it through."""
+
+    def __init__(self, model: str, version: int, reasons: tuple[str, ...]) -> None:
+        super().__init__(model, version, reasons)
+        self.model, self.version, self.reasons = model, version, reasons
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version} of model {self.model!r} hasn't passed its gate: {'; '.join(self.reasons)}. "
+            "Train a better one, change the gate in the model's definition, or force it and give a reason"
+        )
+
+
+class RollbackError(ConflictError):
+    """There is no earlier version that an alias could go back to."""
+
+    def __init__(self, model: str, alias: str, version: int) -> None:
+        super().__init__(model, alias, version)
+        self.model, self.alias, self.version = model, alias, version
+
+    def __str__(self) -> str:
+        return (
+            f"alias {self.alias!r} of model {self.model!r} has pointed at nothing before version {self.version}; "
+            f"promote another one: heliostat models promote {self.model} VERSION"
+        )
+
+
+class RolloutError(ConflictError):
+    """A step of a rollout doesn't follow from where it stands."""
+
+    def __init__(self, model: str, step: str, state: str, fix: str) -> None:
+        super().__init__(model, step, state, fix)
+        self.model, self.step, self.state, self.fix = model, step, state, fix
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} can't {self.step}: {self.state}; {self.fix}"
+
+
 # ── Storage ─────────────────────────────────────────────────────────────────────────
 
 
@@ -376,6 +591,59 @@ class CatalogUnavailableError(StorageError):
 
     def __str__(self) -> str:
         return f"the catalog at {self.url} can't be used ({self.reason}); start its server or correct catalog.url"
+
+
+class CatalogSchemaError(StorageError):
+    """The catalog's tables were made by another release."""
+
+    def __init__(self, url: str, found: int, expected: int) -> None:
+        super().__init__(url, found, expected)
+        self.url, self.found, self.expected = url, found, expected
+
+    def __str__(self) -> str:
+        return (
+            f"the catalog at {self.url} has tables of version {self.found}, this release reads {self.expected}; "
+            "use the release that made it, or set catalog.url to another database"
+        )
+
+
+class ArtifactStoreError(StorageError):
+    """The artifact store can't be read or written."""
+
+    def __init__(self, root: str, reason: str) -> None:
+        super().__init__(root, reason)
+        self.root, self.reason = root, reason
+
+    def __str__(self) -> str:
+        return f"the artifact store at {self.root} can't be used: {self.reason}; correct storage.root or its options"
+
+
+class ArtifactMissingError(StorageError):
+    """An artifact isn't in the store."""
+
+    def __init__(self, digest: str, root: str) -> None:
+        super().__init__(digest, root)
+        self.digest, self.root = digest, root
+
+    def __str__(self) -> str:
+        return (
+            f"there is no artifact {self.digest!r} in {self.root}; "
+            "check that the storage settings are those it was stored with, or train again"
+        )
+
+
+class ArtifactCorruptError(StorageError):
+    """An artifact's bytes aren't those that were stored."""
+
+    def __init__(self, digest: str, root: str, problem: str) -> None:
+        super().__init__(digest, root, problem)
+        self.digest, self.root, self.problem = digest, root, problem
+
+    def __str__(self) -> str:
+        return (
+            f"artifact {self.digest} in {self.root} can't be trusted: {self.problem}; "
+            "roll back to another version, then restore it from a backup or train again"
+        )
 
 
 class EmbeddedServerError(StorageError):
