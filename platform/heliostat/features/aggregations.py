@@ -298,7 +298,7 @@ class DistinctDays(Aggregation):
         return (State("max", "one", self.input, across="add"),)
 
     def finalize(self, parts: Sequence[FloatArray], *, as_of_us: NDArray[np.int64] | int) -> FloatArray:  # noqa: ARG002
-        return parts[0]
+        return np.where(parts[0] > 0, parts[0], np.nan)
 
 
 @dataclass(frozen=True, eq=False)
