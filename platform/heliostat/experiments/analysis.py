@@ -16,8 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from heliostat.clock import US_PER_DAY
 from heliostat.errors import ExperimentDataError
 from heliostat.experiments.effects import (
+    SRM_ALPHA,
     Effect,
     Interval,
     SampleRatio,
@@ -42,6 +44,7 @@ class Units:
         counts: Number of its known outcomes, shape ``(n,)``; 0 where none has matured.
         covariates: A value from before or at the first exposure, shape ``(n,)``; NaN where unknown.
         n_crossed: Entities that met more than one variant. They stay with their first.
+        days: From the first exposure of all to the last.
     """
 
     variants: NDArray[np.str_]
@@ -49,6 +52,7 @@ class Units:
     counts: FloatArray
     covariates: FloatArray
     n_crossed: int
+    days: float
 
     def exposed(self) -> dict[str, int]:
         """Entities by variant, with or without an outcome."""
@@ -59,7 +63,7 @@ class Units:
         """The entities of one variant that have an outcome."""
         chosen = (self.variants == variant) & (self.counts > 0)
         return Units(
-            self.variants[chosen], self.totals[chosen], self.counts[chosen], self.covariates[chosen], 0
+            self.variants[chosen], self.totals[chosen], self.counts[chosen], self.covariates[chosen], 0, self.days
         )
 
 
@@ -92,7 +96,7 @@ def aggregate(
             "give one value each to every exposure",
         )
     if not len(keys):
-        return Units(arms, values, values.copy(), known, 0)
+        return Units(arms, values, values.copy(), known, 0, 0.0)
     _, codes = np.unique(keys, return_inverse=True)
     order = np.lexsort((arms, times, codes))
     codes, arms, values, known = codes[order], arms[order], values[order], known[order]
@@ -106,6 +110,7 @@ def aggregate(
         counts=np.add.reduceat(matured.astype(np.float64), starts),
         covariates=known[starts],
         n_crossed=int(crossed.sum()),
+        days=float(times.max() - times.min()) / US_PER_DAY,
     )
 
 
@@ -126,7 +131,9 @@ class Analysis:
         adjusted: The same difference with CUPED, where covariates are known.
         adjusted_interval: Its always-valid interval.
         per_prediction: The difference of outcomes a prediction, clustered by entity.
+        days: From the first exposure to the last.
         minimum_entities: Entities with outcome that each arm needs before anything is concluded.
+        minimum_days: Days that exposures must span before anything is concluded.
     """
 
     control: str
@@ -141,10 +148,12 @@ class Analysis:
     adjusted: Effect | None
     adjusted_interval: Interval | None
     per_prediction: Effect | None
+    days: float
     minimum_entities: int
+    minimum_days: float
 
     @property
-    def conclusion(self) -> Literal["blocked", "too few", "higher", "lower", "undecided"]:
+    def conclusion(self) -> Literal["blocked", "too few", "too early", "higher", "lower", "undecided"]:
         """What may be said: nothing under a mismatch, else where the treatment lies."""
         if self.split.mismatch:
             return "blocked"
@@ -152,6 +161,8 @@ class Analysis:
         interval = self.adjusted_interval or self.interval
         if interval is None or smallest < self.minimum_entities:
             return "too few"
+        if self.days < self.minimum_days:
+            return "too early"
         if interval.excludes_zero:
             return "higher" if interval.lower > 0 else "lower"
         return "undecided"
@@ -171,6 +182,8 @@ def analyze(
     alpha: float = 0.05,
     tuned_at: int = 5_000,
     minimum_entities: int = 100,
+    minimum_days: float = 0.0,
+    srm_alpha: float = SRM_ALPHA,
 ) -> Analysis:
     """Compare one treatment with the control.
 
@@ -182,6 +195,8 @@ def analyze(
         alpha: Error rate of the intervals.
         tuned_at: Entities at which the confidence sequence is tightest: the planned number.
         minimum_entities: Entities with outcome that each arm needs before anything is concluded.
+        minimum_days: Days that exposures must span before anything is concluded: a week has two weekend days.
+        srm_alpha: Below this p-value the split is broken.
 
     Raises:
         ExperimentDataError: If a named variant has no weight.
@@ -210,14 +225,16 @@ def analyze(
         exposed=exposed,
         with_outcome={control: len(before.totals), treatment: len(after.totals)},
         crossed=units.n_crossed,
-        split=sample_ratio(exposed, weights),
+        split=sample_ratio(exposed, weights, alpha=srm_alpha),
         effect=effect,
         interval=interval,
         one_look=one_look,
         adjusted=adjusted,
         adjusted_interval=adjusted_interval,
         per_prediction=per_prediction,
+        days=units.days,
         minimum_entities=minimum_entities,
+        minimum_days=minimum_days,
     )
 
 

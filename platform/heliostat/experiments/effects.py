@@ -70,9 +70,7 @@ def difference_in_means(control: ArrayLike, treatment: ArrayLike) -> Effect:
     """
     before, after = _arm(control, "control"), _arm(treatment, "treatment")
     variance = before.var(ddof=1) / len(before) + after.var(ddof=1) / len(after)
-    return _effect(
-        "means", float(before.mean()), float(after.mean()), float(variance), len(before), len(after)
-    )
+    return _effect("means", float(before.mean()), float(after.mean()), float(variance), len(before), len(after))
 
 
 def cuped_difference(
@@ -136,9 +134,7 @@ def difference_in_ratios(
         ExperimentDataError: If an arm has fewer than two entities.
     """
     before, before_variance = _ratio(_arm(control, "control"), np.asarray(control_counts, dtype=np.float64))
-    after, after_variance = _ratio(
-        _arm(treatment, "treatment"), np.asarray(treatment_counts, dtype=np.float64)
-    )
+    after, after_variance = _ratio(_arm(treatment, "treatment"), np.asarray(treatment_counts, dtype=np.float64))
     variance = max(before_variance + after_variance, 0.0)
     return _effect("ratio", before, after, variance, np.size(control), np.size(treatment))
 
@@ -267,25 +263,30 @@ class SampleRatio:
         expected: The same entities by the intended weights.
         statistic: Pearson's chi-square.
         p_value: How likely a split at least as uneven is by chance.
+        alpha: Below this the split is broken.
     """
 
     observed: dict[str, int]
     expected: dict[str, float]
     statistic: float
     p_value: float
+    alpha: float = SRM_ALPHA
 
     @property
     def mismatch(self) -> bool:
         """Whether the split is broken; then no effect may be read from it."""
-        return self.p_value < SRM_ALPHA
+        return self.p_value < self.alpha
 
 
-def sample_ratio(observed: Mapping[str, int], weights: Mapping[str, float]) -> SampleRatio:
+def sample_ratio(
+    observed: Mapping[str, int], weights: Mapping[str, float], *, alpha: float = SRM_ALPHA
+) -> SampleRatio:
     """Test the split for a sample-ratio mismatch.
 
     Args:
         observed: Entities by variant; a variant that nobody met may be left out.
         weights: Intended share of each variant, in any unit; a zero leaves the variant out.
+        alpha: Below this p-value the split is broken.
 
     Raises:
         ExperimentDataError: If fewer than two variants have a weight above zero.
@@ -304,6 +305,7 @@ def sample_ratio(observed: Mapping[str, int], weights: Mapping[str, float]) -> S
         expected={name: float(count) for name, count in zip(arms, expected, strict=True)},
         statistic=statistic,
         p_value=float(stats.chi2.sf(statistic, len(arms) - 1)),
+        alpha=alpha,
     )
 
 

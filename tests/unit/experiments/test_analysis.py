@@ -102,6 +102,12 @@ def test_few_entities_conclude_nothing_however_clear() -> None:
     assert _analyze(_experiment(4, 60, 5.0)).conclusion == "too few"
 
 
+def test_a_clear_effect_of_one_day_waits_for_the_week() -> None:
+    units = _experiment(1, 3_000, 0.3)
+    analysis = analyze(units, weights=EVEN, control="control", treatment="treatment", minimum_days=7)
+    assert analysis.conclusion == "too early"
+
+
 def test_before_any_label_has_matured_there_is_no_effect_but_a_split() -> None:
     units = aggregate([1, 2, 3, 4], ["control", "treatment"] * 2, [0] * 4, [np.nan] * 4)
     analysis = _analyze(units)
