@@ -8,7 +8,9 @@
     │   └── UnknownSettingError
     ├── DataError                  rows, files or columns that don't fit
     │   ├── MissingFileError  SchemaMismatchError  KeyColumnError
-    │   └── ExperimentDataError  MonitoringDataError  SignatureMismatchError  InvalidRouteError
+    │   ├── ExperimentDataError  MonitoringDataError  SignatureMismatchError
+    │   ├── TrainingDataError  UndefinedMetricError
+    │   └── InvalidPackageError  InvalidRouteError
     ├── RequestError               a request that can't be read
     │   └── BodyTooLargeError  MalformedBodyError  InvalidFieldError  UnknownOverrideError
     ├── ServingError               the service can't answer now
@@ -257,6 +259,17 @@ class SignatureMismatchError(DataError):
         )
 
 
+class InvalidPackageError(DataError):
+    """A model's files can't be read, or contradict each other."""
+
+    def __init__(self, part: str, problem: str) -> None:
+        super().__init__(part, problem)
+        self.part, self.problem = part, problem
+
+    def __str__(self) -> str:
+        return f"the model package's {self.part} can't be used: {self.problem}; package the model again"
+
+
 class InvalidRouteError(DataError):
     """A routing document contradicts itself, or can't be read."""
 
@@ -266,6 +279,17 @@ class InvalidRouteError(DataError):
 
     def __str__(self) -> str:
         return f"the route of model {self.model!r} can't be used: {self.problem}; {self.fix}"
+
+
+class TrainingDataError(DataError):
+    """A training set can't be built from what was asked for and what there is."""
+
+    def __init__(self, model: str, problem: str, fix: str) -> None:
+        super().__init__(model, problem, fix)
+        self.model, self.problem, self.fix = model, problem, fix
+
+    def __str__(self) -> str:
+        return f"training of {self.model!r}: {self.problem}; {self.fix}"
 
 
 class UndefinedMetricError(DataError):
