@@ -22,6 +22,7 @@
     │   └── PromotionConflictError  GateFailedError  RollbackError  RolloutError
     └── StorageError               a store can't be reached, or can't be trusted
         ├── OnlineStoreUnavailableError  CatalogUnavailableError  StorageNotSharedError
+        ├── RingCorruptError
         └── CatalogSchemaError  ArtifactStoreError  ArtifactMissingError  ArtifactCorruptError
 
 Each says what was asked, what exists and what to do. Each survives pickling, since Ray
@@ -582,6 +583,20 @@ class RolloutError(ConflictError):
         return f"model {self.model!r} can't {self.step}: {self.state}; {self.fix}"
 
 
+class StaleProgressError(ConflictError):
+    """Somebody else has applied entries of the same stream meanwhile."""
+
+    def __init__(self, stream: str, expected: str, found: str) -> None:
+        super().__init__(stream, expected, found)
+        self.stream, self.expected, self.found = stream, expected, found
+
+    def __str__(self) -> str:
+        return (
+            f"stream {self.stream!r} is applied up to {self.found}, not {self.expected}: another sink was quicker; "
+            "nothing was written, read the stream again from there"
+        )
+
+
 # ── Storage ─────────────────────────────────────────────────────────────────────────
 
 
@@ -603,6 +618,21 @@ class OnlineStoreUnavailableError(StorageError):
         return (
             f"the online store at {self.url} doesn't answer ({self.reason}); "
             "start it (`heliostat up` for the embedded one) or correct online.url"
+        )
+
+
+class RingCorruptError(StorageError):
+    """What the online store holds under a ring's key isn't such a ring."""
+
+    def __init__(self, view: str, group: str, found_bytes: tuple[int, ...], expected_bytes: int) -> None:
+        super().__init__(view, group, found_bytes, expected_bytes)
+        self.view, self.group, self.found_bytes, self.expected_bytes = view, group, found_bytes, expected_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"rings {self.group!r} of view {self.view!r} have {self.found_bytes} bytes in the online store, "
+            f"not {self.expected_bytes}; something else wrote them: delete these keys and run "
+            "jobs/materialize_features.py"
         )
 
 
@@ -679,6 +709,36 @@ class EmbeddedServerError(StorageError):
 
     def __str__(self) -> str:
         return f"the embedded server in {self.where} can't be used: {self.problem}; {self.fix}"
+
+
+class TableCommitError(StorageError):
+    """A Delta table refuses a commit."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(uri, reason)
+        self.uri, self.reason = uri, reason
+
+    def __str__(self) -> str:
+        return (
+            f"nothing was written to the table {self.uri}: {self.reason}; "
+            "check that it may be written to (storage.root, storage.options), then run this again"
+        )
+
+
+class BucketCountError(StorageError):
+    """The event log was created with another number of buckets than the settings say."""
+
+    exit_code = 2
+
+    def __init__(self, uri: str, created_with: int, asked_for: int) -> None:
+        super().__init__(uri, created_with, asked_for)
+        self.uri, self.created_with, self.asked_for = uri, created_with, asked_for
+
+    def __str__(self) -> str:
+        return (
+            f"the event log {self.uri} was created with {self.created_with} buckets and can't be used with "
+            f"{self.asked_for}; set storage.buckets to {self.created_with}, or ingest again into a new storage.root"
+        )
 
 
 class StorageNotSharedError(StorageError):
