@@ -12,46 +12,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from numpy.typing import ArrayLike
+from scipy import special, stats
 
 from heliostat.errors import InvalidValueError, UndefinedMetricError
+from heliostat.models.estimates import (
+    CONFIDENCE,
+    RESAMPLES,
+    Estimate,
+    FloatArray,
+    IntArray,
+    Weighted,
+    bessel,
+    checked_rows,
+    mean_interval,
+    normal_interval,
+    percentiles,
+    quantile,
+    resampled,
+)
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-# Weights of the rows, shape (n,) -> the metric.
-_Weighted = Callable[[FloatArray], float]
+__all__ = [
+    "METRICS",
+    "Estimate",
+    "FloatArray",
+    "Metric",
+    "auc",
+    "auc_difference",
+    "auc_interval",
+    "average_precision",
+    "calibration_error",
+    "gain",
+    "measure",
+    "metric_named",
+    "point",
+]
 
-CONFIDENCE = 0.95
-RESAMPLES = 300
 _CLIP = float(np.finfo(np.float64).eps)  # a certain and wrong score costs 36, not infinity
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure and its two-sided confidence interval.
-
-    Attributes:
-        value: The point estimate.
-        low: Lower end.
-        high: Upper end.
-        n: Rows it rests on.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
-    def as_dict(self) -> dict[str, float | int]:
-        """Plain numbers for JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
 
 # ── AUC ─────────────────────────────────────────────────────────────────────────────
@@ -67,7 +66,7 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
     Raises:
         UndefinedMetricError: If one of the classes is missing.
     """
-    y, s, _ = _checked("auc", labels, scores, None, binary=True)
+    y, s, _ = checked_rows("auc", labels, scores, None, binary=True)
     positives, _negatives = _components(y, s)
     return float(positives.mean())
 
@@ -90,7 +89,7 @@ def auc_interval(
     Raises:
         UndefinedMetricError: If one of the classes is missing.
     """
-    y, s, groups = _checked("auc", labels, scores, clusters, binary=True)
+    y, s, groups = checked_rows("auc", labels, scores, clusters, binary=True)
     positives, negatives = _components(y, s)
     value = float(positives.mean())
     if value in (0.0, 1.0):
@@ -99,10 +98,11 @@ def auc_interval(
         reach = 1.0 - float(((1.0 - confidence) / 2.0) ** (1.0 / pairs))
         low, high = (1.0 - reach, 1.0) if value == 1.0 else (0.0, reach)
         return Estimate(value, low, high, y.size)
-    error = np.sqrt(_auc_variance(y, positives, negatives, groups))
-    half_width = _z(confidence) * error / (value * (1.0 - value))
+    error = np.sqrt(_clustered_variance(y, positives, negatives, groups))
+    half_width = quantile(confidence) * error / (value * (1.0 - value))
     centre = np.log(value / (1.0 - value))
-    return Estimate(value, _expit(centre - half_width), _expit(centre + half_width), y.size)
+    low, high = special.expit([centre - half_width, centre + half_width])
+    return Estimate(value, float(low), float(high), y.size)
 
 
 def auc_difference(
@@ -127,11 +127,13 @@ def auc_difference(
     Raises:
         UndefinedMetricError: If one of the classes is missing.
     """
-    y, s, groups = _checked("auc", labels, scores, clusters, binary=True)
-    _, other, _ = _checked("auc", labels, reference, clusters, binary=True)
+    y, s, groups = checked_rows("auc", labels, scores, clusters, binary=True)
+    _, other, _ = checked_rows("auc", labels, reference, clusters, binary=True)
     ours, theirs = _components(y, s), _components(y, other)
     positives, negatives = ours[0] - theirs[0], ours[1] - theirs[1]
-    return _normal(float(positives.mean()), _auc_variance(y, positives, negatives, groups), y.size, confidence)
+    return normal_interval(
+        float(positives.mean()), _clustered_variance(y, positives, negatives, groups), y.size, confidence
+    )
 
 
 def _components(y: FloatArray, s: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -148,7 +150,7 @@ def _components(y: FloatArray, s: FloatArray) -> tuple[FloatArray, FloatArray]:
     return positives, negatives
 
 
-def _auc_variance(y: FloatArray, positives: FloatArray, negatives: FloatArray, groups: IntArray) -> float:
+def _clustered_variance(y: FloatArray, positives: FloatArray, negatives: FloatArray, groups: IntArray) -> float:
     """Variance of the mean component, clusters kept together; linear, so differences may be passed.
 
     Source: Obuchowski 1997, eq. 3 to 6.
@@ -162,39 +164,14 @@ def _auc_variance(y: FloatArray, positives: FloatArray, negatives: FloatArray, g
     with_positives = np.unique(groups[positive]).size
     with_negatives = np.unique(groups[~positive]).size
     variance = (
-        _bessel(with_positives) * (of_positives @ of_positives) / m**2
-        + _bessel(with_negatives) * (of_negatives @ of_negatives) / n**2
-        + 2.0 * _bessel(n_groups) * (of_positives @ of_negatives) / (m * n)
+        bessel(with_positives) * (of_positives @ of_positives) / m**2
+        + bessel(with_negatives) * (of_negatives @ of_negatives) / n**2
+        + 2.0 * bessel(n_groups) * (of_positives @ of_negatives) / (m * n)
     )
     return max(float(variance), 0.0)
 
 
-def _bessel(groups: int) -> float:
-    return groups / (groups - 1) if groups > 1 else 1.0
-
-
 # ── Means of a loss ─────────────────────────────────────────────────────────────────
-
-
-def mean_interval(
-    losses: ArrayLike, *, clusters: ArrayLike | None = None, confidence: float = CONFIDENCE
-) -> Estimate:
-    """A mean over rows whose entities, not rows, are independent.
-
-    The mean is a ratio of cluster totals; its variance is the delta method's.
-
-    Args:
-        losses: Shape ``(n,)``.
-        clusters: Which entity a row belongs to, shape ``(n,)``.
-        confidence: Coverage wanted.
-    """
-    _, values, groups = _checked("mean", losses, losses, clusters, binary=False)
-    return _normal(float(values.mean()), _mean_variance(values, groups), values.size, confidence)
-
-
-def _mean_variance(values: FloatArray, groups: IntArray) -> float:
-    totals = np.bincount(groups, weights=values - values.mean())
-    return float(_bessel(totals.size) * (totals @ totals) / values.size**2)
 
 
 def _log_losses(y: FloatArray, s: FloatArray) -> FloatArray:
@@ -220,11 +197,11 @@ def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
     Raises:
         UndefinedMetricError: If there is no positive label.
     """
-    y, s, _ = _checked("average_precision", labels, scores, None, binary=True)
+    y, s, _ = checked_rows("average_precision", labels, scores, None, binary=True)
     return _average_precision(y, s)(np.ones_like(y))
 
 
-def _average_precision(y: FloatArray, s: FloatArray) -> _Weighted:
+def _average_precision(y: FloatArray, s: FloatArray) -> Weighted:
     order = np.argsort(-s, kind="stable")
     hits = y[order]
     ends = np.flatnonzero(np.r_[np.diff(s[order]) != 0, True])  # the last row of each score: ties enter together
@@ -249,11 +226,11 @@ def calibration_error(labels: ArrayLike, scores: ArrayLike, *, bins: int = 10) -
         scores: Probabilities, shape ``(n,)``.
         bins: How many bins; fewer where scores are tied.
     """
-    y, s, _ = _checked("calibration_error", labels, scores, None, binary=True, classes=False)
+    y, s, _ = checked_rows("calibration_error", labels, scores, None, binary=True, classes=False)
     return _calibration_error(y, s, bins=bins)(np.ones_like(y))
 
 
-def _calibration_error(y: FloatArray, s: FloatArray, *, bins: int = 10) -> _Weighted:
+def _calibration_error(y: FloatArray, s: FloatArray, *, bins: int = 10) -> Weighted:
     edges = np.unique(np.quantile(s, np.linspace(0.0, 1.0, bins + 1)[1:-1]))
     place = np.searchsorted(edges, s, side="left")
     gap = s - y
@@ -264,27 +241,12 @@ def _calibration_error(y: FloatArray, s: FloatArray, *, bins: int = 10) -> _Weig
     return weighted
 
 
-def _r2(y: FloatArray, s: FloatArray) -> _Weighted:
+def _r2(y: FloatArray, s: FloatArray) -> Weighted:
     def weighted(weights: FloatArray) -> float:
         spread = weights @ (y - (weights @ y) / weights.sum()) ** 2
         return float(1.0 - (weights @ (y - s) ** 2) / spread) if spread > 0 else np.nan
 
     return weighted
-
-
-def _bootstrap(of: _Weighted, groups: IntArray, resamples: int, seed: int) -> FloatArray:
-    """The metric on resampled entities.
-
-    Returns:
-        Shape ``(resamples,)`` at most: resamples where it isn't defined are left out.
-    """
-    rng = np.random.default_rng(seed)
-    n_groups = int(groups.max()) + 1
-    drawn = np.empty(resamples)
-    for index in range(resamples):
-        counts = np.bincount(rng.integers(0, n_groups, n_groups), minlength=n_groups)
-        drawn[index] = of(counts[groups].astype(np.float64))
-    return drawn[np.isfinite(drawn)]
 
 
 # ── By name ─────────────────────────────────────────────────────────────────────────
@@ -298,13 +260,11 @@ class Metric:
         name: As in a model's declaration.
         objective: ``"binary"`` or ``"regression"``.
         larger_is_better: Its direction.
-        lightgbm: What LightGBM watches while it trains for this metric.
     """
 
     name: str
     objective: str
     larger_is_better: bool
-    lightgbm: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,21 +285,21 @@ class Resampled(Metric):
             a distance from perfect calibration takes for miscalibration.
     """
 
-    weighted: Callable[[FloatArray, FloatArray], _Weighted]
+    weighted: Callable[[FloatArray, FloatArray], Weighted]
     reflected: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("auc", "binary", True, "auc"),
-        Resampled("average_precision", "binary", True, "average_precision", _average_precision),
-        MeanLoss("log_loss", "binary", False, "binary_logloss", _log_losses),
-        MeanLoss("brier", "binary", False, "binary_logloss", _squared),
-        Resampled("calibration_error", "binary", False, "binary_logloss", _calibration_error, reflected=True),
-        MeanLoss("rmse", "regression", False, "rmse", _squared, root=True),
-        MeanLoss("mae", "regression", False, "l1", _absolute),
-        Resampled("r2", "regression", True, "rmse", _r2),
+        Metric("auc", "binary", True),
+        Resampled("average_precision", "binary", True, _average_precision),
+        MeanLoss("log_loss", "binary", False, _log_losses),
+        MeanLoss("brier", "binary", False, _squared),
+        Resampled("calibration_error", "binary", False, _calibration_error, reflected=True),
+        MeanLoss("rmse", "regression", False, _squared, root=True),
+        MeanLoss("mae", "regression", False, _absolute),
+        Resampled("r2", "regression", True, _r2),
     )
 }
 
@@ -383,7 +343,7 @@ def measure(
     metric = metric_named(name)
     if name == "auc":
         return auc_interval(labels, scores, clusters=clusters, confidence=confidence)
-    y, s, groups = _checked(name, labels, scores, clusters, binary=metric.objective == "binary", classes=False)
+    y, s, groups = checked_rows(name, labels, scores, clusters, binary=metric.objective == "binary", classes=False)
     if isinstance(metric, MeanLoss):
         mean = mean_interval(metric.losses(y, s), clusters=groups, confidence=confidence)
         if not metric.root:
@@ -394,11 +354,28 @@ def measure(
     value = of(np.ones_like(y))
     if not np.isfinite(value):
         raise UndefinedMetricError(name, f"all {y.size} labels are {y[0]:g}", "take more rows")
-    drawn = _bootstrap(of, groups, resamples, seed)
-    low, high = _percentiles(drawn, confidence)
+    drawn = resampled(of, groups, resamples, seed)
+    low, high = percentiles(drawn, confidence)
     if isinstance(metric, Resampled) and metric.reflected:
         low, high = max(2.0 * value - high, 0.0), max(2.0 * value - low, 0.0)
     return Estimate(value, low, high, y.size)
+
+
+def point(name: str, labels: ArrayLike, scores: ArrayLike) -> float:
+    """A metric by name, without its interval: what a search compares.
+
+    Raises:
+        InvalidValueError: If the metric is unknown.
+        UndefinedMetricError: If it isn't defined on these rows.
+    """
+    metric = metric_named(name)
+    if name == "auc":
+        return auc(labels, scores)
+    y, s, _ = checked_rows(name, labels, scores, None, binary=metric.objective == "binary", classes=False)
+    value = _as_weighted(metric, y, s)(np.ones_like(y))
+    if not np.isfinite(value):
+        raise UndefinedMetricError(name, f"all {y.size} labels are {y[0]:g}", "take more rows")
+    return value
 
 
 def gain(
@@ -432,8 +409,8 @@ def gain(
     if name == "auc":
         return auc_difference(labels, scores, reference, clusters=clusters, confidence=confidence)
     binary = metric.objective == "binary"
-    y, s, groups = _checked(name, labels, scores, clusters, binary=binary, classes=False)
-    _, other, _ = _checked(name, labels, reference, clusters, binary=binary, classes=False)
+    y, s, groups = checked_rows(name, labels, scores, clusters, binary=binary, classes=False)
+    _, other, _ = checked_rows(name, labels, reference, clusters, binary=binary, classes=False)
     if isinstance(metric, MeanLoss) and not metric.root:
         return mean_interval(metric.losses(y, other) - metric.losses(y, s), clusters=groups, confidence=confidence)
     ours, theirs = _as_weighted(metric, y, s), _as_weighted(metric, y, other)
@@ -445,69 +422,14 @@ def gain(
     value = difference(np.ones_like(y))
     if not np.isfinite(value):
         raise UndefinedMetricError(name, f"all {y.size} labels are {y[0]:g}", "take more rows")
-    low, high = _percentiles(_bootstrap(difference, groups, resamples, seed), confidence)
+    low, high = percentiles(resampled(difference, groups, resamples, seed), confidence)
     return Estimate(value, low, high, y.size)
 
 
-def _as_weighted(metric: Metric, y: FloatArray, s: FloatArray) -> _Weighted:
+def _as_weighted(metric: Metric, y: FloatArray, s: FloatArray) -> Weighted:
     if isinstance(metric, Resampled):
         return metric.weighted(y, s)
     if isinstance(metric, MeanLoss):
-        losses = metric.losses(y, s)
-        return lambda weights: float(np.sqrt((weights @ losses) / weights.sum()))
+        losses, power = metric.losses(y, s), 0.5 if metric.root else 1.0
+        return lambda weights: float((weights @ losses) / weights.sum()) ** power
     raise InvalidValueError("metric", metric.name, "one that is resampled")
-
-
-# ── Shared ──────────────────────────────────────────────────────────────────────────
-
-
-def _checked(
-    name: str,
-    labels: ArrayLike,
-    scores: ArrayLike,
-    clusters: ArrayLike | None,
-    *,
-    binary: bool,
-    classes: bool = True,
-) -> tuple[FloatArray, FloatArray, IntArray]:
-    """Labels, scores, and clusters numbered from 0; refused where a metric isn't defined."""
-    y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
-    if y.ndim != 1 or y.shape != s.shape:
-        raise UndefinedMetricError(name, f"labels have shape {y.shape}, scores {s.shape}", "pass one score a label")
-    if not y.size:
-        raise UndefinedMetricError(name, "there are no rows", "take more instants or a larger slice")
-    unusable = int((~np.isfinite(y)).sum() + (~np.isfinite(s)).sum())
-    if unusable:
-        raise UndefinedMetricError(name, f"{unusable} labels or scores aren't finite", "leave those rows out")
-    if binary:
-        kinds = np.unique(y)
-        if not np.isin(kinds, (0.0, 1.0)).all():
-            raise UndefinedMetricError(name, f"labels hold {kinds[:5].tolist()}", "use 0 and 1")
-        if classes and kinds.size < 2:
-            reason = f"all {y.size} labels are {kinds[0]:g}"
-            raise UndefinedMetricError(name, reason, "take more rows, so that both classes occur")
-    if clusters is None:
-        return y, s, np.arange(y.size)
-    numbered: Any = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    if numbered.shape != y.shape:
-        raise UndefinedMetricError(name, f"clusters have shape {numbered.shape}", "pass one cluster a label")
-    return y, s, numbered.astype(np.int64)
-
-
-def _normal(value: float, variance: float, n: int, confidence: float) -> Estimate:
-    half_width = _z(confidence) * float(np.sqrt(variance))
-    return Estimate(value, value - half_width, value + half_width, n)
-
-
-def _percentiles(drawn: FloatArray, confidence: float) -> tuple[float, float]:
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(drawn, [tail, 1.0 - tail])
-    return float(low), float(high)
-
-
-def _z(confidence: float) -> float:
-    return float(stats.norm.ppf(0.5 + confidence / 2.0))
-
-
-def _expit(value: float) -> float:
-    return float(1.0 / (1.0 + np.exp(-value)))

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, format_duration, format_instant
 from heliostat.errors import TrainingDataError
-from heliostat.features.aggregations import FloatArray, evaluate
+from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, EventSource, content_hash
-from heliostat.models.definitions import Label, ModelSpec
-from heliostat.schema import TIE, TIMESTAMP, hash64, times_us
+from heliostat.models.definitions import ModelSpec
+from heliostat.models.labels import label_values
+from heliostat.schema import TIMESTAMP, hash64, times_us
 
 IntArray = NDArray[np.int64]
 
@@ -172,13 +173,6 @@ def spine_rows(spec: ModelSpec, events: Mapping[str, pa.Table], instants_us: Seq
     times = np.concatenate([times_us(events[name].column(source.event_time)) for name, source in sources.items()])
     by_time = np.argsort(times, kind="stable")
     times, active = times[by_time], codes[by_time]
-    offset = 0
-    for name in sources:
-        if name == spec.label.source.name:
-            break
-        offset += events[name].num_rows
-    outcomes = _Outcomes(spec.label, events[spec.label.source.name], codes[offset:], len(order))
-
     parts: list[pa.Table] = []
     for instant_us in sorted(instants_us):
         since_us = spec.population.active_within_us
@@ -186,37 +180,12 @@ def spine_rows(spec: ModelSpec, events: Mapping[str, pa.Table], instants_us: Seq
         members = np.unique(active[low : np.searchsorted(times, instant_us)])
         columns = [keys.column(column).take(pa.array(example[members])) for column in entity.key_columns]
         instant = pa.array(np.full(len(members), instant_us), pa.int64()).cast(TIMESTAMP)
-        parts.append(pa.table([*columns, instant, outcomes.at(instant_us)[members]], schema=schema))
-    return pa.concat_tables(parts)
-
-
-class _Outcomes:
-    """A label's values at any instant, for all entities of a bucket.
-
-    Args:
-        label: What it counts or sums.
-        events: Of its source, ``n`` rows.
-        codes: Entity of each event, shape ``(n,)`` or longer.
-        n_codes: Number of entities.
-    """
-
-    def __init__(self, label: Label, events: pa.Table, codes: IntArray, n_codes: int) -> None:
-        given = evaluate(events, [label.input])[label.input.key]
-        times = times_us(events.column(label.source.event_time))
-        ties = times_us(events.column(TIE)) if TIE in events.column_names else np.zeros(len(times), dtype=np.int64)
-        kept = np.flatnonzero(given.used)
-        order = kept[np.lexsort((ties[kept], times[kept]))]
-        self._label, self._n_codes = label, n_codes
-        self._times, self._codes, self._values = times[order], codes[order], given.values[order]
-
-    def at(self, instant_us: int) -> FloatArray:
-        """The label of every entity, shape ``(n_codes,)``; also of those without any event."""
-        low, high = np.searchsorted(self._times, [instant_us, instant_us + self._label.horizon_us])
-        codes = self._codes[low:high]
-        if self._label.kind == "sum":
-            return np.bincount(codes, weights=self._values[low:high], minlength=self._n_codes).astype(np.float64)
-        happened = np.bincount(codes, minlength=self._n_codes) > 0
-        return (happened if self._label.kind == "any" else ~happened).astype(np.float64)
+        parts.append(pa.table([*columns, instant], schema=schema.remove(len(schema) - 1)))
+    spine = pa.concat_tables(parts)
+    labels = label_values(
+        spec.label, entity, events[spec.label.source.name], entity.encode(spine), times_us(spine.column(AS_OF))
+    )
+    return spine.append_column(schema.field(LABEL), pa.array(labels))
 
 
 def model_sources(spec: ModelSpec) -> tuple[EventSource, ...]:

@@ -31,6 +31,12 @@ def test_points_equal_scikit_learn(seed: int, ties: bool) -> None:
     assert metrics.measure("r2", y, s).value == pytest.approx(sk.r2_score(y, s), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_point_is_the_intervals_value(name: str) -> None:
+    y, s = _sample(6)
+    assert metrics.point(name, y, s) == pytest.approx(metrics.measure(name, y, s, resamples=20).value, rel=1e-12)
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=2, max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_auc_is_the_share_of_concordant_pairs(rows: list[tuple[bool, int]]) -> None:
