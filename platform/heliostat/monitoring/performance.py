@@ -14,7 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from heliostat.errors import MonitoringDataError, UndefinedMetricError
-from heliostat.models.metrics import Estimate, measure, metric_named
+from heliostat.models.estimates import Estimate
+from heliostat.models.metrics import measure, metric_named
 from heliostat.monitoring.verdict import Finding, Severity
 
 FloatArray = NDArray[np.float64]

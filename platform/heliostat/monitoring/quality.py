@@ -6,25 +6,15 @@ half of the training rows is fine when it is null for half of today's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, US_PER_MINUTE, US_PER_S, format_instant
-from heliostat.errors import MonitoringDataError
 from heliostat.monitoring.drift import benjamini_hochberg
+from heliostat.monitoring.profile import PREDICTION, Profile
 from heliostat.monitoring.verdict import Finding, Severity
-
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
-
-# Iglewicz and Hoaglin 1993: the score that a normal value exceeds once in 2,000 times.
-OUTLIER_SCORE = 3.5
-_NORMAL_MAD = 0.6745  # MAD of a normal distribution over its standard deviation
-_NORMAL_IQR = 1.349  # its interquartile range over its standard deviation
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,58 +90,33 @@ def _length(length_us: int) -> str:
 # ── Rates against the reference ─────────────────────────────────────────────────────
 
 
-def null_rate(values: ArrayLike) -> Rate:
-    """Rows that are null: NaN in a matrix."""
-    array = np.asarray(values, dtype=np.float64)
-    return Rate(int(np.isnan(array).sum()), len(array))
+def profile_findings(reference: Profile, current: Profile, policy: QualityPolicy) -> tuple[Finding, ...]:
+    """Null and outlier rates of every feature, and outliers of the predictions, against the reference's.
 
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Where a feature's values lie, told by quantiles, which outliers can't move.
-
-    Attributes:
-        median: The middle value.
-        mad: Median absolute deviation from it.
-        iqr: Interquartile range: stands in where MAD is 0, because half of the values are equal.
+    Args:
+        reference: The version's reference profile: it says what an outlier is.
+        current: Recent rows, counted in its bins.
+        policy: When a rate is an alarm.
     """
-
-    median: float
-    mad: float
-    iqr: float
-
-    @classmethod
-    def of(cls, values: ArrayLike) -> Spread:
-        """Of the finite values.
-
-        Raises:
-            MonitoringDataError: If there is none.
-        """
-        array = np.asarray(values, dtype=np.float64)
-        array = array[np.isfinite(array)]
-        if not len(array):
-            raise MonitoringDataError("outliers", "there is no finite value", "leave the feature out")
-        lower, median, upper = np.quantile(array, [0.25, 0.5, 0.75])
-        return cls(float(median), float(np.median(np.abs(array - median))), float(upper - lower))
-
-    def outliers(self, values: ArrayLike) -> BoolArray:
-        """Which values lie too far off: ``|0.6745 (x - median) / MAD| > 3.5``.
-
-        A z-score would hide the outliers that inflate its own deviation. Where MAD is 0, IQR / 1.349
-        stands for the deviation; where that is 0 as well, nothing can be told.
-        Source: Iglewicz and Hoaglin 1993.
-
-        Args:
-            values: Shape ``(n,)``; NaN is no outlier, infinity is.
-
-        Returns:
-            Shape ``(n,)``.
-        """
-        array = np.asarray(values, dtype=np.float64)
-        deviation = self.mad / _NORMAL_MAD if self.mad > 0 else self.iqr / _NORMAL_IQR
-        if deviation <= 0:
-            return np.isinf(array)
-        return np.abs(array - self.median) > OUTLIER_SCORE * deviation
+    before, after = dict(reference.features), dict(current.features)
+    nulls = rate_findings(
+        "null",
+        {name: Rate(column.nulls, column.rows) for name, column in before.items()},
+        {name: Rate(column.nulls, column.rows) for name, column in after.items()},
+        max_increase=policy.max_null_increase,
+        policy=policy,
+    )
+    if reference.prediction is not None and current.prediction is not None:
+        before[PREDICTION], after[PREDICTION] = reference.prediction, current.prediction
+    # Of the rows that have a value: a null is no outlier, and mustn't hide one.
+    outliers = rate_findings(
+        "outliers",
+        {name: Rate(column.outliers, sum(column.counts)) for name, column in before.items()},
+        {name: Rate(column.outliers, sum(column.counts)) for name, column in after.items()},
+        max_increase=policy.max_outlier_increase,
+        policy=policy,
+    )
+    return (*nulls, *outliers)
 
 
 def rate_findings(
@@ -170,15 +135,13 @@ def rate_findings(
     Args:
         what: What the rate counts, such as ``"null"``.
         reference: By feature.
-        current: By feature; features without a reference are passed over.
+        current: By feature; features without a reference or with too few rows are passed over.
         max_increase: How far above the reference's a rate may be, 0 to 1.
         policy: Significance and fewest rows.
     """
-    names = [name for name in current if name in reference]
+    names = [name for name in current if name in reference and current[name].rows >= policy.min_rows]
     if not names:
-        return ()
-    rows = min(current[name].rows for name in names)
-    if rows < policy.min_rows:
+        rows = max((rate.rows for rate in current.values()), default=0)
         message = f"{rows} recent rows; at least {policy.min_rows} are needed"
         return (Finding(f"{what} rates", Severity.INSUFFICIENT, message, {"n_current": rows}),)
     adjusted = benjamini_hochberg([_increase_p(reference[name], current[name]) for name in names])
@@ -209,25 +172,3 @@ def _increase_p(before: Rate, after: Rate) -> float:
         return 1.0
     table = [[after.hits, after.rows - after.hits], [before.hits, before.rows - before.hits]]
     return float(stats.fisher_exact(table, alternative="greater").pvalue)
-
-
-def outlier_findings(
-    reference: Mapping[str, tuple[Spread, Rate]],
-    current: Mapping[str, Sequence[float] | FloatArray],
-    policy: QualityPolicy,
-) -> tuple[Finding, ...]:
-    """Outlier rates by feature, by the reference's spread, against the reference's rate.
-
-    Args:
-        reference: Spread and outlier rate of the reference, by feature.
-        current: Recent values, shape ``(n,)``, by feature; NaN where null.
-        policy: When a rate is an alarm.
-    """
-    rates: dict[str, Rate] = {}
-    for name, values in current.items():
-        if name in reference:
-            array = np.asarray(values, dtype=np.float64)
-            known = ~np.isnan(array)
-            rates[name] = Rate(int(reference[name][0].outliers(array).sum()), int(known.sum()))
-    expected = {name: rate for name, (_, rate) in reference.items()}
-    return rate_findings("outliers", expected, rates, max_increase=policy.max_outlier_increase, policy=policy)

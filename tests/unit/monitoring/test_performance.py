@@ -8,7 +8,8 @@ from scipy import stats
 
 from heliostat.clock import US_PER_DAY
 from heliostat.errors import MonitoringDataError
-from heliostat.models.metrics import Estimate, measure
+from heliostat.models.estimates import Estimate
+from heliostat.models.metrics import measure
 from heliostat.monitoring.performance import Matured, against, mature, performance_finding
 from heliostat.monitoring.verdict import Severity
 

@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
+from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, US_PER_S
-from heliostat.errors import MonitoringDataError
+from heliostat.monitoring.profile import Profile
 from heliostat.monitoring.quality import (
     QualityPolicy,
     Rate,
-    Spread,
     freshness_finding,
-    null_rate,
-    outlier_findings,
+    profile_findings,
     rate_findings,
 )
 from heliostat.monitoring.verdict import Finding, Severity
@@ -89,50 +87,57 @@ def test_few_rows_say_nothing_about_rates() -> None:
     assert finding.severity is Severity.INSUFFICIENT
 
 
-def test_nan_counts_as_null_and_infinity_does_not() -> None:
-    assert null_rate([1.0, np.nan, np.inf]) == Rate(1, 3)
+# ── Profiles ────────────────────────────────────────────────────────────────────────
 
 
-# ── Outliers ────────────────────────────────────────────────────────────────────────
-
-
-def test_outliers_do_not_hide_themselves() -> None:
-    values = np.concatenate([np.random.default_rng(0).normal(size=95), np.full(5, 1_000.0)])
-    z_scores = np.abs(stats.zscore(values))
-    assert Spread.of(values).outliers(values).tolist() == [False] * 95 + [True] * 5
-    assert z_scores.max() < 5, "a z-score of twenty per cent contamination says almost nothing"
-
-
-def test_a_normal_value_is_an_outlier_once_in_two_thousand() -> None:
-    values = np.random.default_rng(1).normal(50, 7, 400_000)
-    # 2·(1 - Phi(3.5)) = 0.000465
-    assert Spread.of(values).outliers(values).mean() == pytest.approx(0.000465, rel=0.3)
-
-
-def test_where_half_of_the_values_are_equal_the_quartiles_stand_in() -> None:
-    values = np.concatenate([np.zeros(60), np.linspace(1, 5, 40)])
-    spread = Spread.of(values)
-    assert spread.mad == 0
-    assert spread.iqr > 0
-    assert spread.outliers([0.0, 5.0, 500.0, np.nan]).tolist() == [False, False, True, False]
-
-
-def test_where_nothing_varies_only_infinity_is_an_outlier() -> None:
-    assert Spread.of([3.0] * 9).outliers([3.0, 4.0, np.inf]).tolist() == [False, False, True]
-
-
-def test_a_spread_of_nothing_is_refused() -> None:
-    with pytest.raises(MonitoringDataError, match="no finite value"):
-        Spread.of([np.nan, np.inf])
+def _profile_findings(reference: NDArray[np.float64], current: NDArray[np.float64]) -> dict[str, Severity]:
+    """Two features, and a prediction that never changes."""
+    before = Profile.of(reference, ["a", "b"], np.linspace(0, 1, len(reference)))
+    after = before.count(current, np.linspace(0, 1, len(current)))
+    return {each.subject: each.severity for each in profile_findings(before, after, POLICY)}
 
 
 def test_the_outlier_rate_is_judged_against_the_references() -> None:
     random = np.random.default_rng(2)
-    reference = random.lognormal(sigma=1.5, size=20_000)
-    spread = Spread.of(reference)
-    usual = Rate(int(spread.outliers(reference).sum()), len(reference))
-    assert usual.value > 0.05, "a skewed feature always has outliers"
-    same, wild = random.lognormal(sigma=1.5, size=1_000), random.lognormal(sigma=2.5, size=1_000)
-    known = {"same": (spread, usual), "wild": (spread, usual)}
-    findings = {each.subject: each.severity for each in outlier_findings(known, {"same": same, "wild": wild}, POLICY)}
-    assert findings == {"same outliers": Severity.OK, "wild outliers": Severity.ALARM}
+    reference, current = random.lognormal(sigma=1.5, size=(20_000, 2)), random.lognormal(sigma=1.5, size=(1_000, 2))
+    current[:, 1] = random.lognormal(sigma=2.5, size=1_000)
+    assert Profile.of(reference, ["a", "b"]).features["a"].outlier_rate > 0.05, "a skewed feature always has some"
+    found = _profile_findings(reference, current)
+    assert {name for name, severity in found.items() if severity is Severity.ALARM} == {"b outliers"}
+
+
+def test_nulls_are_found_by_feature_and_are_no_outliers() -> None:
+    random = np.random.default_rng(3)
+    reference, current = random.normal(size=(5_000, 2)), random.normal(size=(500, 2))
+    current[::3, 0] = np.nan
+    found = _profile_findings(reference, current)
+    assert {name for name, severity in found.items() if severity is Severity.ALARM} == {"a null"}
+
+
+def test_outliers_are_counted_among_known_values() -> None:
+    random = np.random.default_rng(4)
+    reference, current = random.normal(size=(5_000, 2)), random.normal(size=(1_000, 2))
+    current[:800, 0] = np.nan
+    current[-20:, 0] = 50.0
+    before = Profile.of(reference, ["a", "b"])
+    findings = {each.subject: each for each in profile_findings(before, before.count(current), POLICY)}
+    assert findings["a outliers"].evidence["rate"] == pytest.approx(20 / 200, abs=0.006)
+
+
+def test_the_predictions_are_looked_at_as_well() -> None:
+    random = np.random.default_rng(5)
+    before = Profile.of(random.normal(size=(2_000, 1)), ["a"], random.normal(size=2_000))
+    after = before.count(random.normal(size=(500, 1)), random.normal(size=500) * 10)
+    found = {each.subject: each.severity for each in profile_findings(before, after, POLICY)}
+    assert found["prediction outliers"] is Severity.ALARM
+    assert found["a outliers"] is Severity.OK
+
+
+def test_a_feature_with_hardly_any_value_does_not_silence_the_others() -> None:
+    random = np.random.default_rng(6)
+    current = random.normal(size=(500, 2))
+    current[:490, 0] = np.nan
+    found = _profile_findings(random.normal(size=(5_000, 2)), current)
+    assert found["a null"] is Severity.ALARM
+    assert found["b outliers"] is Severity.OK
+    assert "a outliers" not in found
