@@ -741,6 +741,17 @@ class BucketCountError(StorageError):
         )
 
 
+class ServingUnavailableError(StorageError):
+    """The inference graph doesn't answer, or refuses."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url, self.reason = url, reason
+
+    def __str__(self) -> str:
+        return f"the inference graph at {self.url} gave no prediction ({self.reason}); start it with `heliostat up`"
+
+
 class StorageNotSharedError(StorageError):
     """A cluster of several nodes was given storage that only one node can see."""
 

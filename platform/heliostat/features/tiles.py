@@ -1,0 +1,506 @@
+"""Rings: what of an entity's past the online store keeps, in which bytes, and how it is read. Pure.
+
+A view's aggregations are grouped by hop. A group is one string of slots an entity; a slot is
+a tile: its number and the partial states of its events, as f8, little endian. Tile ``k`` of
+hop ``h`` covers ``[k·h, (k+1)·h)`` and lies in slot ``k mod n``. Equal states are kept once.
+
+- ``n = W/h + 1`` slots for the longest window ``W``, as the contract says, and as many more as
+  the tolerance for events in the future needs, so that such an event evicts nothing in use.
+- Aggregations without a window, and the last event's time if the view has a ttl, form the
+  group ``life``. Its slot 0 is the base, with everything older than the slots behind it, which
+  reach back as far as events may be late.
+- An empty slot has the tile number ``-inf`` and each state's identity: 0 for ``add``, +inf for
+  ``min``, -inf for ``max``, and for ``first`` and ``last`` (event time, tie, value) =
+  (±inf, 0, 0).
+- A tile from the event log carries its number plus a half until a live event goes into it; see
+  `heliostat.storage.ring_scripts`, which merges the same bytes inside the server.
+
+A group's name ends with a hash of its layout. Bytes are thus never read by a layout that
+didn't write them: after a change, rings are absent until they are materialized again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from heliostat.clock import US_PER_DAY, US_PER_MS, format_duration
+from heliostat.features.aggregations import IDENTITY, Aggregation, FloatArray, Input, InputValues, State
+from heliostat.features.definitions import FeatureView
+from heliostat.features.windows import ring_slots, tile_of
+from heliostat.settings import IngestionSettings
+from heliostat.storage.ring_scripts import OPERATOR_CODES, RingDescriptor
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+F8 = np.dtype("<f8")
+LIFE = "life"
+
+_UFUNCS: Mapping[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
+_FROM_LOG = 0.5
+
+
+@dataclass(frozen=True)
+class RingLimits:
+    """What events may do to the order of time; part of every ring's layout.
+
+    Attributes:
+        lateness_us: An event that comes later than this after its time may miss its live tile.
+        future_tolerance_us: Events further in the future than this are refused at intake.
+    """
+
+    lateness_us: int
+    future_tolerance_us: int
+
+    @classmethod
+    def of(cls, settings: IngestionSettings) -> RingLimits:
+        """As the settings say."""
+        return cls(settings.lateness_us, settings.future_tolerance_us)
+
+    def first_live_tile(self, as_of_us: int, hop_us: int) -> int:
+        """The first tile that late events may still change; those before it are complete."""
+        return (as_of_us - self.lateness_us) // hop_us
+
+
+@dataclass(frozen=True, eq=False)
+class RingGroup:
+    """The layout of one ring: the aggregations of a view that share a hop.
+
+    Attributes:
+        label: ``1d``, ``1h``, … or ``life``.
+        hop_us: Tile length.
+        n_slots: The base of a life ring included.
+        states: Each once, ordered by key.
+        expire_us: How long after its last write a ring may be dropped; 0: never.
+    """
+
+    label: str
+    hop_us: int
+    n_slots: int
+    states: tuple[State, ...]
+    expire_us: int
+
+    @property
+    def life(self) -> bool:
+        """Whether slot 0 is a base."""
+        return self.label == LIFE
+
+    @cached_property
+    def name(self) -> str:
+        """The label and a hash of the layout: part of the ring's key."""
+        layout = [self.label, self.hop_us, self.n_slots, [state.key for state in self.states]]
+        return f"{self.label}.{hashlib.sha256(orjson.dumps(layout)).hexdigest()[:8]}"
+
+    @cached_property
+    def columns(self) -> dict[str, slice]:
+        """Where each state lies in a slot, by state key; column 0 is the tile number."""
+        found, at = dict[str, slice](), 1
+        for state in self.states:
+            found[state.key] = slice(at, at + state.width)
+            at += state.width
+        return found
+
+    @cached_property
+    def width(self) -> int:
+        """Columns of a slot."""
+        return 1 + sum(state.width for state in self.states)
+
+    @cached_property
+    def empty_slot(self) -> FloatArray:
+        """Shape ``(width,)``."""
+        slot = np.zeros(self.width, dtype=F8)
+        slot[0] = -np.inf
+        for state in self.states:
+            slot[self.columns[state.key].start] = _identity(state)
+        return slot
+
+    @cached_property
+    def empty_ring(self) -> bytes:
+        """The bytes of a ring without events."""
+        return self.empty_slot.tobytes() * self.n_slots
+
+    @cached_property
+    def descriptor(self) -> bytes:
+        """The layout, as the server's scripts read it."""
+        return RingDescriptor(
+            n_slots=self.n_slots,
+            life=self.life,
+            operators="".join(OPERATOR_CODES[state.op] for state in self.states),
+            empty_slot=self.empty_slot.tobytes(),
+            expire_ms=-(-self.expire_us // US_PER_MS),
+        ).pack()
+
+    def slot_of(self, tiles: IntArray) -> IntArray:
+        """The slot of each tile."""
+        return 1 + tiles % (self.n_slots - 1) if self.life else tiles % self.n_slots
+
+
+@dataclass(frozen=True, eq=False)
+class RingLayout:
+    """The rings of one view.
+
+    Attributes:
+        view: The view.
+        limits: What the layout allows for.
+        groups: Window groups by rising hop, then ``life`` if there is one.
+    """
+
+    view: FeatureView
+    limits: RingLimits
+    groups: tuple[RingGroup, ...]
+
+    def group_of(self, feature: str) -> RingGroup:
+        """The group of an aggregated feature."""
+        aggregation = self.view.base_features[feature]
+        return self._by_label[_label(aggregation)]
+
+    @cached_property
+    def life(self) -> RingGroup | None:
+        """The group without windows, if there is one."""
+        return self._by_label.get(LIFE)
+
+    @cached_property
+    def _by_label(self) -> dict[str, RingGroup]:
+        return {group.label: group for group in self.groups}
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What its states look at, each once."""
+        return tuple({state.source.key: state.source for group in self.groups for state in group.states}.values())
+
+
+def ring_layout(view: FeatureView, limits: RingLimits) -> RingLayout:
+    """The rings that a view needs.
+
+    Args:
+        view: Any.
+        limits: What events may do to the order of time.
+    """
+    members: dict[str, list[Aggregation]] = {}
+    for aggregation in view.base_features.values():
+        members.setdefault(_label(aggregation), []).append(aggregation)
+    windows = sorted((each for label, each in members.items() if label != LIFE), key=lambda each: _hop_us(each[0]))
+    groups = [_window_group(view, limits, aggregations) for aggregations in windows]
+    life = [state for each in members.get(LIFE, ()) for state in each.states()]
+    if view.ttl_us is not None:
+        life.append(last_event(view))
+    if life:
+        live = -(-limits.lateness_us // US_PER_DAY) + 1 + _ahead(limits, US_PER_DAY)
+        forgets = LIFE not in members and view.ttl_us is not None
+        expire_us = (view.ttl_us or 0) + US_PER_DAY if forgets else 0
+        groups.append(RingGroup(LIFE, US_PER_DAY, 1 + live, _distinct(life), expire_us))
+    return RingLayout(view, limits, tuple(groups))
+
+
+def last_event(view: FeatureView) -> State:
+    """What a ttl goes by: the time of the last event that the view counts."""
+    return State("max", "time", Input(None, view.where))
+
+
+def _window_group(view: FeatureView, limits: RingLimits, aggregations: Sequence[Aggregation]) -> RingGroup:
+    hop_us = _hop_us(aggregations[0])
+    longest_us = max(each.window_us or 0 for each in aggregations)
+    n_slots = ring_slots(longest_us, hop_us) + _ahead(limits, hop_us)
+    # Once all windows have closed and the vector is absent anyway, nothing is lost with the ring.
+    expire_us = 0 if view.ttl_us is None else max(view.ttl_us, longest_us + hop_us) + US_PER_DAY
+    states = [state for each in aggregations for state in each.states()]
+    return RingGroup(format_duration(hop_us), hop_us, n_slots, _distinct(states), expire_us)
+
+
+def _ahead(limits: RingLimits, hop_us: int) -> int:
+    return -(-limits.future_tolerance_us // hop_us)
+
+
+def _hop_us(aggregation: Aggregation) -> int:
+    return aggregation.hop_us or US_PER_DAY
+
+
+def _label(aggregation: Aggregation) -> str:
+    return LIFE if aggregation.window_us is None else format_duration(_hop_us(aggregation))
+
+
+def _distinct(states: Iterable[State]) -> tuple[State, ...]:
+    by_key = {state.key: state for state in states}
+    return tuple(by_key[key] for key in sorted(by_key))
+
+
+def _identity(state: State) -> float:
+    # A presence (0 or 1) that is added up over tiles must add nothing where there is none.
+    return IDENTITY[state.merge_across] if state.op == "max" and state.of == "one" else IDENTITY[state.op]
+
+
+# ── Events -> tiles -> rings ────────────────────────────────────────────────────────
+
+
+def event_slots(
+    group: RingGroup, inputs: Mapping[str, InputValues], times_us: IntArray, ties: IntArray
+) -> tuple[FloatArray, BoolArray]:
+    """Each event as a slot that holds it alone.
+
+    Args:
+        group: The ring's layout.
+        inputs: What its states look at, evaluated on the events, by `Input.key`.
+        times_us: Event times, shape ``(n,)``.
+        ties: What breaks ties, shape ``(n,)``.
+
+    Returns:
+        Slots, shape ``(n, width)``; and, shape ``(n,)``, whether the event is in any state at all.
+    """
+    slots = np.tile(group.empty_slot, (len(times_us), 1))
+    slots[:, 0] = tile_of(times_us, group.hop_us)
+    touched = np.zeros(len(times_us), dtype=np.bool_)
+    for state in group.states:
+        given, place = inputs[state.source.key], group.columns[state.key]
+        used = given.used
+        touched |= used
+        if state.of == "one":
+            value: FloatArray = np.ones(len(times_us))
+        elif state.of == "time":
+            value = times_us.astype(F8)
+        else:
+            value = given.values + 0.0  # so that -0.0 is 0.0
+        if state.width == 1:
+            slots[used, place.start] = value[used]
+        else:
+            slots[used, place] = np.column_stack([times_us, ties, value])[used]
+    return slots, touched
+
+
+@dataclass(frozen=True)
+class TileStates:
+    """Partial states of tiles, ordered by entity and tile.
+
+    Attributes:
+        codes: Entity of each tile, shape ``(m,)``, ascending.
+        tiles: Tile numbers, shape ``(m,)``, ascending within an entity.
+        slots: Shape ``(m, width)``; column 0 is the tile number.
+    """
+
+    codes: IntArray
+    tiles: IntArray
+    slots: FloatArray
+
+    def between(self, first: int, last: int) -> TileStates:
+        """Those with ``first ≤ tile ≤ last``."""
+        inside = (self.tiles >= first) & (self.tiles <= last)
+        return TileStates(self.codes[inside], self.tiles[inside], self.slots[inside])
+
+    def of_entities(self, first: int, last: int) -> TileStates:
+        """Those of entities ``first ≤ code < last``, which become entity 0, 1, …."""
+        low, high = np.searchsorted(self.codes, [first, last])
+        return TileStates(self.codes[low:high] - first, self.tiles[low:high], self.slots[low:high])
+
+
+def tile_states(
+    group: RingGroup,
+    codes: IntArray,
+    times_us: IntArray,
+    ties: IntArray,
+    inputs: Mapping[str, InputValues],
+) -> TileStates:
+    """Add events up to tiles.
+
+    Args:
+        group: The ring's layout.
+        codes: Entity of each event, shape ``(n,)``.
+        times_us: Event times, shape ``(n,)``; events are in the order (entity, event time, tie).
+        ties: What breaks ties, shape ``(n,)``.
+        inputs: What the states look at, evaluated on the events, by `Input.key`.
+    """
+    slots, touched = event_slots(group, inputs, times_us, ties)
+    if not touched.all():
+        codes, slots = codes[touched], slots[touched]
+    tiles = slots[:, 0].astype(np.int64)
+    starts = _starts(codes, tiles)
+    return TileStates(codes[starts], tiles[starts], _reduced(group, slots, starts, across=False))
+
+
+def _starts(*columns: IntArray) -> IntArray:
+    """Where any column differs from the row before."""
+    changed = np.zeros(len(columns[0]), dtype=np.bool_)
+    changed[:1] = True
+    for column in columns:
+        changed[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(changed)
+
+
+def _reduced(group: RingGroup, slots: FloatArray, starts: IntArray, *, across: bool) -> FloatArray:
+    """Merge segments of slots, each in order of time, into one slot a segment."""
+    result = np.tile(group.empty_slot, (len(starts), 1))
+    if not len(starts):
+        return result
+    result[:, 0] = slots[starts, 0]
+    positions = np.arange(len(slots))
+    for state in group.states:
+        place = group.columns[state.key]
+        if state.width == 1:
+            operator = state.merge_across if across else state.op
+            with np.errstate(over="ignore", invalid="ignore"):
+                result[:, place.start] = _UFUNCS[operator].reduceat(slots[:, place.start], starts)
+            continue
+        used = np.isfinite(slots[:, place.start])
+        if state.op == "first":
+            chosen = np.minimum.reduceat(np.where(used, positions, len(slots)), starts)
+            found = chosen < len(slots)
+        else:
+            chosen = np.maximum.reduceat(np.where(used, positions, -1), starts)
+            found = chosen >= 0
+        result[found, place] = slots[chosen[found], place]
+    return result
+
+
+def pack_rings(
+    group: RingGroup, tiles: TileStates, n_entities: int, *, as_of_us: int, limits: RingLimits
+) -> FloatArray:
+    """Put tiles into rings.
+
+    Args:
+        group: The rings' layout.
+        tiles: Tiles of entities ``0 … n_entities - 1``, of events before ``as_of_us`` only.
+        n_entities: How many rings.
+        as_of_us: The instant the rings are made for.
+        limits: Says which tiles are complete.
+
+    Returns:
+        Shape ``(n_entities, n_slots, width)``; ``tobytes`` of each row is a ring.
+    """
+    rings = np.tile(group.empty_slot, (n_entities, group.n_slots, 1))
+    newest = as_of_us // group.hop_us
+    if group.life:
+        first_live = limits.first_live_tile(as_of_us, group.hop_us)
+        old = tiles.tiles < first_live
+        codes = tiles.codes[old]
+        starts = _starts(codes)
+        rings[codes[starts], 0] = _reduced(group, tiles.slots[old], starts, across=True)
+        rings[:, 0, 0] = first_live
+        tiles = tiles.between(first_live, newest)
+    else:
+        tiles = tiles.between(newest - group.n_slots + 1, newest)
+    places = tiles.codes, group.slot_of(tiles.tiles)
+    rings[places] = tiles.slots
+    rings[(*places, 0)] += _FROM_LOG
+    return rings
+
+
+# ── Rings -> features ───────────────────────────────────────────────────────────────
+
+
+def parse_rings(group: RingGroup, values: Sequence[bytes | None]) -> FloatArray:
+    """Rings as numbers; a missing ring is an empty one.
+
+    Args:
+        group: The rings' layout.
+        values: As the store gives them, ``n`` of them.
+
+    Returns:
+        Shape ``(n, n_slots, width)``.
+
+    Raises:
+        ValueError: If a value hasn't the ring's length.
+    """
+    empty = group.empty_ring
+    if any(value is not None and len(value) != len(empty) for value in values):
+        raise ValueError("a ring has another length than its layout")
+    data = b"".join([empty if value is None else value for value in values])
+    return np.frombuffer(data, dtype=F8).reshape(len(values), group.n_slots, group.width)
+
+
+class RingMerge:
+    """The features of many entities at one instant, merged from their rings.
+
+    Args:
+        layout: The view's rings.
+        rings: Shape ``(n, n_slots, width)`` by group label; the groups of the features asked for, and
+            ``life`` if the view has a ttl.
+        as_of_us: Query instant, later than every event in the rings.
+    """
+
+    def __init__(self, layout: RingLayout, rings: Mapping[str, FloatArray], *, as_of_us: int) -> None:
+        self._layout, self._rings, self._as_of_us = layout, rings, as_of_us
+        self._masks: dict[tuple[str, int | None], BoolArray] = {}
+        self._merged: dict[tuple[str, str, int | None], FloatArray] = {}
+        self.expired = self._find_expired()
+
+    def _find_expired(self) -> BoolArray | None:
+        """Entities whose last event is older than the view's ttl, shape ``(n,)``; None if it has none."""
+        ttl_us, life = self._layout.view.ttl_us, self._layout.life
+        if ttl_us is None or life is None:
+            return None
+        last = _merge(
+            last_event(self._layout.view), self._columns(life, last_event(self._layout.view)), self._mask(life)
+        )
+        return ~(self._as_of_us - last <= ttl_us)
+
+    def feature(self, name: str) -> FloatArray:
+        """One aggregated feature, shape ``(n,)``; NaN is null."""
+        aggregation, group = self._layout.view.base_features[name], self._layout.group_of(name)
+        parts = [self._state(group, state, aggregation.window_us) for state in aggregation.states()]
+        return aggregation.finalize(parts, as_of_us=self._as_of_us)
+
+    def _state(self, group: RingGroup, state: State, window_us: int | None) -> FloatArray:
+        key = (group.label, state.key, window_us)
+        if key not in self._merged:
+            mask = self._mask(group, window_us)
+            merged = _merge(state, self._columns(group, state), mask)
+            if self.expired is not None:
+                merged[self.expired] = _blank(state)
+            self._merged[key] = merged
+        return self._merged[key]
+
+    def _columns(self, group: RingGroup, state: State) -> FloatArray:
+        return self._rings[group.label][:, :, group.columns[state.key]]
+
+    def _mask(self, group: RingGroup, window_us: int | None = None) -> BoolArray:
+        """Slots that count: ``floor(q − W, h) ≤ tile start < q``, and every base."""
+        key = (group.label, window_us)
+        if key not in self._masks:
+            tiles = self._rings[group.label][:, :, 0]
+            mask = tiles < -(-self._as_of_us // group.hop_us)
+            if window_us is not None:
+                mask &= tiles >= (self._as_of_us - window_us) // group.hop_us
+            elif group.life:
+                mask[:, 0] = True
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+def _merge(state: State, columns: FloatArray, mask: BoolArray) -> FloatArray:
+    """Merge the slots of each entity where the mask holds.
+
+    Args:
+        state: What the columns are.
+        columns: Shape ``(n, n_slots, width of the state)``.
+        mask: Shape ``(n, n_slots)``.
+
+    Returns:
+        Shape ``(n,)``, or ``(n, 3)`` for first and last.
+    """
+    if state.width == 1:
+        identity = IDENTITY[state.merge_across]
+        with np.errstate(over="ignore", invalid="ignore"):
+            merged: FloatArray = _UFUNCS[state.merge_across].reduce(
+                np.where(mask, columns[:, :, 0], identity), axis=1
+            )
+        return merged
+    # Turned round, first is last.
+    sign = -1.0 if state.op == "first" else 1.0
+    times = np.where(mask, sign * columns[:, :, 0], -np.inf)
+    latest = times.max(axis=1, keepdims=True)
+    ties = np.where((times == latest) & mask, sign * columns[:, :, 1], -np.inf)
+    chosen = ties.argmax(axis=1)
+    merged = columns[np.arange(len(columns)), chosen].copy()
+    merged[~np.isfinite(latest[:, 0])] = _blank(state)
+    return merged
+
+
+def _blank(state: State) -> FloatArray | float:
+    if state.width == 1:
+        return _identity(state)
+    return np.array([IDENTITY[state.op], 0.0, 0.0])

@@ -1,0 +1,517 @@
+"""The online store: rings, small documents and streams' keys on a server that speaks Redis.
+
+A read is one MGET, whatever it asks for. An event is one script, atomic inside the server:
+de-duplicated, appended to its stream and merged into the entity's rings, or none of it. All
+keys of an entity carry its bucket as hash tag, so that the script stays inside one slot of a
+Redis Cluster. `OnlineStore` blocks; `AsyncOnlineStore` is the same for asyncio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from types import TracebackType
+from typing import Any, Final, Literal, Self, TypeAlias
+from urllib.parse import urlsplit
+
+import redis
+import redis.asyncio
+import redis.exceptions
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from heliostat.errors import OnlineStoreUnavailableError
+from heliostat.settings import Settings
+from heliostat.storage.ring_scripts import APPLY_EVENT, WRITE_RING, Script
+
+EventOutcome: TypeAlias = Literal["applied", "duplicate", "late"]
+"""What became of an event; ``late``: taken, but too old for at least one of its rings, which had moved on."""
+
+_Command: TypeAlias = tuple[Any, ...]
+
+_OUTCOMES: Final[tuple[EventOutcome, ...]] = ("duplicate", "applied", "late")
+_CHUNK = 500
+_FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
+
+
+@dataclass(frozen=True)
+class OnlineKeys:
+    """The names of all keys: ``{prefix}:{project}:{kind}:…``.
+
+    What users choose freely (entity keys, event ids) comes last, behind the hash tag, so that
+    braces in it mean nothing.
+
+    Attributes:
+        prefix: Shared by all projects of a server.
+        project: Keeps projects apart.
+    """
+
+    prefix: str
+    project: str
+
+    @property
+    def root(self) -> str:
+        """What every key begins with."""
+        return f"{self.prefix}:{self.project}"
+
+    def ring_prefix(self, view_ref: str, group: str) -> str:
+        """What the keys of one group of rings begin with; `{b<bucket>}:<entity>` follows."""
+        return f"{self.root}:r:{view_ref}:{group}:"
+
+    def ring(self, view_ref: str, group: str, entity_text: str, bucket: int) -> str:
+        """One entity's ring of one view and group."""
+        return f"{self.ring_prefix(view_ref, group)}{{b{bucket}}}:{entity_text}"
+
+    def seen(self, source: str, entity: str, event_id: str, bucket: int) -> str:
+        """Says that an event of a source has been applied for one of its entities."""
+        return f"{self.root}:d:{source}:{entity}:{{b{bucket}}}:{event_id}"
+
+    def events(self, source: str, bucket: int) -> str:
+        """The stream of one bucket's events."""
+        return f"{self.root}:events:{source}:{{b{bucket}}}"
+
+    def materialized(self, view_ref: str) -> str:
+        """The document that says how far a view's rings came from the event log."""
+        return f"{self.root}:materialized:{view_ref}"
+
+    def route(self, model: str) -> str:
+        """The routing document of a model."""
+        return f"{self.root}:route:{model}"
+
+    def predictions(self) -> str:
+        """The stream of predictions."""
+        return f"{self.root}:predictions"
+
+    def batch(self, model: str, entity_text: str) -> str:
+        """A batch prediction that is kept for look-up."""
+        return f"{self.root}:batch:{model}:{entity_text}"
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """How to reach the online store: picklable, and cheap.
+
+    Attributes:
+        url: ``redis://``, ``rediss://`` or ``unix://``.
+        project: Keeps projects apart.
+        prefix: What every key begins with.
+        cluster: Whether the address is a Redis Cluster's.
+        timeout_s: For connecting and for every answer.
+        max_connections: Of one process.
+    """
+
+    url: str = field(repr=False)  # may hold a password
+    project: str
+    prefix: str = "hs"
+    cluster: bool = False
+    timeout_s: float = 2.0
+    max_connections: int = 64
+
+    @classmethod
+    def of(cls, settings: Settings) -> OnlineConfig:
+        """From settings that name a server, as `Workspace.settings` do.
+
+        Raises:
+            OnlineStoreUnavailableError: If they don't.
+        """
+        online = settings.online
+        if online.url is None:
+            raise OnlineStoreUnavailableError("(nowhere)", "online.url isn't set and no embedded server runs")
+        return cls(
+            url=online.url,
+            project=settings.project,
+            prefix=online.key_prefix,
+            cluster=online.cluster,
+            timeout_s=online.timeout_s,
+            max_connections=online.max_connections,
+        )
+
+    @property
+    def keys(self) -> OnlineKeys:
+        """The names of all keys."""
+        return OnlineKeys(self.prefix, self.project)
+
+    @property
+    def shown_url(self) -> str:
+        """The address without user and password."""
+        parts = urlsplit(self.url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+    def connect(self) -> Any:  # noqa: ANN401 - redis.Redis or RedisCluster, which share no type
+        """A blocking client; nothing is sent before its first command, except to a cluster."""
+        # A connection that the server has closed is opened once more; a timeout isn't waited for twice.
+        retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+        kind = redis.RedisCluster if self.cluster else redis.Redis
+        return kind.from_url(self.url, retry=retry, **self._options())
+
+    def connect_async(self) -> Any:  # noqa: ANN401 - as above
+        """An asyncio client, for the loop that uses it first."""
+        retry = AsyncRetry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+        kind = redis.asyncio.RedisCluster if self.cluster else redis.asyncio.Redis
+        return kind.from_url(self.url, retry=retry, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "socket_timeout": self.timeout_s,
+            "socket_connect_timeout": self.timeout_s,
+            "max_connections": self.max_connections,
+        }
+
+    def failure(self, error: BaseException) -> OnlineStoreUnavailableError:
+        """A client's error, as Heliostat reports it."""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return OnlineStoreUnavailableError(self.shown_url, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class EventUpdate:
+    """All that one event does to one entity's part of the store.
+
+    Attributes:
+        seen_key: Set once the event is applied; another event with the same key is a duplicate.
+        stream_key: Where the event is appended; None: nowhere.
+        fields: Field, value, field, value, …: the stream's entry.
+        rings: Key, packed descriptor and slot (tile number, then the state's columns) of each ring.
+    """
+
+    seen_key: str
+    stream_key: str | None
+    fields: tuple[bytes, ...]
+    rings: tuple[tuple[str, bytes, bytes], ...]
+
+    def command(self, remember_ms: int) -> tuple[tuple[str, ...], tuple[bytes | int, ...]]:
+        """Keys and arguments of `APPLY_EVENT`."""
+        streams = () if self.stream_key is None else (self.stream_key,)
+        fields = () if self.stream_key is None else self.fields
+        keys = (self.seen_key, *streams, *(ring[0] for ring in self.rings))
+        return keys, (remember_ms, len(fields), *fields, *(part for ring in self.rings for part in ring[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class RingWrite:
+    """One ring as the event log has it.
+
+    Attributes:
+        key: Where it goes.
+        descriptor: Packed `RingDescriptor`.
+        first_live_tile: Tiles from here on stay as live events made them.
+        ring: All slots.
+    """
+
+    key: str
+    descriptor: bytes
+    first_live_tile: int
+    ring: bytes
+
+    def command(self) -> tuple[tuple[str, ...], tuple[bytes | int, ...]]:
+        """Keys and arguments of `WRITE_RING`."""
+        return (self.key,), (self.descriptor, self.first_live_tile, self.ring)
+
+
+@dataclass(frozen=True, slots=True)
+class RingCounts:
+    """What became of rings from history.
+
+    Attributes:
+        written: Changed something.
+        unchanged: Held just that already.
+        ahead: Left alone, since live events had moved their base beyond what history says for sure.
+    """
+
+    written: int = 0
+    unchanged: int = 0
+    ahead: int = 0
+
+    def __add__(self, other: RingCounts) -> RingCounts:
+        return RingCounts(self.written + other.written, self.unchanged + other.unchanged, self.ahead + other.ahead)
+
+    @classmethod
+    def of(cls, replies: Sequence[int]) -> RingCounts:
+        """From the replies of `WRITE_RING`."""
+        return cls(unchanged=replies.count(0), written=replies.count(1), ahead=replies.count(2))
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """What a server says of itself, summed over a cluster's primaries."""
+
+    version: str
+    used_memory_bytes: int
+    n_keys: int
+    nodes: int
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> StoreInfo:
+        """From INFO's reply: of one server, or by node."""
+        nodes = [info] if "used_memory" in info else list(info.values())
+        return cls(
+            version=str(nodes[0].get("valkey_version", nodes[0].get("redis_version", "unknown"))),
+            used_memory_bytes=sum(int(node["used_memory"]) for node in nodes),
+            n_keys=sum(
+                int(database["keys"])
+                for node in nodes
+                for name, database in node.items()
+                if name.startswith("db") and isinstance(database, Mapping)
+            ),
+            nodes=len(nodes),
+        )
+
+
+def _calls(
+    script: Script, commands: Iterable[tuple[Sequence[str], Sequence[bytes | int]]], *, whole: bool = False
+) -> list[_Command]:
+    how, program = ("EVAL", script.text) if whole else ("EVALSHA", script.sha)
+    return [(how, program, len(keys), *keys, *arguments) for keys, arguments in commands]
+
+
+def _unknown(replies: Sequence[Any]) -> list[int]:
+    """Positions of the calls whose script the server doesn't have: it was restarted, or is new."""
+    return [at for at, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
+
+
+def _checked(replies: Sequence[Any]) -> Sequence[Any]:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
+
+
+class OnlineStore:
+    """The online store, blocking. Safe to share between threads.
+
+    Args:
+        config: How to reach it.
+    """
+
+    def __init__(self, config: OnlineConfig) -> None:
+        self.config = config
+        self.keys = config.keys
+        with self._reported():
+            self.client = config.connect()
+
+    @classmethod
+    def open(cls, settings: Settings) -> Self:
+        """The store that the settings name.
+
+        Raises:
+            OnlineStoreUnavailableError: If they name none.
+        """
+        return cls(OnlineConfig.of(settings))
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except _FAILURES as error:
+            raise self.config.failure(error) from error
+
+    def read(self, keys: Sequence[str]) -> list[bytes | None]:
+        """The values of keys, None where there is none: one round trip.
+
+        On a cluster it is one for each node, and not atomic.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        if not keys:
+            return []
+        with self._reported():
+            values: list[bytes | None] = (
+                self.client.mget_nonatomic(keys) if self.config.cluster else self.client.mget(keys)
+            )
+            return values
+
+    def put_many(self, documents: Mapping[str, bytes], *, ttl_s: float | None = None) -> None:
+        """Set small documents by key.
+
+        Args:
+            documents: Values by key.
+            ttl_s: How long they live; None: until replaced.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        self._pipeline(_puts(documents, ttl_s))
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """The documents that exist, by key.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        return {key: value for key, value in zip(keys, self.read(keys), strict=True) if value is not None}
+
+    def apply_events(self, updates: Sequence[EventUpdate], *, remember_ms: int) -> list[EventOutcome]:
+        """Apply events, each atomically, in this order.
+
+        Safe to repeat after an error: what was applied is a duplicate then.
+
+        Args:
+            updates: One for each event and entity.
+            remember_ms: How long an event's id is remembered.
+
+        Returns:
+            What became of each.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        replies = self._run(APPLY_EVENT, (update.command(remember_ms) for update in updates))
+        return [_OUTCOMES[reply] for reply in replies]
+
+    def write_rings(self, writes: Iterable[RingWrite]) -> RingCounts:
+        """Bring rings from history beside those that live events made; twice is as good as once.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        return RingCounts.of(self._run(WRITE_RING, (write.command() for write in writes)))
+
+    def _run(self, script: Script, commands: Iterable[tuple[Sequence[str], Sequence[bytes | int]]]) -> list[int]:
+        remaining, replies = iter(commands), list[int]()
+        while chunk := list(islice(remaining, _CHUNK)):
+            found = list(self._pipeline(_calls(script, chunk), raising=False))
+            again = _unknown(found)
+            if again:
+                repeated = self._pipeline(_calls(script, [chunk[at] for at in again], whole=True), raising=False)
+                for at, reply in zip(again, repeated, strict=True):
+                    found[at] = reply
+            with self._reported():
+                replies.extend(_checked(found))
+        return replies
+
+    def _pipeline(self, commands: Sequence[_Command], *, raising: bool = True) -> Sequence[Any]:
+        with self._reported(), self.client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: Sequence[Any] = pipeline.execute(raise_on_error=raising)
+            return replies
+
+    def ping(self) -> None:
+        """Ask whether it answers.
+
+        Raises:
+            OnlineStoreUnavailableError: If it doesn't.
+        """
+        with self._reported():
+            self.client.ping()
+
+    def info(self) -> StoreInfo:
+        """What the server says of itself.
+
+        Raises:
+            OnlineStoreUnavailableError: If it doesn't answer.
+        """
+        with self._reported():
+            return StoreInfo.of(self.client.info(**_primaries(self.config)))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncOnlineStore:
+    """The online store for asyncio; to be used on one loop only.
+
+    Args:
+        config: How to reach it.
+    """
+
+    def __init__(self, config: OnlineConfig) -> None:
+        self.config = config
+        self.keys = config.keys
+        self.client = config.connect_async()
+
+    @classmethod
+    def open(cls, settings: Settings) -> Self:
+        """As `OnlineStore.open`."""
+        return cls(OnlineConfig.of(settings))
+
+    @asynccontextmanager
+    async def _reported(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except _FAILURES as error:
+            raise self.config.failure(error) from error
+
+    async def read(self, keys: Sequence[str]) -> list[bytes | None]:
+        """As `OnlineStore.read`."""
+        if not keys:
+            return []
+        async with self._reported():
+            values: list[bytes | None] = await (
+                self.client.mget_nonatomic(keys) if self.config.cluster else self.client.mget(keys)
+            )
+            return values
+
+    async def put_many(self, documents: Mapping[str, bytes], *, ttl_s: float | None = None) -> None:
+        """As `OnlineStore.put_many`."""
+        await self._pipeline(_puts(documents, ttl_s))
+
+    async def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """As `OnlineStore.get_many`."""
+        values = await self.read(keys)
+        return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+
+    async def apply_events(self, updates: Sequence[EventUpdate], *, remember_ms: int) -> list[EventOutcome]:
+        """As `OnlineStore.apply_events`."""
+        remaining, outcomes = iter(updates), list[EventOutcome]()
+        while chunk := [update.command(remember_ms) for update in islice(remaining, _CHUNK)]:
+            found = list(await self._pipeline(_calls(APPLY_EVENT, chunk), raising=False))
+            again = _unknown(found)
+            if again:
+                whole = _calls(APPLY_EVENT, [chunk[at] for at in again], whole=True)
+                for at, reply in zip(again, await self._pipeline(whole, raising=False), strict=True):
+                    found[at] = reply
+            async with self._reported():
+                outcomes.extend(_OUTCOMES[reply] for reply in _checked(found))
+        return outcomes
+
+    async def _pipeline(self, commands: Sequence[_Command], *, raising: bool = True) -> Sequence[Any]:
+        async with self._reported(), self.client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: Sequence[Any] = await pipeline.execute(raise_on_error=raising)
+            return replies
+
+    async def ping(self) -> None:
+        """As `OnlineStore.ping`."""
+        async with self._reported():
+            await self.client.ping()
+
+    async def info(self) -> StoreInfo:
+        """As `OnlineStore.info`."""
+        async with self._reported():
+            return StoreInfo.of(await self.client.info(**_primaries(self.config)))
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self.client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _puts(documents: Mapping[str, bytes], ttl_s: float | None) -> list[_Command]:
+    lifetime = () if ttl_s is None else ("PX", max(1, round(ttl_s * 1000)))
+    return [("SET", key, value, *lifetime) for key, value in documents.items()]
+
+
+def _primaries(config: OnlineConfig) -> dict[str, str]:
+    return {"target_nodes": "primaries"} if config.cluster else {}

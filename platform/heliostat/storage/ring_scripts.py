@@ -1,0 +1,209 @@
+"""The two programs that run inside the online server: one event in, one ring from history.
+
+Both know a ring only by its descriptor (`RingDescriptor.pack`), so that one program serves
+every view. A ring is a string of slots; a slot is a tile number (f8) and the state's columns
+(f8 each, little endian). Of the tile number:
+
+- ``-inf``: the slot is empty;
+- a whole number: live events went into it;
+- a whole number and a half: it came from the event log alone, which may fill it again.
+
+A ring of kind ``life`` keeps, in slot 0, the base: everything that the later slots no longer
+hold. Its tile number is the boundary: no event of a tile at or above it went into the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+_HEADER = struct.Struct("<IIdBB")
+
+OPERATOR_CODES: Final = {"add": "a", "min": "n", "max": "x", "first": "f", "last": "l"}
+
+
+@dataclass(frozen=True)
+class RingDescriptor:
+    """What the server must know of a ring's bytes.
+
+    Attributes:
+        n_slots: Slots of the ring, the base included.
+        life: Whether slot 0 is a base.
+        operators: One letter a state, by `OPERATOR_CODES`.
+        empty_slot: The bytes of an empty slot.
+        expire_ms: How long after the last write the ring may be dropped; 0: never.
+    """
+
+    n_slots: int
+    life: bool
+    operators: str
+    empty_slot: bytes
+    expire_ms: int
+
+    def pack(self) -> bytes:
+        """The descriptor as the scripts read it."""
+        header = _HEADER.pack(
+            self.n_slots, len(self.empty_slot), float(self.expire_ms), self.life, len(self.operators)
+        )
+        return header + self.operators.encode() + self.empty_slot
+
+
+@dataclass(frozen=True)
+class Script:
+    """A server-side program and the name that the server caches it by."""
+
+    text: str
+
+    @property
+    def sha(self) -> str:
+        """What EVALSHA calls it."""
+        return hashlib.sha1(self.text.encode()).hexdigest()  # noqa: S324 - the protocol's choice, not security
+
+
+_COMMON = """
+local unpack_f8, sub, byte, floor = struct.unpack, string.sub, string.byte, math.floor
+
+local function describe(text)
+  local n_slots, slot_bytes, expire_ms, life, n_operators, at = struct.unpack('<I4I4dBB', text)
+  return n_slots, slot_bytes, expire_ms, life == 1, sub(text, at, at + n_operators - 1), sub(text, at + n_operators)
+end
+"""
+
+# Atomic for one event of one entity. KEYS: seen, [stream], rings…; ARGV: life of the seen key in ms,
+# number of stream fields, the fields, then descriptor and slot for each ring.
+# The stream comes before the rings: should a ring fail, the event is history already, and
+# materializing repairs the ring.
+APPLY_EVENT: Final = Script(
+    _COMMON
+    + """
+local function merged(operators, held, new)
+  local out, at = {}, 9
+  for i = 1, #operators do
+    local op = byte(operators, i)
+    if op == 102 or op == 108 then
+      local held_time, held_tie = unpack_f8('<dd', held, at)
+      local new_time, new_tie = unpack_f8('<dd', new, at)
+      local wins
+      if op == 102 then
+        wins = new_time < held_time or (new_time == held_time and new_tie < held_tie)
+      else
+        wins = new_time > held_time or (new_time == held_time and new_tie > held_tie)
+      end
+      out[i] = sub(wins and new or held, at, at + 23)
+      at = at + 24
+    else
+      local held_value, new_value = unpack_f8('<d', held, at), unpack_f8('<d', new, at)
+      if op == 97 then
+        out[i] = struct.pack('<d', held_value + new_value)
+      elseif (op == 110 and new_value < held_value) or (op == 120 and new_value > held_value) then
+        out[i] = sub(new, at, at + 7)
+      else
+        out[i] = sub(held, at, at + 7)
+      end
+      at = at + 8
+    end
+  end
+  return table.concat(out)
+end
+
+local function into_base(key, operators, slot_bytes, slot, tile)
+  local base = redis.call('GETRANGE', key, 0, slot_bytes - 1)
+  local boundary = math.max(unpack_f8('<d', base), tile + 1)
+  redis.call('SETRANGE', key, 0, struct.pack('<d', boundary) .. merged(operators, base, slot))
+end
+
+local function update(key, descriptor, slot)
+  local n_slots, slot_bytes, expire_ms, life, operators, empty = describe(descriptor)
+  local tile = unpack_f8('<d', slot)
+  local index = life and 1 + tile % (n_slots - 1) or tile % n_slots
+  local offset = index * slot_bytes
+  local held = redis.call('GETRANGE', key, offset, offset + slot_bytes - 1)
+  if #held < slot_bytes then
+    held = empty
+    redis.call('SET', key, string.rep(empty, n_slots))
+  end
+  local late = 0
+  local held_tile = floor(unpack_f8('<d', held))
+  local boundary = life and unpack_f8('<d', redis.call('GETRANGE', key, 0, 7))
+  if held_tile == tile then
+    redis.call('SETRANGE', key, offset, sub(slot, 1, 8) .. merged(operators, held, slot))
+  elseif life and (tile < boundary or held_tile > tile) then
+    into_base(key, operators, slot_bytes, slot, tile)
+  elseif held_tile > tile then
+    late = 1
+  else
+    if life and held_tile > -math.huge then
+      into_base(key, operators, slot_bytes, held, held_tile)
+    end
+    redis.call('SETRANGE', key, offset, slot)
+  end
+  if expire_ms > 0 then
+    redis.call('PEXPIRE', key, string.format('%.0f', expire_ms))
+  end
+  return late
+end
+
+if not redis.call('SET', KEYS[1], '', 'NX', 'PX', ARGV[1]) then
+  return 0
+end
+local n_fields = tonumber(ARGV[2])
+local first_ring = 2
+if n_fields > 0 then
+  local added = redis.pcall('XADD', KEYS[2], '*', unpack(ARGV, 3, 2 + n_fields))
+  if type(added) == 'table' and added.err then
+    redis.call('DEL', KEYS[1])
+    return added
+  end
+  first_ring = 3
+end
+local argument, late = 3 + n_fields, 0
+for i = first_ring, #KEYS do
+  late = late + update(KEYS[i], ARGV[argument], ARGV[argument + 1])
+  argument = argument + 2
+end
+return late > 0 and 2 or 1
+"""
+)
+
+# One ring from history. KEYS: ring; ARGV: descriptor, the first tile that may still be live, the ring.
+# Tiles below that one come from history; the others stay as live events made them, and are filled
+# where none did. A life ring whose base has taken in such a tile stays as it is: it is ahead.
+WRITE_RING: Final = Script(
+    _COMMON
+    + """
+local n_slots, slot_bytes, expire_ms, life = describe(ARGV[1])
+local first_live, fresh = tonumber(ARGV[2]), ARGV[3]
+local held = redis.call('GET', KEYS[1])
+
+local function put(ring)
+  if expire_ms > 0 then
+    redis.call('SET', KEYS[1], ring, 'PX', string.format('%.0f', expire_ms))
+  else
+    redis.call('SET', KEYS[1], ring)
+  end
+  return ring == held and 0 or 1
+end
+
+if not held or #held ~= #fresh or held == fresh then
+  return put(fresh)
+end
+local slots, first = {}, 0
+if life then
+  if unpack_f8('<d', held) > first_live then
+    return 2
+  end
+  slots[1], first = sub(fresh, 1, slot_bytes), 1
+end
+for i = first, n_slots - 1 do
+  local at = i * slot_bytes + 1
+  local held_tile, fresh_tile = unpack_f8('<d', held, at), unpack_f8('<d', fresh, at)
+  local newer = floor(held_tile) > floor(fresh_tile)
+  local live = held_tile == floor(held_tile) and held_tile == floor(fresh_tile)
+  local keep = held_tile >= first_live and (newer or live)
+  slots[i + 1] = sub(keep and held or fresh, at, at + slot_bytes - 1)
+end
+return put(table.concat(slots))
+"""
+)
