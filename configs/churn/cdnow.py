@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +53,7 @@ def write_parquet(target: Path) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, target)
     return table.num_rows
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{write_parquet(Path(sys.argv[1]))} purchases\n")

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
+import httpx
+import orjson
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from heliostat.errors import HeliostatError
+from heliostat import cluster
+from heliostat.clock import format_instant
+from heliostat.errors import HeliostatError, ServingUnavailableError
+from heliostat.features.retrieval import FeatureReader
+from heliostat.features.tiles import RingLimits
+from heliostat.ingestion.intake import ingest_files
+from heliostat.models.registry import PRODUCTION
 from heliostat.settings import Settings, load_settings
+from heliostat.storage.embedded import EmbeddedServer
 from heliostat.telemetry import configure_logging
+from heliostat.workspace import Workspace
 
 ConfigOption = Annotated[
     list[Path] | None,
     typer.Option("--config", help="Settings file over configs/base.yaml; may be repeated.", show_default=False),
 ]
 HomeOption = Annotated[Path | None, typer.Option("--home", help="Folder of everything local.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why, in a sentence; it is kept.")]
 
 INTERRUPTED = 130
+ALARM = 10
+_HTTP_TIMEOUT_S = 30.0
+
+console = Console()
 
 
-def shell_settings(config: list[Path] | None = None, home: Path | None = None) -> Settings:
+def shell_settings(config: Sequence[Path] | None = None, home: Path | None = None) -> Settings:
     """The settings of a shell, with logging set up; relative paths start where the command was run.
 
     Raises:
         HeliostatError: If a file, key, variable or value can't be used.
     """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     settings = load_settings(config or (), environ=os.environ, home=home)
     configure_logging(settings.telemetry)
     return settings
@@ -50,25 +67,29 @@ def run_job(main: Callable[..., int | None]) -> NoReturn:
     sys.exit(_run(app))
 
 
+def main() -> NoReturn:
+    """The `heliostat` command."""
+    sys.exit(_run(app))
+
+
 def _run(app: typer.Typer) -> int:
     try:
         code = app(standalone_mode=False)
-    except HeliostatError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the command line speaks
-        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last line of a shell
-        return _foreign(error)
+        return _exit_code(error)
     return code if isinstance(code, int) else 0
 
 
-def _foreign(error: Exception) -> int:
-    """Errors that aren't ours: Ray wraps ours, click's are wrong usage, the rest is a fault."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, HeliostatError):
-        print(f"error: {cause}", file=sys.stderr)  # noqa: T201 - the command line speaks
-        return cause.exit_code
+def _exit_code(error: BaseException) -> int:
+    """Say what went wrong: an error of ours, also one that Ray wrapped; wrong usage; or a fault."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HeliostatError):
+            print(f"error: {seen}", file=sys.stderr)  # noqa: T201 - the command line speaks
+            return seen.exit_code
+        seen = getattr(seen, "cause", None) or seen.__cause__
     show = getattr(error, "show", None)
     if callable(show):
         show(file=sys.stderr)
@@ -77,3 +98,302 @@ def _foreign(error: Exception) -> int:
         return int(getattr(error, "exit_code", INTERRUPTED))
     logging.getLogger("heliostat").error("unexpected error", exc_info=error)
     return 1
+
+
+app = typer.Typer(
+    name="heliostat",
+    help="One declaration of a feature, a label and a model: from the training set to the retraining decision.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+features_app = typer.Typer(help="Registered features, and their values now.", no_args_is_help=True)
+models_app = typer.Typer(help="Model versions and what serves.", no_args_is_help=True)
+app.add_typer(features_app, name="features")
+app.add_typer(models_app, name="models")
+
+
+def _print_json(document: object) -> None:
+    sys.stdout.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
+
+
+# ── Running it ──────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def up(
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    serve: Annotated[bool, typer.Option(help="Also deploy the inference graph.")] = True,
+) -> None:
+    """Start the embedded store, a Ray head with its job API, and the inference graph; they stay until `down`."""
+    settings = shell_settings(config, home)
+    settings.home.mkdir(parents=True, exist_ok=True)
+    if settings.online.url is None:
+        EmbeddedServer.ensure(settings.home, keep=True).close()
+        console.print("online store   embedded, running")
+    address = os.environ.get("RAY_ADDRESS") or cluster.start_head(settings)
+    console.print(f"ray            {address}")
+    jobs = cluster.jobs_address(settings.home)
+    if jobs:
+        console.print(f"job API        {jobs}")
+    if serve:
+        with Workspace.open(settings) as workspace, cluster.connect(workspace.settings):
+            url = importlib.import_module("deployments.graph").deploy(workspace.settings)
+        console.print(f"predictions    {url}  (documentation: {url}/docs)")
+
+
+@app.command()
+def down(config: ConfigOption = None, home: HomeOption = None) -> None:
+    """Stop what `up` started for this home, and nothing else; data stay."""
+    settings = shell_settings(config, home)
+    ray_stopped = cluster.stop_head(settings.home)
+    store_stopped = EmbeddedServer.stop(settings.home)
+    console.print(f"ray            {'stopped' if ray_stopped else 'was not running'}")
+    console.print(f"online store   {'stopped' if store_stopped else 'was not running'}")
+
+
+@app.command()
+def status(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """What runs, and what is registered."""
+    settings = shell_settings(config, home)
+    with Workspace.open(settings) as workspace:
+        document = {
+            "project": settings.project,
+            "home": str(settings.home),
+            "now": format_instant(workspace.clock.now_us()),
+            "online_store": settings.online.url or EmbeddedServer.running(settings.home),
+            "ray": os.environ.get("RAY_ADDRESS") or cluster.head_address(settings.home),
+            "job_api": cluster.jobs_address(settings.home),
+            "serving": _ready(settings),
+            "views": sorted({info.view for info in workspace.features.features()}),
+            "models": {
+                name: {version.version: list(version.aliases) for version in workspace.models.list(name)}
+                for name in workspace.models.models()
+            },
+        }
+    if as_json:
+        _print_json(document)
+    else:
+        for name, value in document.items():
+            console.print(f"{name:14} {value if value not in (None, [], {}) else '-'}", highlight=False)
+
+
+def _serving_url(settings: Settings) -> str:
+    host = "127.0.0.1" if settings.serving.host == "0.0.0.0" else settings.serving.host  # noqa: S104 - compared
+    return f"http://{host}:{settings.serving.port}"
+
+
+def _ready(settings: Settings) -> str | None:
+    try:
+        answer = httpx.get(f"{_serving_url(settings)}/readyz", timeout=2.0)
+    except httpx.HTTPError:
+        return None
+    return f"{_serving_url(settings)} ({'ready' if answer.is_success else 'not ready'})"
+
+
+# ── Declarations, features, events ──────────────────────────────────────────────────
+
+
+@app.command()
+def apply(
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Register what the definitions module declares, in one transaction."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        registry = workspace.features
+        plan = registry.plan(workspace.definitions) if dry_run else registry.apply(workspace.definitions)
+    if as_json:
+        _print_json(plan.to_document())
+        return
+    for sign, what, changes in (
+        ("+", "green", plan.added),
+        ("~", "yellow", plan.changed),
+        ("-", "red", plan.removed),
+    ):
+        for change in changes:
+            console.print(f"[{what}]{sign}[/] {change.kind} {change.name}@{change.version}", highlight=False)
+            for difference in change.differences:
+                console.print(f"    {difference}", highlight=False)
+    console.print(f"{len(plan.unchanged)} unchanged" + (" (dry run)" if dry_run else ""))
+
+
+@app.command()
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(help="Parquet or CSV files, or folders of them.")],
+    source: Annotated[str, typer.Option("--source", help="The event source that they are of.")],
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take files of events into the event log; repeating it changes nothing."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        report = ingest_files(paths, workspace.definitions.source(source), workspace=workspace)
+    if as_json:
+        _print_json(report.to_document())
+    else:
+        console.print(str(report), highlight=False)
+
+
+@features_app.command("list")
+def features_list(
+    search: Annotated[str, typer.Argument(help="Words that must all appear.")] = "",
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Registered features."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        found = workspace.features.features(search)
+    if as_json:
+        _print_json([info.to_document() for info in found])
+    else:
+        rows = [
+            (f"{each.view}@{each.version}", each.name.partition("__")[2], each.function, each.owner) for each in found
+        ]
+        _print_table(f"{len(found)} features", ("view", "feature", "what", "owner"), rows)
+
+
+@features_app.command("get")
+def features_get(
+    view: Annotated[str, typer.Argument(help="A feature view.")],
+    entity: Annotated[str, typer.Argument(help="An entity's key; several columns are joined by |.")],
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """An entity's feature values now, from the online store."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        declared = workspace.definitions.view(view)
+        text = declared.entity.text(entity)
+        limits = RingLimits.of(workspace.settings.ingestion)
+        n_buckets = workspace.settings.storage.buckets
+        online = workspace.online
+        reader = FeatureReader(list(declared), keys=online.keys, n_buckets=n_buckets, limits=limits)
+        now_us = workspace.clock.now_us()
+        batch, _ = reader.read(online, [text], as_of_us=now_us)
+    values = dict(zip(declared.feature_names, batch.matrix[0].tolist(), strict=True))
+    document = {
+        "view": declared.ref,
+        "entity": text,
+        "as_of": format_instant(now_us),
+        "absent": bool(batch.absent[0, 0]),
+        "features": {name: None if value != value else value for name, value in values.items()},
+    }
+    if as_json:
+        _print_json(document)
+    else:
+        title = f"{declared.ref} of {text}" + (": absent, reads as no events" if document["absent"] else "")
+        _print_table(title, ("feature", "value"), list(values.items()))
+
+
+# ── Models ──────────────────────────────────────────────────────────────────────────
+
+
+@models_app.command("list")
+def models_list(
+    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Versions, oldest first."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        versions = workspace.models.list(model)
+    if as_json:
+        _print_json([version.to_document() for version in versions])
+    else:
+        rows = [
+            (each.model, each.version, each.status, ", ".join(each.aliases) or "-", format_instant(each.created_us))
+            for each in versions
+        ]
+        _print_table(f"{len(rows)} versions", ("model", "version", "status", "aliases", "created"), rows)
+
+
+@models_app.command("show")
+def models_show(
+    model: str,
+    version: Annotated[str, typer.Argument(help="A number, an alias, or latest.")] = "latest",
+    config: ConfigOption = None,
+    home: HomeOption = None,
+) -> None:
+    """All that is known about a version, as JSON: metrics, lineage, parameters, signature, gate."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        found = workspace.models.get(model, _selector(version))
+        gate = workspace.models.gate_report(model, found.version)
+    _print_json({**found.to_document(), "gate": gate})
+
+
+@models_app.command("promote")
+def models_promote(
+    model: str,
+    version: int,
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    reason: ReasonOption = "",
+    force: Annotated[bool, typer.Option("--force", help="Without a passed gate; needs --reason.")] = False,
+) -> None:
+    """Let a version serve everybody; requests see it at once."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        alias = workspace.models.promote(model, version, reason=reason, force=force)
+        workspace.rollout.serve(model, alias.version, reason=reason or "promoted")
+    console.print(f"{model}: {PRODUCTION} is version {alias.version}", highlight=False)
+
+
+@models_app.command("rollback")
+def models_rollback(
+    model: str, config: ConfigOption = None, home: HomeOption = None, reason: ReasonOption = "rolled back by hand"
+) -> None:
+    """Back to the version that served before; a running split ends."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        alias = workspace.models.rollback(model, reason=reason)
+        workspace.rollout.serve(model, alias.version, reason=reason, end_split=True)
+    console.print(f"{model}: {PRODUCTION} is version {alias.version}", highlight=False)
+
+
+def _selector(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+@app.command()
+def predict(
+    entities: Annotated[list[str], typer.Argument(help="Entity keys.")],
+    model: Annotated[str | None, typer.Option("--model", help="Needed if several are declared.")] = None,
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the running inference graph."""
+    settings = shell_settings(config, home)
+    request: dict[str, Any] = {"entity_ids": entities} | ({} if model is None else {"model": model})
+    try:
+        answer = httpx.post(f"{_serving_url(settings)}/predict", json=request, timeout=_HTTP_TIMEOUT_S)
+        document = answer.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise ServingUnavailableError(_serving_url(settings), str(error) or type(error).__name__) from None
+    if answer.is_error:
+        raise ServingUnavailableError(_serving_url(settings), f"{answer.status_code}: {document.get('message')}")
+    if as_json:
+        _print_json(document)
+        return
+    rows = [
+        (each["entity_id"], f"{score:.4f}", each["variant"], each["model_version"], len(each["missing_features"]))
+        for each, score in zip(document["entities"], document["predictions"], strict=True)
+    ]
+    _print_table(f"{document['latency_ms']:.1f} ms", ("entity", "prediction", "variant", "version", "missing"), rows)
+
+
+if __name__ == "__main__":
+    main()

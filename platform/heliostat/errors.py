@@ -15,7 +15,7 @@
     │   └── BodyTooLargeError  MalformedBodyError  InvalidFieldError  UnknownOverrideError
     ├── ServingError               the service can't answer now
     │   ├── OverloadedError  ShuttingDownError  DeadlineError
-    │   └── UnservableModelError  PredictionLogError  BatchResultError
+    │   └── UnservableModelError  StaleVersionError  PredictionLogError  BatchResultError
     ├── NotFoundError              the thing asked for doesn't exist
     │   └── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
     ├── ConflictError              somebody else was first, or a rule forbids it
@@ -444,6 +444,20 @@ class UnservableModelError(ServingError):
         return (
             f"version {self.version} of model {self.model!r} can't be served ({self.reason}) and no other is known; "
             f"see `heliostat models show {self.model}`, then roll back or train again"
+        )
+
+
+class StaleVersionError(ServingError):
+    """A version was trained on features that are declared otherwise now."""
+
+    def __init__(self, model: str, version: int, views: tuple[str, ...]) -> None:
+        super().__init__(model, version, views)
+        self.model, self.version, self.views = model, version, views
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version} of model {self.model!r} was trained on other definitions of: "
+            f"{_listed(self.views)}; train a new version, or restore the definitions that it was trained on"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Self
 
 from heliostat.clock import Clock
 from heliostat.errors import DefinitionError, HeliostatError, MissingFileError
+from heliostat.experiments.rollout import Rollout
 from heliostat.features.registry import FeatureRegistry
 from heliostat.models.definitions import Definitions
 from heliostat.models.registry import ModelRegistry
@@ -25,7 +26,7 @@ from heliostat.storage.catalog import Catalog
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
-from heliostat.storage.online_store import OnlineStore
+from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.streams import Streams
 
 
@@ -78,14 +79,6 @@ class Workspace:
         online = self._given.online.model_copy(update={"url": self._server.url})
         return self._given.model_copy(update={"online": online})
 
-    @property
-    def online_url(self) -> str:
-        """Where the online store listens; the embedded server is started if it is the one."""
-        url = self.settings.online.url
-        if url is None:
-            raise AssertionError("settings always have an address once opened")
-        return url
-
     @cached_property
     def definitions(self) -> Definitions:
         """What the definitions module declares."""
@@ -112,9 +105,14 @@ class Workspace:
         return ArtifactStore(f"{self._given.data_root.rstrip('/')}/artifacts", self._given.storage.options)
 
     @cached_property
+    def online_config(self) -> OnlineConfig:
+        """How to reach the online store; the embedded server is started if it is the one."""
+        return OnlineConfig.of(self.settings.online, project=self._given.project)
+
+    @cached_property
     def online(self) -> OnlineStore:
         """The rings, routing documents and caches."""
-        return OnlineStore.open(self.settings)
+        return OnlineStore(self.online_config)
 
     @cached_property
     def streams(self) -> Streams:
@@ -130,6 +128,14 @@ class Workspace:
     def models(self) -> ModelRegistry:
         """Registered model versions and their aliases."""
         return ModelRegistry(self.catalog, self.artifacts, self.clock)
+
+    @cached_property
+    def rollout(self) -> Rollout:
+        """Which version serves whom; changes are published to where requests read them."""
+        return Rollout(self.catalog, self.clock, self._publish_route)
+
+    def _publish_route(self, model: str, document: bytes) -> None:
+        self.online.put_many({self.online.keys.route(model): document})
 
 
 def load_definitions(module: str) -> Definitions:
