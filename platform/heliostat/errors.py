@@ -11,6 +11,7 @@
     │   ├── ExperimentDataError  MonitoringDataError  SignatureMismatchError
     │   ├── TrainingDataError  UndefinedMetricError
     │   └── InvalidPackageError  InvalidRouteError
+    ├── TrainingFailedError        a search or a fit broke down on the cluster
     ├── RequestError               a request that can't be read
     │   └── BodyTooLargeError  MalformedBodyError  InvalidFieldError  UnknownOverrideError
     ├── ServingError               the service can't answer now
@@ -291,6 +292,17 @@ class TrainingDataError(DataError):
 
     def __str__(self) -> str:
         return f"training of {self.model!r}: {self.problem}; {self.fix}"
+
+
+class TrainingFailedError(HeliostatError):
+    """A search or a fit broke down on the cluster."""
+
+    def __init__(self, model: str, what: str, reason: str) -> None:
+        super().__init__(model, what, reason)
+        self.model, self.what, self.reason = model, what, reason
+
+    def __str__(self) -> str:
+        return f"training of {self.model!r}: {self.what} ({self.reason}); see Ray's logs of the workers"
 
 
 class UndefinedMetricError(DataError):

@@ -1,0 +1,483 @@
+"""The event log: one Delta table for each source and entity, bucketed by the entity's hash.
+
+``{root}/events/{source}/{entity}`` is partitioned by bucket alone; a file's rows are in order
+of event time, so that its statistics and those of its row groups prune reads by time. Beside
+the source's columns it holds when each event was ingested and the hash of its id.
+
+The same event id twice (of one source, in one bucket of one entity) is one event; the first
+ingested stays. That is checked for every append, exactly, and again if somebody else has
+appended between the check and the commit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+from numpy.typing import NDArray
+
+from heliostat.errors import BucketCountError, KeyColumnError, UnknownColumnError
+from heliostat.schema import BUCKET, ID_HASH, INGESTED, TIE, TIMESTAMP, cast_column, conform, hash64, tie48
+from heliostat.storage.delta import Progress, StreamId, Table, absolute_root, joined
+from heliostat.storage.event_append import EntityAppend, Spool, repetitive_columns
+
+IntArray = NDArray[np.int64]
+
+_CONFIGURED_BUCKETS = "heliostat.buckets"
+_CACHED_HASHES = 16_000_000
+_SMALL_FILE_ROWS = 100_000
+
+
+class EntityLike(Protocol):
+    """What the log needs to know of an entity."""
+
+    name: str
+
+    @property
+    def key_columns(self) -> tuple[str, ...]:
+        """The columns of its key."""
+        ...
+
+    def encode(self, table: pa.Table, *, what: str = ...) -> pa.Array:
+        """Canonical keys of a table's rows."""
+        ...
+
+    def buckets(self, encoded: pa.Array, n_buckets: int) -> NDArray[np.int32]:
+        """The bucket of each key."""
+        ...
+
+
+class SourceLike(Protocol):
+    """What the log needs to know of an event source."""
+
+    name: str
+    schema: pa.Schema
+    event_time: str
+    event_id: str
+
+    @property
+    def entities(self) -> Sequence[EntityLike]:
+        """The entities that the events are about."""
+        ...
+
+
+@dataclass(frozen=True)
+class AppendResult:
+    """What an append did.
+
+    Attributes:
+        accepted: Events that are new in at least one of the source's tables.
+        duplicates: Events that were there already, or more than once in the append.
+        versions: The version that holds them, by entity.
+    """
+
+    accepted: int
+    duplicates: int
+    versions: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class LogStatistics:
+    """What the log holds of one source and entity.
+
+    Attributes:
+        version: -1 when there is no table yet.
+        rows: Number of events.
+        files: Number of files.
+        size_bytes: On disk.
+        min_time_us: First event time, rounded down to a millisecond; None without events.
+        max_time_us: Last event time, rounded up to a millisecond.
+        rows_by_bucket: Number of events by bucket; buckets without any are left out.
+    """
+
+    version: int
+    rows: int
+    files: int
+    size_bytes: int
+    min_time_us: int | None
+    max_time_us: int | None
+    rows_by_bucket: Mapping[int, int]
+
+
+class EventLog:
+    """All events. Cheap and picklable; nothing is opened before its first use.
+
+    Args:
+        root: Folder, or a URL such as ``s3://…``.
+        storage_options: Options of the object store.
+        n_buckets: Fixed when a table is created; see `BucketCountError`.
+    """
+
+    def __init__(self, root: str, storage_options: Mapping[str, str] | None = None, n_buckets: int = 16) -> None:
+        self.root = absolute_root(root)
+        self.storage_options = dict(storage_options or {})
+        self.n_buckets = n_buckets
+        self._hashes = HashCache(_CACHED_HASHES)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EventLog, (self.root, self.storage_options, self.n_buckets)
+
+    def __repr__(self) -> str:
+        return f"EventLog({self.root!r}, n_buckets={self.n_buckets})"
+
+    @property
+    def buckets(self) -> range:
+        """All buckets."""
+        return range(self.n_buckets)
+
+    # ── Appending ────────────────────────────────────────────────────────────────
+
+    def append(
+        self,
+        source: SourceLike,
+        events: pa.Table,
+        *,
+        ingested_us: int,
+        entity: EntityLike | None = None,
+        progress: Progress | None = None,
+    ) -> AppendResult:
+        """Append events: one commit for each entity's table.
+
+        Args:
+            source: Where they come from.
+            events: The source's columns, ``n`` rows; a column ``_ingested_us`` overrides ``ingested_us``.
+            ingested_us: When they were ingested, microseconds.
+            entity: Append to this entity's table only; None: to each.
+            progress: Streams that this applies; needs ``entity``, since each table has its own.
+
+        Raises:
+            SchemaMismatchError: If the events don't fit the source's schema.
+            KeyColumnError: If a key, id or event time is null.
+            StaleProgressError: If somebody else has applied entries of the streams meanwhile.
+            BucketCountError: If the log was created with another number of buckets.
+        """
+        with self.bulk(source, ingested_us=ingested_us, entity=entity) as bulk:
+            bulk.add(events)
+            return bulk.commit(progress)
+
+    def bulk(self, source: SourceLike, *, ingested_us: int, entity: EntityLike | None = None) -> BulkAppend:
+        """Append many batches of events in one commit for each entity's table: all of them or none.
+
+        Args:
+            source: Where they come from.
+            ingested_us: When they were ingested, microseconds.
+            entity: Append to this entity's table only; None: to each.
+        """
+        return BulkAppend(self, source, ingested_us, tuple(source.entities) if entity is None else (entity,))
+
+    def compact(self, source: SourceLike, entity: EntityLike, *, min_files: int = 32) -> int:
+        """Merge the small files that many little appends leave.
+
+        Args:
+            source: Where the events come from.
+            entity: By whose key they are bucketed.
+            min_files: Buckets with fewer small files are left alone.
+
+        Returns:
+            How many files were merged.
+        """
+        return self.table(source, entity).compact(
+            min_files=min_files,
+            max_rows=_SMALL_FILE_ROWS,
+            sort_by=source.event_time,
+            ranges=[source.event_time, INGESTED],
+            repetitive=repetitive_columns(source.schema, source.event_id),
+        )
+
+    def table(self, source: SourceLike, entity: EntityLike) -> Table:
+        """The Delta table of a source and entity."""
+        return Table(joined(self.root, "events", source.name, entity.name), self.storage_options, BUCKET)
+
+    def ensure_table(self, source: SourceLike, entity: EntityLike) -> DeltaTable:
+        """Open a table for writing; create it when absent.
+
+        Raises:
+            BucketCountError: If it was created with another number of buckets.
+        """
+        created = self.table(source, entity).ensure(stored_schema(source), {_CONFIGURED_BUCKETS: str(self.n_buckets)})
+        return self._checked(created)
+
+    def _checked(self, table: DeltaTable) -> DeltaTable:
+        created_with = int(table.metadata().configuration.get(_CONFIGURED_BUCKETS, 0))
+        if created_with != self.n_buckets:
+            raise BucketCountError(table.table_uri, created_with, self.n_buckets)
+        return table
+
+    def hashes(self) -> HashCache:
+        """Ids' hashes of files that were looked at lately."""
+        return self._hashes
+
+    # ── Reading ──────────────────────────────────────────────────────────────────
+
+    def read_bucket(
+        self,
+        source: SourceLike,
+        entity: EntityLike,
+        bucket: int,
+        *,
+        columns: Sequence[str] | None = None,
+        min_time_us: int | None = None,
+        max_time_us: int | None = None,
+        known_at_us: int | None = None,
+        version: int | None = None,
+    ) -> pa.Table:
+        """Read one bucket's events, in no order; a log that doesn't exist yet reads as empty.
+
+        Args:
+            source: Where they come from.
+            entity: By whose key they are bucketed.
+            bucket: Which bucket.
+            columns: Of the source's, ``_ingested_us``, ``_id_hash`` and ``_tie``; None: the source's and
+                all of these.
+            min_time_us: Only events at or after this instant.
+            max_time_us: Only events before this instant.
+            known_at_us: Only events ingested at or before this instant.
+            version: As the log was at this version.
+
+        Raises:
+            UnknownColumnError: If a column doesn't exist.
+            BucketCountError: If the log was created with another number of buckets.
+        """
+        return self._read(source, entity, bucket, columns, min_time_us, max_time_us, known_at_us, version)
+
+    def read(
+        self,
+        source: SourceLike,
+        entity: EntityLike,
+        *,
+        columns: Sequence[str] | None = None,
+        min_time_us: int | None = None,
+        max_time_us: int | None = None,
+        known_at_us: int | None = None,
+        version: int | None = None,
+    ) -> pa.Table:
+        """Read the events of all buckets, as `read_bucket` does one's."""
+        return self._read(source, entity, None, columns, min_time_us, max_time_us, known_at_us, version)
+
+    def _read(
+        self,
+        source: SourceLike,
+        entity: EntityLike,
+        bucket: int | None,
+        columns: Sequence[str] | None,
+        min_time_us: int | None,
+        max_time_us: int | None,
+        known_at_us: int | None,
+        version: int | None,
+    ) -> pa.Table:
+        known = (*source.schema.names, INGESTED, ID_HASH, TIE)
+        wanted = known if columns is None else tuple(columns)
+        for name in wanted:
+            if name not in known:
+                raise UnknownColumnError(name, f"a read of source {source.name!r}", known)
+        # The tie is part of the hash; it isn't stored twice.
+        stored = tuple(dict.fromkeys(ID_HASH if name == TIE else name for name in wanted))
+        place = self.table(source, entity)
+        table = place.open(version)
+        if table is None:
+            found = pa.schema([stored_schema(source).field(name) for name in stored]).empty_table()
+        else:
+            files = place.files(self._checked(table))
+            kept = _pruned(files, bucket, source.event_time, min_time_us, max_time_us)
+            where = _condition(source.event_time, min_time_us, max_time_us, known_at_us)
+            found = place.read(table, kept, columns=stored, where=where)
+        return pa.table(
+            [_tie(found.column(ID_HASH)) if name == TIE else found.column(name) for name in wanted],
+            names=list(wanted),
+        )
+
+    def version(self, source: SourceLike, entity: EntityLike) -> int:
+        """The current version of a table; -1 when there is none yet."""
+        table = self.table(source, entity).open()
+        return -1 if table is None else table.version()
+
+    def progress(self, source: SourceLike, entity: EntityLike, streams: Sequence[str]) -> dict[str, StreamId | None]:
+        """The last entry of each stream that is in a table; None where nothing is."""
+        place = self.table(source, entity)
+        return place.progress(place.open(), streams)
+
+    def statistics(self, source: SourceLike, entity: EntityLike) -> LogStatistics:
+        """What the log holds of a source and entity, without reading a row."""
+        place = self.table(source, entity)
+        table = place.open()
+        if table is None:
+            return LogStatistics(-1, 0, 0, 0, None, None, {})
+        files = place.files(table)
+        if files.num_rows == 0:
+            return LogStatistics(table.version(), 0, 0, 0, None, None, {})
+        by_bucket = files.group_by(f"partition.{BUCKET}").aggregate([("num_records", "sum")])
+        first = pc.min(files.column(f"min.{source.event_time}")).cast(TIMESTAMP).cast(pa.int64()).as_py()
+        last = pc.max(files.column(f"max.{source.event_time}")).cast(TIMESTAMP).cast(pa.int64()).as_py()
+        return LogStatistics(
+            version=table.version(),
+            rows=pc.sum(files.column("num_records")).as_py(),
+            files=files.num_rows,
+            size_bytes=pc.sum(files.column("size_bytes")).as_py(),
+            min_time_us=first,
+            max_time_us=last,
+            rows_by_bucket=dict(
+                sorted(
+                    zip(
+                        by_bucket.column(f"partition.{BUCKET}").to_pylist(),
+                        by_bucket.column("num_records_sum").to_pylist(),
+                        strict=True,
+                    )
+                )
+            ),
+        )
+
+
+class BulkAppend:
+    """Many batches, one commit for each entity's table. Use it as a context manager."""
+
+    def __init__(self, log: EventLog, source: SourceLike, ingested_us: int, entities: Sequence[EntityLike]) -> None:
+        self._log, self._source, self._ingested_us = log, source, ingested_us
+        self._spools = {entity.name: Spool() for entity in entities}
+        self._entities = entities
+        self.rows = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for spool in self._spools.values():
+            spool.close()
+
+    def add(self, events: pa.Table) -> None:
+        """Take a batch; it is held in memory up to a limit, then on disk, until `commit`.
+
+        Args:
+            events: The source's columns; a column ``_ingested_us`` overrides the append's.
+
+        Raises:
+            SchemaMismatchError: If they don't fit the source's schema.
+            KeyColumnError: If a key, id or event time is null.
+        """
+        what = f"events of {self._source.name!r}"
+        rows = conform(events, self._source.schema, what=what)
+        for column in (self._source.event_time, self._source.event_id):
+            nulls = rows.column(column).null_count
+            if nulls:
+                raise KeyColumnError(column, what, f"is null in {nulls} rows", tuple(rows.column_names))
+        if INGESTED in events.column_names:
+            ingested = cast_column(events.column(INGESTED), pa.int64())
+        else:
+            ingested = pa.array(np.full(rows.num_rows, self._ingested_us))
+        hashes = pa.array(hash64(rows.column(self._source.event_id)).view(np.int64))
+        rows = rows.append_column(INGESTED, ingested).append_column(ID_HASH, hashes)
+        for entity in self._entities:
+            self._spools[entity.name].add(rows, entity.buckets(entity.encode(rows, what=what), self._log.n_buckets))
+        self.rows += rows.num_rows
+
+    def commit(self, progress: Progress | None = None) -> AppendResult:
+        """Make all of it part of the log.
+
+        Args:
+            progress: Streams that this applies.
+
+        Raises:
+            StaleProgressError: If somebody else has applied entries of the streams meanwhile.
+            BucketCountError: If the log was created with another number of buckets.
+        """
+        accepted: list[int] = []
+        versions: dict[str, int] = {}
+        for entity in self._entities:
+            self._log.ensure_table(self._source, entity)
+            append = EntityAppend(
+                table=self._log.table(self._source, entity),
+                schema=stored_schema(self._source),
+                event_time=self._source.event_time,
+                event_id=self._source.event_id,
+                spool=self._spools[entity.name],
+                hashes=self._log.hashes(),
+                progress=progress,
+            )
+            versions[entity.name] = append.commit()
+            accepted.append(append.accepted)
+        return AppendResult(max(accepted), self.rows - max(accepted), versions)
+
+
+class HashCache:
+    """Sorted id hashes of files, which never change; the least used go first.
+
+    Args:
+        limit: How many hashes are kept, 8 bytes each.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._kept: OrderedDict[str, IntArray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, file: str) -> IntArray | None:
+        """The hashes of a file, if they are kept."""
+        with self._lock:
+            if file in self._kept:
+                self._kept.move_to_end(file)
+            return self._kept.get(file)
+
+    def put(self, file: str, hashes: IntArray) -> None:
+        """Keep the hashes of a file."""
+        with self._lock:
+            if file not in self._kept:
+                self._kept[file] = hashes
+                self._held += len(hashes)
+            while self._held > self._limit:
+                _, dropped = self._kept.popitem(last=False)
+                self._held -= len(dropped)
+
+
+def stored_schema(source: SourceLike) -> pa.Schema:
+    """The columns of a source's tables."""
+    added = (pa.field(INGESTED, pa.int64()), pa.field(ID_HASH, pa.int64()), pa.field(BUCKET, pa.int32()))
+    return pa.schema([*(field.with_nullable(True) for field in source.schema), *added])
+
+
+def _tie(hashes: pa.ChunkedArray) -> pa.Array:
+    return pa.array(tie48(hashes.to_numpy().view(np.uint64)))
+
+
+def _pruned(
+    files: pa.Table, bucket: int | None, event_time: str, min_time_us: int | None, max_time_us: int | None
+) -> list[str]:
+    """The files that may hold what is asked for; those without statistics stay."""
+    keep = pa.scalar(True)
+    if bucket is not None:
+        keep = pc.equal(files.column(f"partition.{BUCKET}"), bucket)
+    bounds = (("max", pc.greater_equal, min_time_us), ("min", pc.less, max_time_us))
+    for edge, compare, bound_us in bounds:
+        name = f"{edge}.{event_time}"
+        if bound_us is not None and name in files.column_names:
+            within = compare(files.column(name), pa.scalar(bound_us, TIMESTAMP))
+            keep = pc.and_(keep, pc.fill_null(within, True))
+    if not isinstance(keep, pa.Scalar):
+        files = files.filter(keep)
+    paths: list[str] = sorted(files.column("path").to_pylist())
+    return paths
+
+
+def _condition(
+    event_time: str, min_time_us: int | None, max_time_us: int | None, known_at_us: int | None
+) -> pc.Expression | None:
+    time = pc.field(event_time)
+    conditions: list[pc.Expression] = []
+    if min_time_us is not None:
+        conditions.append(time >= pa.scalar(min_time_us, TIMESTAMP))
+    if max_time_us is not None:
+        conditions.append(time < pa.scalar(max_time_us, TIMESTAMP))
+    if known_at_us is not None:
+        conditions.append(pc.field(INGESTED) <= known_at_us)
+    whole: pc.Expression | None = None
+    for each in conditions:
+        whole = each if whole is None else whole & each
+    return whole
