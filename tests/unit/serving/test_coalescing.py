@@ -254,7 +254,7 @@ class Crowd:
                 await settle()
 
     async def finish(self) -> None:
-        while any(not task.done() for task in self.clients):
+        while self.coalescer.in_flight or any(not task.done() for task in self.clients):
             await settle()
             for gate in self.gates:
                 gate.set()

@@ -1,0 +1,417 @@
+"""From a request to its predictions: look up, assign, score, log, answer. Plain asyncio.
+
+Requests that wait at the same time go through the stages together: one read of the online
+store, one call of each model version, one write of the prediction log for all of them (see
+`heliostat.serving.coalescing`). Every stage gets its share of the deadline; what fails or is
+late is replaced by the ladder of `heliostat.serving.fallback`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heliostat.clock import Clock
+from heliostat.errors import DeadlineError, HeliostatError, StaleVersionError, UnknownAliasError
+from heliostat.serving.coalescing import Coalescer
+from heliostat.serving.fallback import Rung, VersionLadder
+from heliostat.serving.prediction_log import PredictionLog, log_record
+from heliostat.serving.requests import EntityAnswer, PredictAnswer, PredictRequest
+from heliostat.serving.stages import Assignment, FeatureBlock, FeatureQuery, FeatureReaders, RouteQuery, ScoreQuery
+
+FloatArray = NDArray[np.float64]
+
+_logger = logging.getLogger("heliostat.serving")
+
+SHADOW_NAME = "shadow"
+"""The variant of predictions that answered nobody."""
+
+# Of the time that is left when a batch starts, features are waited for until this share has
+# passed, models until that one; the rest is the log's.
+_FEATURES_SHARE = 0.5
+_MODELS_SHARE = 0.8
+# A request with less than this share of its time left gets no place in a batch: it would hurry all others.
+_TOO_LATE_SHARE = 0.2
+_SHADOWS_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What the predictor awaits: objects of `heliostat.serving.stages`, or handles that lead to them.
+
+    Attributes:
+        features: Looks features up.
+        router: Assigns variants.
+        runner: Scores rows, shape ``(n,)``.
+        spare_router: Assigns variants when ``router`` doesn't answer.
+    """
+
+    features: Callable[[FeatureQuery], Awaitable[FeatureBlock]]
+    router: Callable[[RouteQuery], Awaitable[Assignment]]
+    runner: Callable[[ScoreQuery], Awaitable[FloatArray]]
+    spare_router: Callable[[RouteQuery], Awaitable[Assignment]]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionFacts:
+    """What must be known of a version to ask for its scores, or to do without them.
+
+    Attributes:
+        names: Qualified features, in the order of its matrix.
+        prior: Its mean prediction in training; None if nobody wrote it down.
+        stale: Views that are declared otherwise now than when it was trained: it can't be asked.
+    """
+
+    names: tuple[str, ...]
+    prior: float | None = None
+    stale: tuple[str, ...] = ()
+
+
+class VersionBook:
+    """Facts about versions. A version never changes, so each is read once.
+
+    Args:
+        read: Reads a version's facts from the catalog; may block, and may raise.
+    """
+
+    def __init__(self, read: Callable[[str, int], VersionFacts]) -> None:
+        self._read = read
+        self._known: dict[tuple[str, int], VersionFacts] = {}
+
+    async def usable(self, model: str, version: int) -> VersionFacts:
+        """Facts about a version that can be asked.
+
+        Raises:
+            StaleVersionError: If its views are declared otherwise now.
+            HeliostatError: If there is no such version, or the catalog can't be read.
+        """
+        facts = self._known.get((model, version)) or await self._facts(model, version)
+        if facts.stale:
+            raise StaleVersionError(model, version, facts.stale)
+        return facts
+
+    async def prior(self, model: str, version: int) -> float | None:
+        """Its mean prediction, None if it isn't known."""
+        try:
+            return (await self._facts(model, version)).prior
+        except HeliostatError:
+            return None
+
+    async def _facts(self, model: str, version: int) -> VersionFacts:
+        known = self._known.get((model, version))
+        if known is None:
+            known = self._known[model, version] = await asyncio.to_thread(self._read, model, version)
+        return known
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    request: PredictRequest
+    deadline: float
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Requests that are answered together, and their entities row by row."""
+
+    requests: list[PredictRequest]
+    query: FeatureQuery
+    block: FeatureBlock
+    assignment: Assignment
+
+    @property
+    def model(self) -> str:
+        return self.query.model
+
+
+@dataclass(slots=True, eq=False)
+class _Scores:
+    """What the models said, row by row."""
+
+    scores: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    rungs: list[Rung | None] = field(default_factory=list)
+    vectors: list[FloatArray] = field(default_factory=list)
+    missing: list[tuple[str, ...]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, scores: FloatArray, version: int, rung: Rung | None, names: tuple[str, ...], matrix: FloatArray
+    ) -> _Scores:
+        n = len(matrix)
+        nulls = np.isnan(matrix)
+        missing: list[tuple[str, ...]] = [()] * n
+        if nulls.any():
+            missing = [tuple(itertools.compress(names, row)) for row in nulls.tolist()]
+        return cls(scores.tolist(), [version] * n, [rung] * n, list(matrix), missing)
+
+    @classmethod
+    def merged(cls, parts: list[_Scores], rows: list[list[int]]) -> _Scores:
+        """Parts that are about some rows each, as one about all of them."""
+        order = np.argsort(np.concatenate(rows), kind="stable").tolist()
+        whole = cls()
+        for name in cls.__slots__:
+            values = [value for part in parts for value in getattr(part, name)]
+            setattr(whole, name, [values[at] for at in order])
+        return whole
+
+
+class Predictor:
+    """Answers prediction requests. Belongs to one event loop.
+
+    Args:
+        stages: Features, router, runner.
+        readers: Plans of what is looked up; gives nulls when the look-up fails.
+        versions: Facts about model versions.
+        log: Where predictions are made durable.
+        clock: Tells the instant of features that couldn't be looked up.
+        deadline_ms: How long a request may take, milliseconds.
+        max_batch_entities: Entities that go through the stages together, at most.
+        max_waiting: Requests of a model that may wait for their turn.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        readers: FeatureReaders,
+        versions: VersionBook,
+        log: PredictionLog,
+        clock: Clock,
+        *,
+        deadline_ms: float = 1_000.0,
+        max_batch_entities: int = 2_048,
+        max_waiting: int = 256,
+    ) -> None:
+        self._stages, self._readers, self._versions, self._log, self._clock = stages, readers, versions, log, clock
+        self._deadline_ms = deadline_ms
+        self._max_batch_entities, self._max_waiting = max_batch_entities, max_waiting
+        self._ladder = VersionLadder(versions.prior)
+        self._queues: dict[str, Coalescer[_Waiting, PredictAnswer]] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
+        self._shadows: set[asyncio.Task[None]] = set()
+
+    async def predict(self, request: PredictRequest) -> PredictAnswer:
+        """Answer a request; its predictions are in the log by then.
+
+        Raises:
+            DeadlineError: If there is no answer in time.
+            OverloadedError: If too many wait already.
+            UnknownAliasError: If no version of the model serves.
+            UnservableModelError: If no version can answer and no prior is known.
+            PredictionLogError: If the log can't be written, and that isn't allowed.
+        """
+        queue = self._queues.get(request.model)
+        if queue is None:
+            queue = self._queues[request.model] = Coalescer(
+                self._answer_in_time,
+                max_weight=self._max_batch_entities,
+                max_waiting=self._max_waiting,
+                weigh=lambda waiting: len(waiting.request.entities),
+            )
+        deadline = asyncio.get_running_loop().time() + self._deadline_ms / 1e3
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await queue.submit(_Waiting(request, deadline))
+        except TimeoutError:
+            raise DeadlineError(self._deadline_ms) from None
+
+    async def warm_up(self, model: str) -> None:
+        """Do for a model what its first request would wait for.
+
+        Raises:
+            UnknownAliasError: If no version of it serves.
+            HeliostatError: If a version that serves can't be loaded.
+        """
+        route = await self._stages.spare_router(RouteQuery(model, None, ()))
+        for version in dict.fromkeys(route.versions):
+            names = (await self._versions.usable(model, version)).names
+            await self._stages.runner(ScoreQuery(model, version, np.full((1, len(names)), np.nan)))
+
+    async def close(self) -> None:
+        """Answer those who were accepted, and refuse the rest."""
+        for queue in self._queues.values():
+            await queue.close()
+        if self._shadows:
+            await asyncio.wait(self._shadows)
+
+    async def _answer_in_time(self, waiting: list[_Waiting]) -> list[PredictAnswer | Exception]:
+        too_late = asyncio.get_running_loop().time() + _TOO_LATE_SHARE * self._deadline_ms / 1e3
+        in_time = [each for each in waiting if each.deadline > too_late]
+        if not in_time:
+            return [DeadlineError(self._deadline_ms) for _ in waiting]
+        answers = iter(await self._answer([each.request for each in in_time], min(each.deadline for each in in_time)))
+        return [next(answers) if each.deadline > too_late else DeadlineError(self._deadline_ms) for each in waiting]
+
+    async def _answer(self, requests: list[PredictRequest], deadline: float) -> list[PredictAnswer]:
+        now = asyncio.get_running_loop().time()
+        features_until, models_until = (now + share * (deadline - now) for share in (_FEATURES_SHARE, _MODELS_SHARE))
+        query = self._query(requests)
+        block = await self._features(query, until=features_until)
+        assignment = await self._assign(query, block, until=models_until)
+        batch = await self._widened(_Batch(requests, query, block, assignment), until=models_until)
+        scores = await self._score(batch, until=models_until)
+        answers = _answers(batch, scores)
+        if not await self._log.write(_records(batch, answers, scores), until=deadline):
+            answers = [replace(answer, logged=False) for answer in answers]
+        self._start_shadows(batch)
+        return answers
+
+    # ── Features and variants ───────────────────────────────────────────────────────
+
+    def _query(self, requests: list[PredictRequest]) -> FeatureQuery:
+        model = requests[0].model
+        names = self._names.get(model)
+        if names is None:
+            names = self._names[model] = self._readers.definitions.model(model).feature_names
+        if len(requests) == 1:
+            return FeatureQuery(model, names, requests[0].entities, requests[0].overrides)
+        overrides, first = {}, 0
+        for request in requests:
+            for at, values in request.overrides.items():
+                overrides[first + at] = values
+            first += len(request.entities)
+        entities = tuple(itertools.chain.from_iterable(request.entities for request in requests))
+        return FeatureQuery(model, names, entities, overrides)
+
+    async def _features(self, query: FeatureQuery, *, until: float) -> FeatureBlock:
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._stages.features(query)
+        except Exception as error:  # noqa: BLE001 - whatever a stage does, the request is answered
+            _logger.warning("features of model %s can't be read: %s", query.model, _told(error))
+            return self._readers.blank(query, as_of_us=self._clock.now_us())
+
+    async def _assign(self, query: FeatureQuery, block: FeatureBlock, *, until: float) -> Assignment:
+        routing = RouteQuery(query.model, block.route, query.entities)
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._stages.router(routing)
+        except UnknownAliasError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a stage does, the request is answered
+            _logger.warning("the router of model %s doesn't answer: %s", query.model, _told(error))
+            return await self._stages.spare_router(routing)
+
+    async def _widened(self, batch: _Batch, *, until: float) -> _Batch:
+        """Look up again if a version that serves needs more: once, after a version with other features went live."""
+        needed = dict.fromkeys(batch.query.names)
+        for version in set(batch.assignment.versions):
+            try:
+                needed.update(dict.fromkeys((await self._versions.usable(batch.model, version)).names))
+            except HeliostatError:
+                continue  # it can't be asked; the ladder deals with that
+        if len(needed) == len(batch.query.names):
+            return batch
+        names = self._names[batch.model] = tuple(needed)
+        query = replace(batch.query, names=names)
+        return replace(batch, query=query, block=await self._features(query, until=until))
+
+    # ── Scores ──────────────────────────────────────────────────────────────────────
+
+    async def _score(self, batch: _Batch, *, until: float) -> _Scores:
+        versions = [batch.assignment.versions[at] for at in batch.assignment.chosen.tolist()]
+        distinct = list(dict.fromkeys(versions))
+        if len(distinct) == 1:
+            return await self._score_rows(batch, distinct[0], None, until=until)
+        rows = [[row for row, each in enumerate(versions) if each == version] for version in distinct]
+        parts = await asyncio.gather(
+            *(
+                self._score_rows(batch, version, each, until=until)
+                for version, each in zip(distinct, rows, strict=True)
+            )
+        )
+        return _Scores.merged(parts, rows)
+
+    async def _score_rows(self, batch: _Batch, version: int, rows: list[int] | None, *, until: float) -> _Scores:
+        """What one version says, or whoever stands in for it, of some rows or (None) of all."""
+        seen: dict[int, tuple[tuple[str, ...], FloatArray]] = {}
+
+        async def score(candidate: int) -> FloatArray:
+            names = (await self._versions.usable(batch.model, candidate)).names
+            matrix = batch.block.matrix(names, rows)
+            seen[candidate] = names, matrix
+            return await self._stages.runner(ScoreQuery(batch.model, candidate, matrix))
+
+        scored = await self._ladder.climb(
+            batch.model,
+            version,
+            score,
+            control=batch.assignment.versions[0],
+            rows=len(batch.query.entities) if rows is None else len(rows),
+            until=until,
+        )
+        names, matrix = seen.get(scored.version) or (batch.block.names, batch.block.matrix(batch.block.names, rows))
+        rung = scored.rung if scored.rung is not None or batch.block.stored else Rung.FEATURES
+        return _Scores.of(scored.scores, scored.version, rung, names, matrix)
+
+    def _start_shadows(self, batch: _Batch) -> None:
+        """Score the versions that answer nobody, beside the answer; dropped when there is no time for it."""
+        if not batch.assignment.shadow or not batch.block.stored or len(self._shadows) >= _SHADOWS_AT_ONCE:
+            return
+        task = asyncio.get_running_loop().create_task(self._score_shadows(batch))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
+
+    async def _score_shadows(self, batch: _Batch) -> None:
+        until = asyncio.get_running_loop().time() + self._deadline_ms / 1e3
+        for version in batch.assignment.shadow:
+            try:
+                names = (await self._versions.usable(batch.model, version)).names
+                matrix = batch.block.matrix(names)
+                async with asyncio.timeout_at(until):
+                    scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix))
+                shadow = _Scores.of(scores, version, None, names, matrix)
+                records = _records(batch, _answers(batch, shadow, variant=SHADOW_NAME), shadow)
+                await self._log.write(records, until=until)
+            except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
+                _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)
+
+
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _answers(batch: _Batch, scores: _Scores, *, variant: str | None = None) -> list[PredictAnswer]:
+    assignment = batch.assignment
+    variants = [variant or assignment.names[at] for at in assignment.chosen.tolist()]
+    absent = batch.block.absent_views()
+    answers: list[PredictAnswer] = []
+    first = 0
+    for request in batch.requests:
+        request_id = uuid.uuid4().hex
+        last = first + len(request.entities)
+        entities = tuple(
+            EntityAnswer(
+                entity_id=request.entity_ids[row - first],
+                score=scores.scores[row],
+                variant=variants[row],
+                version=scores.versions[row],
+                prediction_id=f"{request_id}-{row - first}",
+                missing=scores.missing[row],
+                absent=absent[row],
+                fallback=scores.rungs[row],
+            )
+            for row in range(first, last)
+        )
+        served_by = set(scores.versions[first:last])
+        version = served_by.pop() if len(served_by) == 1 else assignment.versions[0]
+        answers.append(PredictAnswer(request_id, request.model, version, assignment.revision, entities, logged=True))
+        first = last
+    return answers
+
+
+def _records(batch: _Batch, answers: list[PredictAnswer], scores: _Scores) -> list[bytes]:
+    records: list[bytes] = []
+    first = 0
+    for request, answer in zip(batch.requests, answers, strict=True):
+        last = first + len(request.entities)
+        records.append(log_record(answer, request.entities, scores.vectors[first:last], at_us=batch.block.as_of_us))
+        first = last
+    return records

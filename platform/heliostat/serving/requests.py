@@ -1,0 +1,245 @@
+"""What a prediction request and its answer are. Pure.
+
+A request is read by hand instead of by a schema library: it is on the hottest path, and the
+messages can say what exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from heliostat.errors import InvalidFieldError, MalformedBodyError, UnknownOverrideError
+from heliostat.features.definitions import Entity
+from heliostat.models.definitions import Definitions, ModelSpec
+
+_INT64 = 2**63
+_FIELDS = ("model", "entity_ids", "features")
+
+Overrides = Mapping[int, Mapping[str, float]]
+"""Values that a request gives instead of stored ones: position in the request -> feature -> value; NaN for null."""
+
+
+@dataclass(frozen=True, slots=True)
+class PredictRequest:
+    """One request for predictions.
+
+    Attributes:
+        model: The model's name.
+        entities: Entity keys as text, in the request's order.
+        entity_ids: The same as the client wrote them.
+        overrides: Feature values that the client gives; NaN for null.
+    """
+
+    model: str
+    entities: tuple[str, ...]
+    entity_ids: tuple[Any, ...]
+    overrides: Overrides = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EntityAnswer:
+    """The prediction for one entity.
+
+    Attributes:
+        entity_id: As the client wrote it.
+        score: The prediction.
+        variant: The variant that the entity is assigned to.
+        version: The model version that answered: the variant's, unless ``fallback`` says otherwise.
+        prediction_id: Its name in the prediction log, for matching actuals.
+        missing: Features without a value (null) when the model was asked.
+        absent: Views that hold nothing about the entity: their features are those of nobody.
+        fallback: Which rung of the ladder answered (see `heliostat.serving.fallback`); None for the normal way.
+    """
+
+    entity_id: Any
+    score: float
+    variant: str
+    version: int
+    prediction_id: str
+    missing: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    fallback: str | None = None
+
+    @property
+    def source(self) -> str:
+        """``model`` or ``fallback``."""
+        return "model" if self.fallback is None else "fallback"
+
+    def document(self) -> dict[str, Any]:
+        """As the HTTP answer shows it."""
+        return {
+            "entity_id": self.entity_id,
+            "prediction": self.score,
+            "variant": self.variant,
+            "model_version": self.version,
+            "prediction_id": self.prediction_id,
+            "missing_features": self.missing,
+            "absent_views": self.absent,
+            "source": self.source,
+            "fallback": self.fallback,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PredictAnswer:
+    """The answer to one request.
+
+    Attributes:
+        request_id: Its name in the prediction log.
+        model: The model's name.
+        version: The version that answered; the production one where several did.
+        revision: The routing document's revision.
+        entities: One an entity, in the request's order.
+        logged: Whether the predictions are durable.
+    """
+
+    request_id: str
+    model: str
+    version: int
+    revision: int
+    entities: tuple[EntityAnswer, ...]
+    logged: bool
+
+    def document(self, latency_ms: float) -> dict[str, Any]:
+        """As the HTTP answer shows it."""
+        return {
+            "model": self.model,
+            "model_version": self.version,
+            "predictions": [each.score for each in self.entities],
+            "latency_ms": round(latency_ms, 3),
+            "request_id": self.request_id,
+            "logged": self.logged,
+            "entities": [each.document() for each in self.entities],
+        }
+
+
+def parse_object(body: bytes, *, known: Sequence[str]) -> dict[str, Any]:
+    """Read a JSON object that has no other fields than the known ones.
+
+    Raises:
+        MalformedBodyError: If it is no JSON.
+        InvalidFieldError: If it is no object, or has an unknown field.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedBodyError(str(error) if body else "it is empty") from None
+    if not isinstance(document, dict):
+        raise InvalidFieldError("the body", f"is {_kind(document)}", f"an object with the fields {', '.join(known)}")
+    for name in document:
+        if name not in known:
+            raise InvalidFieldError(f"field {name!r}", "isn't known", f"one of: {', '.join(known)}")
+    return document
+
+
+def parse_predict(
+    body: bytes, definitions: Definitions, *, overridable: Callable[[ModelSpec], Collection[str]], max_entities: int
+) -> PredictRequest:
+    """Read the body of ``POST /predict``.
+
+    Args:
+        body: JSON: ``{"model"?, "entity_ids": […], "features"?: […] or {…}}``.
+        definitions: What is declared.
+        overridable: Names of the features that a request for a model may give.
+        max_entities: Entities that one request may ask for.
+
+    Raises:
+        MalformedBodyError: If it is no JSON.
+        InvalidFieldError: If a field has the wrong type, is missing or unknown.
+        InvalidValueError: If an entity id doesn't fit the entity's key.
+        UnknownModelError: If the model isn't declared, or none is named and several are.
+        UnknownOverrideError: If a given feature isn't one of the model's.
+    """
+    document = parse_object(body, known=_FIELDS)
+    name = document.get("model")
+    if name is not None and not isinstance(name, str):
+        raise InvalidFieldError("field 'model'", f"is {_kind(name)}", "the name of a model")
+    spec = definitions.model(name)
+    entity_ids = document.get("entity_ids")
+    if not isinstance(entity_ids, list):
+        problem = "is missing" if "entity_ids" not in document else f"is {_kind(entity_ids)}"
+        raise InvalidFieldError("field 'entity_ids'", problem, 'a list such as [12, 13] or ["a", "b"]')
+    if not entity_ids:
+        raise InvalidFieldError("field 'entity_ids'", "is empty", "at least one entity id")
+    if len(entity_ids) > max_entities:
+        expected = (
+            f"at most {max_entities} (serving.max_entities_per_request); send several requests, or batch_predict"
+        )
+        raise InvalidFieldError("field 'entity_ids'", f"has {len(entity_ids)} ids", expected)
+    entities = entity_texts(spec.entity, entity_ids)
+    given = document.get("features")
+    overrides = {} if given is None else _overrides(given, spec, entities, overridable(spec))
+    return PredictRequest(spec.name, entities, tuple(entity_ids), overrides)
+
+
+def entity_texts(entity: Entity, entity_ids: Sequence[Any]) -> tuple[str, ...]:
+    """Entity keys as text.
+
+    Raises:
+        InvalidValueError: If an id doesn't fit the entity's key.
+    """
+    if entity.has_integer_key:  # most requests: no look at each key's parts
+        return tuple(
+            str(each) if type(each) is int and -_INT64 <= each < _INT64 else entity.text(each) for each in entity_ids
+        )
+    return tuple(entity.text(each) for each in entity_ids)
+
+
+def _overrides(given: object, spec: ModelSpec, entities: Sequence[str], known: Collection[str]) -> Overrides:
+    if isinstance(given, dict):
+        return _overrides_by_key(given, spec, entities, known)
+    if not isinstance(given, list):
+        expected = "a list with one object (or null) for each entity id, or an object by entity id"
+        raise InvalidFieldError("field 'features'", f"is {_kind(given)}", expected)
+    if len(given) != len(entities):
+        expected = f"one for each of the {len(entities)} entity ids (null for none)"
+        raise InvalidFieldError("field 'features'", f"has {len(given)} items", expected)
+    return {
+        at: _values(each, spec, known, f"features[{at}]")
+        for at, each in enumerate(given)
+        if each is not None and each
+    }
+
+
+def _overrides_by_key(
+    given: Mapping[str, Any], spec: ModelSpec, entities: Sequence[str], known: Collection[str]
+) -> Overrides:
+    places: dict[str, list[int]] = {}
+    for at, text in enumerate(entities):
+        places.setdefault(text, []).append(at)
+    overrides: dict[int, Mapping[str, float]] = {}
+    for key, each in given.items():
+        text = spec.entity.text(key)
+        if text not in places:
+            raise InvalidFieldError(f"features[{key!r}]", "isn't among the entity ids", "only entities asked for")
+        values = _values(each, spec, known, f"features[{key!r}]")
+        overrides.update(dict.fromkeys(places[text], values))
+    return overrides
+
+
+def _values(given: object, spec: ModelSpec, known: Collection[str], where: str) -> dict[str, float]:
+    if not isinstance(given, dict):
+        raise InvalidFieldError(where, f"is {_kind(given)}", "an object of values by feature")
+    values: dict[str, float] = {}
+    for name, value in given.items():
+        if name not in known:
+            raise UnknownOverrideError(name, spec.name, tuple(known))
+        if value is None:
+            values[name] = math.nan
+            continue
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise InvalidFieldError(f"{where}.{name}", f"is {_kind(value)}", "a finite number, true, false or null")
+        values[name] = float(value)
+    return values
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return names.get(type(value), "a number")

@@ -1,0 +1,207 @@
+"""Small real parts that serving tests are put together from: no mocks, no network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import cache
+
+import lightgbm as lgb
+import numpy as np
+import orjson
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from heliostat.clock import US_PER_DAY, ManualClock, parse_instant_us
+from heliostat.errors import OnlineStoreUnavailableError, UnknownVersionError
+from heliostat.experiments.assignment import RoutingDocument, Variant
+from heliostat.features.aggregations import Count, Mean, Sum, evaluate
+from heliostat.features.definitions import Entity, EventSource, FeatureView
+from heliostat.features.tiles import RingLimits, pack_rings, ring_layout, tile_states
+from heliostat.models.definitions import Definitions, Label, ModelSpec
+from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
+from heliostat.schema import TIMESTAMP, hash64, tie48, times_us
+from heliostat.serving.prediction_log import PredictionLog
+from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.requests import PredictRequest
+from heliostat.serving.stages import ABRouter, FeatureLookup, FeatureReaders, ModelRunner
+from heliostat.storage.online_store import OnlineKeys
+
+NOW_US = parse_instant_us("2026-03-01T12:00:00Z")
+KEYS = OnlineKeys("hs", "test")
+N_BUCKETS = 4
+LIMITS = RingLimits(lateness_us=US_PER_DAY, future_tolerance_us=60_000_000)
+
+USER = Entity("user", keys={"user_id": "int64"})
+ACTIVITIES = EventSource(
+    "activities",
+    schema=pa.schema(
+        {"event_id": pa.int64(), "user_id": pa.int64(), "at": TIMESTAMP, "amount": pa.float64()},
+    ),
+    entity=USER,
+    event_time="at",
+    event_id="event_id",
+)
+USAGE = FeatureView(
+    "usage",
+    version=1,
+    source=ACTIVITIES,
+    features={"count_30d": Count(window="30d"), "amount_30d": Sum("amount", window="30d"), "mean": Mean("amount")},
+)
+
+
+@USAGE.derived
+def twice(count_30d: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 2 * count_30d
+
+
+CHURN = ModelSpec("churn", entity=USER, features=[USAGE], label=Label.none_within("churned", ACTIVITIES, "30d"))
+DEFINITIONS = Definitions.of([CHURN])
+NAMES = CHURN.feature_names
+MODELS = {"churn": CHURN}
+
+
+class OnlineMemory:
+    """The online store's reads, from a dictionary; can be taken down, and slowed until it is let."""
+
+    def __init__(self, values: dict[str, bytes] | None = None) -> None:
+        self.values = dict(values or {})
+        self.reads: list[int] = []
+        self.down = False
+        self.gate: asyncio.Event | None = None
+
+    async def read(self, keys: Sequence[str]) -> list[bytes | None]:
+        self.reads.append(len(keys))
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.down:
+            raise OnlineStoreUnavailableError("redis://test", "connection refused")
+        return [self.values.get(key) for key in keys]
+
+    def publish(self, document: RoutingDocument) -> None:
+        self.values[KEYS.route(document.model)] = document.to_bytes()
+
+
+def events(*rows: tuple[int, float, float]) -> pa.Table:
+    """Events of (user, days before now, amount)."""
+    users, days, amounts = (list(column) for column in zip(*rows, strict=True))
+    times = [NOW_US - int(each * US_PER_DAY) for each in days]
+    return pa.table(
+        {"event_id": range(len(rows)), "user_id": users, "at": pa.array(times, pa.int64()), "amount": amounts}
+    ).cast(ACTIVITIES.schema)
+
+
+def rings_of(table: pa.Table) -> dict[str, bytes]:
+    """What the online store holds after these events, by key."""
+    users = USER.encode(table).to_numpy()
+    texts, codes = np.unique(users, return_inverse=True)
+    times = times_us(table.column("at"))
+    order = np.lexsort((times, codes))
+    ties = tie48(hash64(table.column("event_id")))
+    layout = ring_layout(USAGE, LIMITS)
+    inputs = evaluate(table.take(pa.array(order)), list(layout.inputs))
+    buckets = USER.buckets(pa.array(texts), N_BUCKETS)
+    rings: dict[str, bytes] = {}
+    for group in layout.groups:
+        tiles = tile_states(group, codes[order].astype(np.int64), times[order], ties[order], inputs)
+        packed = pack_rings(group, tiles, len(texts), as_of_us=NOW_US, limits=LIMITS)
+        for at, text in enumerate(texts):
+            rings[KEYS.ring(USAGE.ref, group.name, str(text), int(buckets[at]))] = packed[at].tobytes()
+    return rings
+
+
+@cache
+def trained(seed: int = 1) -> ModelPackage:
+    """A small booster whose prediction rises with the number of events, more so with a higher seed."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.uniform(0, 10, (400, len(NAMES)))
+    labels = (matrix[:, 0] * seed + rng.normal(0, 1, 400) > 5 * seed).astype(float)
+    data = lgb.Dataset(matrix, labels, feature_name=list(NAMES), params={"verbosity": -1})
+    parameters = {"objective": "binary", "num_leaves": 4, "verbosity": -1, "num_threads": 1, "seed": seed}
+    booster = lgb.train(parameters, data, num_boost_round=3 + seed)
+    return ModelPackage(booster.model_to_string(), Signature(NAMES), "binary")
+
+
+class Versions:
+    """Versions 1, 2 and 3 of the churn model; some can be broken."""
+
+    def __init__(self) -> None:
+        self.broken: set[int] = set()
+        self.loads: list[int] = []
+        self.priors: dict[int, float | None] = {1: 0.25, 2: 0.35, 3: 0.45}
+        self.names: dict[int, tuple[str, ...]] = {}
+        self.stale: dict[int, tuple[str, ...]] = {}
+
+    def load(self, model: str, version: int) -> LoadedModel:
+        self.loads.append(version)
+        if version in self.broken or version not in self.priors:
+            raise UnknownVersionError(model, str(version), ("1", "2", "3"))
+        return trained(version).load()
+
+    def facts(self, model: str, version: int) -> VersionFacts:
+        if version not in self.priors:
+            raise UnknownVersionError(model, str(version), ("1", "2", "3"))
+        return VersionFacts(self.names.get(version, NAMES), self.priors[version], self.stale.get(version, ()))
+
+
+class Stream:
+    """A prediction stream that remembers its entries and how many came in one call."""
+
+    def __init__(self) -> None:
+        self.records: list[bytes] = []
+        self.calls: list[int] = []
+        self.down = False
+        self.gate: asyncio.Event | None = None
+
+    async def append(self, records: list[bytes]) -> None:
+        await asyncio.sleep(0)
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.down:
+            raise OnlineStoreUnavailableError("redis://test", "connection refused")
+        self.calls.append(len(records))
+        self.records.extend(records)
+
+    @property
+    def documents(self) -> list[dict[str, object]]:
+        return [orjson.loads(record) for record in self.records]
+
+    def entries(self, variant: str | None = None) -> list[dict[str, object]]:
+        found = [entry for document in self.documents for entry in document["entries"]]  # type: ignore[attr-defined]
+        return [entry for entry in found if variant is None or entry["variant"] == variant]
+
+
+class House:
+    """A predictor with everything around it."""
+
+    def __init__(self, *, deadline_ms: float = 5_000.0, when_log_fails: str = "reject") -> None:
+        self.store = OnlineMemory(rings_of(events((1, 1, 10.0), (1, 2, 20.0), (2, 3, 5.0), (3, 40, 7.0))))
+        self.store.publish(RoutingDocument.single("churn", 1, revision=1))
+        self.versions = Versions()
+        self.stream = Stream()
+        self.clock = ManualClock(NOW_US)
+        self.catalog: dict[str, RoutingDocument] = {}
+        self.readers = FeatureReaders(DEFINITIONS, keys=KEYS, n_buckets=N_BUCKETS, limits=LIMITS)
+        self.lookup = FeatureLookup(self.store, self.readers, self.clock)  # type: ignore[arg-type] # it only reads
+        self.router = ABRouter(self.catalog.get)
+        self.runner = ModelRunner(self.versions.load)
+        self.predictor = Predictor(
+            Stages(self.lookup, self.router, self.runner, ABRouter(self.catalog.get)),
+            self.readers,
+            VersionBook(self.versions.facts),
+            PredictionLog(self.stream.append, when_fails=when_log_fails),  # type: ignore[arg-type] # a literal
+            self.clock,
+            deadline_ms=deadline_ms,
+        )
+
+
+def request(*entity_ids: int, **overrides: float) -> PredictRequest:
+    """A request; overrides are the first entity's."""
+    given = {0: {f"usage__{name}": value for name, value in overrides.items()}} if overrides else {}
+    return PredictRequest("churn", tuple(str(each) for each in entity_ids), entity_ids, given)
+
+
+def split(revision: int, weight: float = 0.5, *, coverage: float = 1.0, challenger: int = 2) -> RoutingDocument:
+    """A split of version 1 and a challenger."""
+    arms = (Variant("control", 1, 1 - weight), Variant("challenger", challenger, weight))
+    return RoutingDocument("churn", revision, "churn/test", coverage, arms)

@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+
+from heliostat.errors import (
+    DeadlineError,
+    OnlineStoreUnavailableError,
+    PredictionLogError,
+    ShuttingDownError,
+    UnknownAliasError,
+    UnservableModelError,
+)
+from heliostat.experiments.assignment import RoutingDocument
+from tests.unit.serving.collaborators import NAMES, House, request, split, trained
+
+
+def expected(version: int, *rows: list[float]) -> list[float]:
+    return trained(version).load().predict(np.array(rows)).tolist()
+
+
+ONE = [2.0, 30.0, 15.0, 4.0]
+TWO = [1.0, 5.0, 5.0, 2.0]
+NOBODY = [0.0, 0.0, math.nan, 0.0]
+
+
+async def settle() -> None:
+    """Let everything that can run now run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_a_prediction_is_the_models_answer_to_the_stored_features() -> None:
+    house = House()
+    answer = asyncio.run(house.predictor.predict(request(1, 2)))
+    assert [each.score for each in answer.entities] == expected(1, ONE, TWO)
+    assert (answer.model, answer.version, answer.revision, answer.logged) == ("churn", 1, 1, True)
+    assert [each.entity_id for each in answer.entities] == [1, 2]
+    assert {each.variant for each in answer.entities} == {"control"}
+    assert {each.source for each in answer.entities} == {"model"}
+
+
+def test_an_unknown_entity_is_answered_and_its_absence_is_said_apart_from_nulls() -> None:
+    house = House()
+    known, unknown = asyncio.run(house.predictor.predict(request(1, 404))).entities
+    assert unknown.score == expected(1, NOBODY)[0]
+    assert unknown.absent == ("usage@1",)
+    assert unknown.missing == ("usage__mean",)
+    assert (known.absent, known.missing) == ((), ())
+
+
+def test_features_of_the_request_replace_stored_ones_and_what_derives_from_them_follows() -> None:
+    house = House()
+    answer = asyncio.run(house.predictor.predict(request(1, 2, count_30d=9.0)))
+    assert [each.score for each in answer.entities] == expected(1, [9.0, 30.0, 15.0, 18.0], TWO)
+    assert house.stream.entries()[0]["features"] == [9.0, 30.0, 15.0, 18.0]
+
+
+def test_the_log_has_what_the_model_saw_before_the_answer_leaves() -> None:
+    house = House()
+    answer = asyncio.run(house.predictor.predict(request(1, 404)))
+    (document,) = house.stream.documents
+    assert document["request_id"] == answer.request_id
+    assert (document["model"], document["revision"], document["at_us"]) == ("churn", 1, house.clock.now_us())
+    first, second = document["entries"]  # type: ignore[misc] # JSON
+    assert first == {
+        "prediction_id": answer.entities[0].prediction_id,
+        "entity": "1",
+        "variant": "control",
+        "version": 1,
+        "score": answer.entities[0].score,
+        "features": ONE,
+        "missing": [],
+        "source": "model",
+    }
+    assert second["features"] == [0.0, 0.0, None, 0.0]
+    assert second["missing"] == ["usage__mean"]
+
+
+def test_prediction_ids_are_never_used_twice() -> None:
+    house = House()
+
+    async def scenario() -> list[str]:
+        answers = await asyncio.gather(*(house.predictor.predict(request(1, 2, 1)) for _ in range(20)))
+        return [each.prediction_id for answer in answers for each in answer.entities]
+
+    ids = asyncio.run(scenario())
+    assert len(set(ids)) == len(ids) == 60
+
+
+def test_concurrent_requests_share_one_read_one_call_and_one_log_write() -> None:
+    house = House()
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1))
+        house.store.reads.clear()
+        house.stream.calls.clear()
+        answers = await asyncio.gather(
+            house.predictor.predict(request(1, 2)),
+            house.predictor.predict(request(404, count_30d=9.0)),
+            house.predictor.predict(request(2, count_30d=9.0)),
+        )
+        scores = [[each.score for each in answer.entities] for answer in answers]
+        assert scores[0] == expected(1, ONE, TWO)
+        assert scores[1] == expected(1, [9.0, 0.0, math.nan, 18.0])
+        assert scores[2] == expected(1, [9.0, 5.0, 5.0, 18.0])
+
+    asyncio.run(scenario())
+    assert len(house.store.reads) == 1
+    assert house.stream.calls == [3]
+
+
+def test_a_promotion_is_served_with_the_very_next_request() -> None:
+    house = House()
+
+    async def scenario() -> list[int]:
+        before = await house.predictor.predict(request(1))
+        house.store.publish(RoutingDocument.single("churn", 2, revision=2))
+        after = await house.predictor.predict(request(1))
+        assert after.entities[0].score == expected(2, ONE)[0]
+        assert after.revision == 2
+        return [before.version, after.version]
+
+    assert asyncio.run(scenario()) == [1, 2]
+
+
+def test_a_split_serves_each_entity_by_its_own_variant_and_logs_who_saw_what() -> None:
+    house = House()
+    document = split(5)
+    house.store.publish(document)
+    ids = tuple(range(1, 41))
+    answer = asyncio.run(house.predictor.predict(request(*ids)))
+    for each in answer.entities:
+        variant = document.variant_of(str(each.entity_id))
+        assert variant is not None
+        assert (each.variant, each.version) == (variant.name, variant.version)
+        row = {1: ONE, 2: TWO}.get(each.entity_id, NOBODY)
+        if each.entity_id != 3:
+            assert each.score == expected(each.version, row)[0]
+    assert {each.version for each in answer.entities} == {1, 2}
+    assert answer.version == 1
+    assert [entry["entity"] for entry in house.stream.entries()] == [str(each) for each in ids]
+
+
+def test_whoever_is_outside_of_the_experiment_is_served_by_the_control_and_not_counted_for_it() -> None:
+    house = House()
+    house.store.publish(split(5, coverage=0.0))
+    answer = asyncio.run(house.predictor.predict(request(1, 2)))
+    assert {(each.variant, each.version) for each in answer.entities} == {("outside", 1)}
+
+
+def test_a_shadow_is_scored_and_logged_but_answers_nobody() -> None:
+    house = House()
+    house.store.publish(RoutingDocument.single("churn", 1, revision=3, shadow=(2,)))
+
+    async def scenario() -> None:
+        answer = await house.predictor.predict(request(1))
+        await house.predictor.close()
+        assert [each.score for each in answer.entities] == expected(1, ONE)
+
+    asyncio.run(scenario())
+    (entry,) = house.stream.entries("shadow")
+    assert (entry["version"], entry["score"]) == (2, expected(2, ONE)[0])
+
+
+def test_a_shadow_that_fails_disturbs_nobody() -> None:
+    house = House()
+    house.store.publish(RoutingDocument.single("churn", 1, revision=3, shadow=(2,)))
+    house.versions.broken = {2}
+
+    async def scenario() -> None:
+        answer = await house.predictor.predict(request(1))
+        await house.predictor.close()
+        assert answer.entities[0].source == "model"
+
+    asyncio.run(scenario())
+    assert house.stream.entries("shadow") == []
+
+
+# ── The ladder ──────────────────────────────────────────────────────────────────────
+
+
+def test_without_the_store_the_model_sees_the_requests_features_and_nulls_and_the_answer_says_so() -> None:
+    house = House()
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1))
+        house.store.down = True
+        given, plain = (await house.predictor.predict(request(1, 2, count_30d=9.0))).entities
+        unknown = math.nan
+        assert [given.score, plain.score] == expected(1, [9.0, unknown, unknown, 18.0], [unknown] * 4)
+        assert given.fallback == plain.fallback == "stored_features_unavailable"
+        assert given.missing == ("usage__amount_30d", "usage__mean")
+        assert plain.missing == NAMES
+        assert plain.absent == ()
+
+    asyncio.run(scenario())
+    assert house.stream.entries()[-1]["source"] == "fallback"
+
+
+def test_a_store_that_hangs_costs_half_of_the_deadline_and_not_the_answer() -> None:
+    house = House(deadline_ms=200)
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1))
+        house.store.gate = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        answer = await house.predictor.predict(request(1))
+        assert answer.entities[0].fallback == "stored_features_unavailable"
+        assert loop.time() - begin < 0.2
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_cant_be_loaded_is_replaced_by_the_controls() -> None:
+    house = House()
+    house.store.publish(split(2, 0.999))
+    house.versions.broken = {2}
+    (entity,) = asyncio.run(house.predictor.predict(request(1))).entities
+    assert (entity.variant, entity.version, entity.fallback) == ("challenger", 1, "other_version")
+    assert entity.score == expected(1, ONE)[0]
+
+
+def test_a_promoted_version_that_cant_be_loaded_is_replaced_by_the_one_before() -> None:
+    house = House()
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1))
+        house.store.publish(RoutingDocument.single("churn", 2, revision=2))
+        house.versions.broken = {2}
+        answer = await house.predictor.predict(request(1))
+        assert (answer.version, answer.entities[0].fallback) == (1, "other_version")
+
+    asyncio.run(scenario())
+
+
+def test_when_no_version_answers_the_mean_prediction_does() -> None:
+    house = House()
+    house.versions.broken = {1}
+    (entity,) = asyncio.run(house.predictor.predict(request(1))).entities
+    assert (entity.score, entity.version, entity.fallback) == (0.25, 1, "prior")
+
+
+def test_without_a_version_and_without_a_prior_there_is_an_error_and_no_number() -> None:
+    house = House()
+    house.versions.broken = {1}
+    house.versions.priors[1] = None
+    with pytest.raises(UnservableModelError, match="version 1 of model 'churn'"):
+        asyncio.run(house.predictor.predict(request(1)))
+    assert house.stream.records == []
+
+
+def test_a_version_trained_on_other_definitions_is_not_asked() -> None:
+    house = House()
+    house.versions.stale = {1: ("usage@1",)}
+    (entity,) = asyncio.run(house.predictor.predict(request(1))).entities
+    assert entity.fallback == "prior"
+    assert house.versions.loads == []
+
+
+def test_a_version_with_other_features_gets_them_with_the_request_that_first_needs_it() -> None:
+    house = House()
+    house.versions.names = {2: ("usage__mean", "usage__count_30d")}
+    house.store.publish(split(2, 0.5))
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1, 2, 3))
+
+    asyncio.run(scenario())
+    shapes = {entry["version"]: len(entry["features"]) for entry in house.stream.entries()}  # type: ignore[arg-type]
+    assert shapes[1] == 4
+    assert set(shapes.values()) <= {4, 2}
+
+
+def test_a_log_that_cant_be_written_withholds_the_answer() -> None:
+    house = House()
+    house.stream.down = True
+    with pytest.raises(PredictionLogError, match="when_log_fails"):
+        asyncio.run(house.predictor.predict(request(1)))
+
+
+def test_a_log_that_cant_be_written_is_admitted_where_that_is_allowed() -> None:
+    house = House(when_log_fails="answer")
+    house.stream.down = True
+    answer = asyncio.run(house.predictor.predict(request(1)))
+    assert answer.logged is False
+    assert [each.score for each in answer.entities] == expected(1, ONE)
+
+
+def test_a_model_without_a_route_says_how_to_get_one() -> None:
+    house = House()
+    house.store.values = {}
+    with pytest.raises(UnknownAliasError, match="heliostat models promote churn"):
+        asyncio.run(house.predictor.predict(request(1)))
+
+
+def test_an_emptied_store_is_answered_by_the_catalogs_route() -> None:
+    house = House()
+    house.store.values = {}
+    house.catalog["churn"] = RoutingDocument.single("churn", 2, revision=7)
+    answer = asyncio.run(house.predictor.predict(request(1)))
+    assert (answer.version, answer.revision) == (2, 7)
+    assert answer.entities[0].absent == ("usage@1",)
+
+
+def test_a_request_whose_turn_doesnt_come_in_time_is_refused_and_those_after_it_are_served() -> None:
+    house = House(deadline_ms=200, when_log_fails="answer")
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1))
+        house.stream.gate = asyncio.Event()
+        stuck = []
+        for _ in range(3):  # two calls under way, and one request that waits for its turn
+            stuck.append(asyncio.create_task(house.predictor.predict(request(1))))
+            await settle()
+        answers = await asyncio.gather(*stuck, return_exceptions=True)
+        assert isinstance(answers[2], DeadlineError)
+        house.stream.gate.set()
+        assert (await house.predictor.predict(request(1))).version == 1
+
+    asyncio.run(scenario())
+
+
+def test_clients_who_leave_dont_keep_others_waiting() -> None:
+    house = House()
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1))
+        house.store.gate = asyncio.Event()
+        tasks = [asyncio.create_task(house.predictor.predict(request(1))) for _ in range(6)]
+        await settle()
+        for task in tasks[::2]:
+            task.cancel()
+        house.store.gate.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(each, asyncio.CancelledError) for each in answers] == [True, False] * 3
+
+    asyncio.run(scenario())
+
+
+def test_after_closing_nothing_is_taken_in() -> None:
+    house = House()
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1))
+        await house.predictor.close()
+        with pytest.raises(ShuttingDownError):
+            await house.predictor.predict(request(1))
+
+    asyncio.run(scenario())
+
+
+def test_warming_up_loads_what_serves_and_tells_what_cant() -> None:
+    house = House()
+    house.catalog["churn"] = split(1)
+    asyncio.run(house.predictor.warm_up("churn"))
+    assert house.versions.loads == [1, 2]
+    with pytest.raises(UnknownAliasError):
+        asyncio.run(House().predictor.warm_up("churn"))
+
+
+def test_the_store_being_down_is_reported_by_its_stage() -> None:
+    house = House()
+    house.store.down = True
+    with pytest.raises(OnlineStoreUnavailableError):
+        asyncio.run(house.lookup(house.predictor._query([request(1)])))
