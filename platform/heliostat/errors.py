@@ -546,6 +546,17 @@ class UnknownAliasError(NotFoundError):
         )
 
 
+class UnknownTableError(NotFoundError):
+    """A table, or a part of one, was asked for that was never written."""
+
+    def __init__(self, table: str, known: tuple[str, ...]) -> None:
+        super().__init__(table, known)
+        self.table, self.known = table, known
+
+    def __str__(self) -> str:
+        return f"the offline store has no {self.table}; it has: {_listed(self.known)}"
+
+
 # ── Conflicts ───────────────────────────────────────────────────────────────────────
 
 
