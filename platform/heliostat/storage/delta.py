@@ -139,11 +139,16 @@ class Table:
             table.alter.add_columns([Field.from_arrow(each.with_nullable(True)) for each in new])
         except DeltaError:
             # Somebody else may have added them at the same time.
-            if not set(schema.names) <= set(arrow_schema(self._reopened()).names):
+            if not set(schema.names) <= set(arrow_schema(self.current()).names):
                 raise
-        return self._reopened()
+        return self.current()
 
-    def _reopened(self) -> DeltaTable:
+    def current(self) -> DeltaTable:
+        """The table as it is now.
+
+        Raises:
+            deltalake.exceptions.TableNotFoundError: If there is none.
+        """
         return DeltaTable(self.uri, storage_options=dict(self.options))
 
     def filesystem(self) -> pafs.FileSystem:
@@ -281,11 +286,7 @@ class Table:
                 ],
             )
 
-        try:
-            self.commit(schema, prepare)
-        except BaseException:
-            self.discard([add for add, _ in merged.values()])
-            raise
+        self.commit(schema, prepare)
         return sum(len(old) for _, old in merged.values())
 
     def commit(self, schema: pa.Schema, prepare: Callable[[DeltaTable], Commit | None]) -> int:
@@ -303,12 +304,14 @@ class Table:
             StaleProgressError: If a stream's progress isn't what the preparation took it for.
             TableCommitError: If the commit fails though nobody else has committed.
         """
-        failed: tuple[int, str] | None = None
+        failed: tuple[int, str, Commit] | None = None
         for attempt in range(_MAX_ATTEMPTS):
-            table = self._reopened()
+            table = self.current()
             base = table.version()
             if failed is not None and failed[0] == base:
                 raise TableCommitError(self.uri, failed[1])
+            if failed is not None and self._holds(table, failed[2].adds):
+                return base  # it did succeed; only the answer was lost
             commit = prepare(table)
             if commit is None:
                 return base
@@ -323,11 +326,14 @@ class Table:
                     ),
                 )
             except CommitFailedError as error:
-                failed = base, str(error)
+                failed = base, str(error), commit
                 time.sleep(random.uniform(0, 0.002 * min(attempt + 1, 25)))  # noqa: S311 - spreads out writers
             else:
                 return base + 1
         raise TableCommitError(self.uri, f"{_MAX_ATTEMPTS} other commits came first")
+
+    def _holds(self, table: DeltaTable, adds: Sequence[AddAction]) -> bool:
+        return bool(adds) and {each.path for each in adds} <= set(self.files(table).column("path").to_pylist())
 
     def progress(self, table: DeltaTable | None, streams: Sequence[str]) -> dict[str, StreamId | None]:
         """The last entry of each stream that is applied to the table; None where nothing is."""

@@ -19,6 +19,7 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 from numpy.typing import NDArray
 
+from heliostat.errors import StaleProgressError
 from heliostat.schema import BUCKET, ID_HASH, INGESTED
 from heliostat.storage.delta import Commit, Progress, Table, arrow_schema
 
@@ -143,11 +144,12 @@ class EntityAppend:
             The version that holds the rows.
         """
         try:
-            version = self._table.commit(self._schema, self._prepare)
-        except BaseException:
+            return self._table.commit(self._schema, self._prepare)
+        except StaleProgressError:
+            # Raised before anything was sent. After other failures the files stay, seen by nobody:
+            # to delete what might have been committed after all would be worse.
             self._table.discard(self._adds())
             raise
-        return version
 
     def _adds(self) -> list[AddAction]:
         return [add for add in self._written.values() if add is not None]
