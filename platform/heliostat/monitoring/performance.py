@@ -14,9 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from heliostat.errors import MonitoringDataError, UndefinedMetricError
+from heliostat.models.definitions import ModelSpec
 from heliostat.models.estimates import Estimate
 from heliostat.models.metrics import measure, metric_named
 from heliostat.monitoring.verdict import Finding, Severity
+from heliostat.storage.event_log import EventLog
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -49,6 +51,21 @@ class Matured:
         return len(self.labels) / self.n_predictions if self.n_predictions else 0.0
 
 
+def watermark_us(event_log: EventLog, spec: ModelSpec, *, now_us: int, lateness_us: int) -> int:
+    """The instant up to which a model's labels are complete.
+
+    Events may be late; and a source that has stalled must not look like customers who stay away.
+
+    Args:
+        event_log: Where the label's source is kept.
+        spec: Says which label.
+        now_us: The present, microseconds since the epoch.
+        lateness_us: How late an event may come.
+    """
+    newest_us = event_log.statistics(spec.label.source, spec.entity).max_time_us
+    return 0 if newest_us is None else min(now_us - lateness_us, newest_us)
+
+
 def mature(
     entities: pa.Array,
     at_us: IntArray,
@@ -57,6 +74,7 @@ def mature(
     *,
     horizon_us: int,
     complete_until_us: int,
+    reported: FloatArray | None = None,
 ) -> Matured:
     """Give predictions their labels, those that are due.
 
@@ -67,6 +85,8 @@ def mature(
         labels_of: Computes labels from the event log.
         horizon_us: How far ahead a label looks.
         complete_until_us: The watermark: events before it have all arrived.
+        reported: Labels that somebody has reported, shape ``(n,)``, NaN where none; they go before the
+            event log's, but wait for the horizon too: those that come early are mostly of one kind.
 
     Raises:
         MonitoringDataError: If the columns differ in length.
@@ -81,6 +101,8 @@ def mature(
     keys = entities.filter(pa.array(due))
     n_due = int((at_us + horizon_us <= complete_until_us).sum())
     labels = labels_of(keys, at_us[due]) if due.any() else np.empty(0)
+    if reported is not None:
+        labels = np.where(np.isnan(reported[due]), labels, reported[due])
     known = ~np.isnan(labels)
     names = np.asarray(keys.to_numpy(zero_copy_only=False))
     return Matured(labels[known], scores[due][known], names[known], len(at_us), n_due)

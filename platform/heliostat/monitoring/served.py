@@ -1,8 +1,9 @@
-"""Rows of the prediction log as arrays: what every monitor starts from. Pure."""
+"""Rows of the prediction log as arrays: what every monitor starts from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -10,13 +11,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from heliostat.features.definitions import Entity
+from heliostat.models.definitions import ModelSpec
 from heliostat.schema import hash64, times_us
+from heliostat.storage.offline_store import OfflineStore
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-COLUMNS = ("prediction_id", "entity", "at_us", "revision", "variant", "version", "score", "features", "source")
+COLUMNS: Final = ("prediction_id", "entity", "at", "revision", "variant", "version", "score", "source")
 """The prediction log's columns that monitors read."""
+
+VECTORS: Final = "features"
+"""The column of what the model saw; most of the log's bytes, so it is read where it is needed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +30,7 @@ class ServedRows:
     """Predictions that were given out, ``n`` of them.
 
     Attributes:
-        table: `COLUMNS` of the prediction log.
+        table: `COLUMNS` of the prediction log, and `VECTORS` where they were asked for.
         entity: Whom they are about.
     """
 
@@ -42,7 +48,7 @@ class ServedRows:
     @property
     def at_us(self) -> IntArray:
         """Instants of the features, shape ``(n,)``, microseconds."""
-        return times_us(self.table.column("at_us"))
+        return times_us(self.table.column("at"))
 
     @property
     def scores(self) -> FloatArray:
@@ -54,22 +60,20 @@ class ServedRows:
         """Variants that served, shape ``(n,)``."""
         return np.asarray(self.table.column("variant").to_pylist(), dtype=np.str_)
 
-    def matrix(self, n_features: int) -> FloatArray:
-        """What the model saw, shape ``(n, n_features)``; NaN is null.
+    def of_version(self, version: int) -> ServedRows:
+        """The rows that one version answered by itself, not a fallback."""
+        by_model = pc.equal(self.table.column("source"), "model")
+        return self._where(pc.and_(pc.equal(self.table.column("version"), version), by_model))
 
-        Only of rows that hold ``n_features`` values, see `of_version`.
-        """
-        lists = self.table.column("features").combine_chunks()
+    def with_vectors(self, n_features: int) -> ServedRows:
+        """The rows whose logged vector has ``n_features`` values."""
+        return self._where(pc.equal(pc.list_value_length(self.table.column(VECTORS)), n_features))
+
+    def matrix(self, n_features: int) -> FloatArray:
+        """What the model saw, shape ``(n, n_features)``; NaN is null. See `with_vectors`."""
+        lists = self.table.column(VECTORS).combine_chunks()
         values = pc.list_flatten(lists).cast(pa.float64()).to_numpy(zero_copy_only=False)
         return np.asarray(values, dtype=np.float64).reshape(len(self), n_features)
-
-    def of_version(self, version: int, n_features: int) -> ServedRows:
-        """The rows that one version answered by itself: no fallback, and its whole vector at hand."""
-        table = self.table
-        whole = pc.equal(pc.list_value_length(table.column("features")), n_features)
-        by_model = pc.equal(table.column("source"), "model")
-        chosen = pc.and_(pc.equal(table.column("version"), version), pc.and_(by_model, whole))
-        return ServedRows(table.filter(pc.fill_null(chosen, False)), self.entity)
 
     def newest_each(self) -> ServedRows:
         """One row an entity, the newest: repeated rows of one entity aren't independent evidence."""
@@ -83,3 +87,48 @@ class ServedRows:
             return self
         chosen = np.argpartition(hash64(self.table.column("prediction_id")), size)[:size]
         return ServedRows(self.table.take(pa.array(np.sort(chosen))), self.entity)
+
+    def _where(self, condition: pa.ChunkedArray) -> ServedRows:
+        return ServedRows(self.table.filter(pc.fill_null(condition, False)), self.entity)
+
+
+def read_served(
+    store: OfflineStore, spec: ModelSpec, *, from_us: int, until_us: int, vectors: bool = True
+) -> ServedRows:
+    """Read a stretch of a model's prediction log; nothing yet reads as empty.
+
+    Args:
+        store: Where it is kept.
+        spec: The model.
+        from_us: First instant, microseconds since the epoch.
+        until_us: End, exclusive.
+        vectors: Whether to read what the model saw.
+    """
+    columns = [*COLUMNS, VECTORS] if vectors else list(COLUMNS)
+    table = store.read_predictions(spec.name, start_us=from_us, end_us=until_us, columns=columns)
+    return ServedRows(table, spec.entity)
+
+
+def reported_labels(store: OfflineStore, spec: ModelSpec, rows: ServedRows, *, now_us: int) -> FloatArray:
+    """Labels that somebody has reported for predictions, by prediction id; the newest report counts.
+
+    Args:
+        store: Where they are kept.
+        spec: The model.
+        rows: Predictions, ``n`` of them.
+        now_us: The present: reports from before it.
+
+    Returns:
+        Shape ``(n,)``; NaN where nothing was reported.
+    """
+    labels = np.full(len(rows), np.nan)
+    if not len(rows):
+        return labels
+    actuals = store.read_actuals(spec.name, start_us=int(rows.at_us.min()), end_us=now_us + 1)
+    actuals = actuals.filter(pc.is_valid(actuals.column("prediction_id"))).sort_by([("at", "descending")])
+    places = pc.index_in(
+        rows.table.column("prediction_id"), value_set=actuals.column("prediction_id").combine_chunks()
+    ).combine_chunks()
+    known = places.is_valid().to_numpy(zero_copy_only=False)
+    labels[known] = actuals.column("value").take(places.drop_null()).to_numpy()
+    return labels

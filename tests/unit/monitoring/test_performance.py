@@ -66,6 +66,20 @@ def test_before_the_first_horizon_no_label_is_computed() -> None:
     assert (len(matured.labels), matured.n_due, matured.coverage) == (0, 0, 0.0)
 
 
+def test_reported_labels_go_first_but_wait_for_the_horizon_too() -> None:
+    matured = mature(
+        pa.array([1, 2, 4], pa.int64()),
+        np.array([0, 0, 50]) * US_PER_DAY,
+        np.array([0.1, 0.2, 0.3]),
+        _labels,
+        horizon_us=HORIZON_US,
+        complete_until_us=100 * US_PER_DAY,
+        reported=np.array([1.0, np.nan, 1.0]),
+    )
+    assert matured.labels.tolist() == [1.0, 1.0]
+    assert matured.entities.tolist() == [1, 2]
+
+
 def test_columns_of_different_length_are_refused() -> None:
     with pytest.raises(MonitoringDataError, match="2 keys, 1 instants"):
         _mature([1, 2], [0], [0.1, 0.2], complete_day=100)
