@@ -789,6 +789,20 @@ class ServingUnavailableError(StorageError):
         return f"the inference graph at {self.url} gave no prediction ({self.reason}); start it with `heliostat up`"
 
 
+class StreamEntryError(StorageError):
+    """An entry of a stream can't be read."""
+
+    def __init__(self, stream: str, reason: str) -> None:
+        super().__init__(stream, reason)
+        self.stream, self.reason = stream, reason
+
+    def __str__(self) -> str:
+        return (
+            f"an entry of stream {self.stream!r} can't be read: {self.reason}; "
+            "it was written by another program or by definitions that have changed since"
+        )
+
+
 class StorageNotSharedError(StorageError):
     """A cluster of several nodes was given storage that only one node can see."""
 
