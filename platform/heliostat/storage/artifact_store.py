@@ -205,6 +205,7 @@ class _Folder:
         """Store all files under a name of their own, flush them, then rename the folder."""
         self._root.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{digest[:12]}-", dir=self._root))
+        draft.chmod(0o755)  # mkdtemp's is the writer's alone; a shared folder has other readers
         try:
             for name, content in files.items():
                 with (draft / name).open("wb") as file:

@@ -1,0 +1,260 @@
+"""One contract, several databases: SQLite always, PostgreSQL where CATALOG_POSTGRES_URL names one."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError
+
+from heliostat.errors import CatalogSchemaError, CatalogUnavailableError
+from heliostat.storage.catalog import Catalog
+from heliostat.storage.catalog_tables import AliasRow, DefinitionRow, RouteRow, VersionRow
+
+POSTGRES_URL = os.environ.get("CATALOG_POSTGRES_URL", "")
+
+VERSION = VersionRow("churn", 1, "digest", {"features": []}, {"auc": 0.75}, {"log": 3}, None, {"seed": 1}, 1_000)
+ALIAS = AliasRow("churn", "production", 1, 1, None, "promote", "first", {"gate": {"passed": True}}, 2_000)
+ROUTE = RouteRow("churn", 1, {"coverage": 1.0}, "first", 3_000)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/of/its/own/catalog.db"
+        return
+    if not POSTGRES_URL:
+        pytest.skip("CATALOG_POSTGRES_URL names no server")
+    schema = f"catalog_{uuid.uuid4().hex}"
+    server = create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text(f"CREATE SCHEMA {schema}"))
+    yield f"{POSTGRES_URL}{'&' if '?' in POSTGRES_URL else '?'}options=-csearch_path%3D{schema}"
+    with server.connect() as connection:
+        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+    server.dispose()
+
+
+@pytest.fixture
+def catalog(url: str) -> Iterator[Catalog]:
+    with Catalog.open(url) as opened:
+        yield opened
+
+
+def _run(url: str, statement: str) -> None:
+    engine = create_engine(url)
+    try:
+        with engine.begin() as connection:
+            connection.execute(text(statement))
+    finally:
+        engine.dispose()
+
+
+# ── Opening ─────────────────────────────────────────────────────────────────────────
+
+
+def test_a_second_opening_finds_what_the_first_has_written(url: str) -> None:
+    with Catalog.open(url) as first, first.write() as rows:
+        rows.add_version(VERSION)
+    with Catalog.open(url) as second, second.read() as rows:
+        assert rows.versions("churn") == (VERSION,)
+
+
+def test_tables_of_another_release_are_refused(url: str) -> None:
+    Catalog.open(url).close()
+    _run(url, "UPDATE catalog_schema SET version = 99")
+    with pytest.raises(CatalogSchemaError, match="version 99"):
+        Catalog.open(url)
+
+
+@pytest.mark.parametrize(
+    ("unusable", "reason"),
+    [
+        ("no url at all", "Could not parse"),
+        ("nosql://host/database", "nosql"),
+        ("sqlite://", "memory"),
+        ("sqlite:////proc/nowhere/catalog.db", "No such file"),
+    ],
+)
+def test_an_unusable_url_is_an_error_that_names_the_setting(unusable: str, reason: str) -> None:
+    with pytest.raises(CatalogUnavailableError, match=rf"{reason}.*catalog\.url"):
+        Catalog.open(unusable)
+
+
+def test_a_password_is_never_told() -> None:
+    for secretive in ("nosql://user:secret@host/database", "postgresql//user:secret@host"):
+        with pytest.raises(CatalogUnavailableError) as told:
+            Catalog.open(secretive)
+        assert "secret" not in str(told.value)
+
+
+def test_a_file_that_is_no_database_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
+    file = tmp_path / "catalog.db"
+    file.write_bytes(b"not a database, but long enough to be looked at as one" * 100)
+    with pytest.raises(CatalogUnavailableError, match=r"catalog\.url"):
+        Catalog.open(f"sqlite:///{file}")
+
+
+# ── Transactions ────────────────────────────────────────────────────────────────────
+
+
+def test_an_exception_takes_everything_back(catalog: Catalog) -> None:
+    def interrupted() -> None:
+        with catalog.write() as rows:
+            rows.add_version(VERSION)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with catalog.read() as rows:
+        assert rows.models() == ()
+
+
+def test_an_error_of_the_caller_is_not_taken_for_the_databases(catalog: Catalog) -> None:
+    with pytest.raises(FileNotFoundError), catalog.write():
+        raise FileNotFoundError("an artifact")
+
+
+def test_a_reader_sees_one_snapshot_while_a_writer_commits(catalog: Catalog) -> None:
+    with catalog.read() as before:
+        assert before.versions("churn") == ()
+        with catalog.write() as rows:
+            rows.add_version(VERSION)
+        assert before.versions("churn") == ()
+    with catalog.read() as after:
+        assert after.versions("churn") == (VERSION,)
+
+
+def test_only_one_of_many_threads_swaps_a_revision(catalog: Catalog) -> None:
+    with catalog.write() as rows:
+        rows.add_route(ROUTE)
+    together = threading.Barrier(8)
+    won: list[int] = []
+
+    def swap(number: int) -> None:
+        together.wait()
+        with catalog.write() as rows:
+            current = rows.route("churn")
+            if current is not None and current.revision == 1:
+                rows.add_route(replace(ROUTE, revision=2, document={"by": number}))
+                won.append(number)
+
+    threads = [threading.Thread(target=swap, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with catalog.read() as rows:
+        assert [row.document for row in rows.route_history("churn")[1:]] == [{"by": won[0]}]
+    assert len(won) == 1
+
+
+# ── Evidence ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("table", ["model_versions", "alias_changes", "routes", "verdicts"])
+@pytest.mark.parametrize("change", ["UPDATE {} SET model = 'other'", "DELETE FROM {}"])
+def test_the_database_itself_refuses_to_change_evidence(catalog: Catalog, url: str, table: str, change: str) -> None:
+    with catalog.write() as rows:
+        rows.add_version(VERSION)
+        rows.add_alias_change(ALIAS)
+        rows.add_route(ROUTE)
+        rows.add_verdict("churn", 1, "gate", {"passed": True}, at_us=4_000)
+    with pytest.raises(Exception, match=f"rows of {table} are append-only"):
+        _run(url, change.format(table))
+
+
+def test_a_version_is_there_once(catalog: Catalog) -> None:
+    with catalog.write() as rows:
+        rows.add_version(VERSION)
+    with pytest.raises(IntegrityError), catalog.write() as rows:
+        rows.add_version(replace(VERSION, artifact="another"))
+
+
+def test_an_alias_points_at_a_version_that_exists(catalog: Catalog) -> None:
+    with pytest.raises(IntegrityError), catalog.write() as rows:
+        rows.add_alias_change(ALIAS)
+
+
+# ── Rows ────────────────────────────────────────────────────────────────────────────
+
+
+def test_definitions_come_back_by_kind_until_they_are_retired(catalog: Catalog) -> None:
+    view = DefinitionRow("view", "behaviour", 1, "hash", {"features": ["a"]}, 5)
+    source = DefinitionRow("source", "purchases", 1, "hash", {}, 5)
+    with catalog.write() as rows:
+        rows.add_definition(view)
+        rows.add_definition(source)
+        assert rows.definitions() == (source, view)
+        rows.retire_definition("view", "behaviour", 1, retired_us=6)
+    with catalog.read() as rows:
+        assert rows.definitions("view") == ()
+        assert rows.definitions("view", retired=True) == (replace(view, retired_us=6),)
+
+
+def test_a_refreshed_definition_keeps_its_birthday(catalog: Catalog) -> None:
+    with catalog.write() as rows:
+        rows.add_definition(DefinitionRow("view", "behaviour", 1, "hash", {"owner": ""}, 5, retired_us=6))
+        rows.refresh_definition("view", "behaviour", 1, {"owner": "growth"})
+    with catalog.read() as rows:
+        assert rows.definitions("view") == (DefinitionRow("view", "behaviour", 1, "hash", {"owner": "growth"}, 5),)
+
+
+def test_an_alias_is_where_its_newest_change_points(catalog: Catalog) -> None:
+    second = replace(ALIAS, revision=2, version=2, previous=1, at_us=2_001)
+    staging = replace(ALIAS, alias="staging", at_us=2_002)
+    with catalog.write() as rows:
+        for version in (VERSION, replace(VERSION, version=2), replace(VERSION, model="spend")):
+            rows.add_version(version)
+        for change in (ALIAS, second, staging, replace(ALIAS, model="spend")):
+            rows.add_alias_change(change)
+    with catalog.read() as rows:
+        assert rows.aliases("churn") == (second, staging)
+        assert rows.alias("churn", "production") == second
+        assert rows.alias("churn", "shadow") is None
+        assert rows.alias_history("churn") == (ALIAS, second, staging)
+        assert rows.alias_history("churn", "staging") == (staging,)
+
+
+def test_verdicts_come_newest_first_and_by_version(catalog: Catalog) -> None:
+    with catalog.write() as rows:
+        first = rows.add_verdict("churn", 1, "drift", {"alarm": False}, at_us=1)
+        second = rows.add_verdict("churn", 2, "drift", {"alarm": True}, at_us=2)
+        rows.add_verdict("churn", None, "quality", {}, at_us=3)
+    with catalog.read() as rows:
+        assert [row.id for row in rows.verdicts("churn", kind="drift")] == [second, first]
+        assert [row.document for row in rows.verdicts("churn", version=1)] == [{"alarm": False}]
+        assert len(rows.verdicts("churn", limit=2)) == 2
+
+
+def test_a_run_is_unfinished_until_it_ends(catalog: Catalog) -> None:
+    with catalog.write() as rows:
+        run = rows.start_run("ingest", "purchases", started_us=1)
+    with catalog.read() as rows:
+        assert [(row.outcome, row.finished_us) for row in rows.runs("ingest")] == [(None, None)]
+    with catalog.write() as rows:
+        rows.finish_run(run, "succeeded", {"accepted": 3}, finished_us=9)
+    with catalog.read() as rows:
+        (row,) = rows.runs("ingest")
+        assert (row.id, row.outcome, row.report, row.finished_us) == (run, "succeeded", {"accepted": 3}, 9)
+        assert rows.runs("train") == ()
+
+
+def test_numbers_that_json_does_not_have_become_null(catalog: Catalog) -> None:
+    with catalog.write() as rows:
+        rows.add_version(replace(VERSION, metrics={"auc": float("nan"), "loss": float("inf")}))
+    with catalog.read() as rows:
+        assert rows.versions("churn")[0].metrics == {"auc": None, "loss": None}
+
+
+def test_an_instant_far_in_the_future_keeps_its_microsecond(catalog: Catalog) -> None:
+    with catalog.write() as rows:
+        rows.add_version(replace(VERSION, created_us=4_102_444_800_000_001))
+    with catalog.read() as rows:
+        assert rows.versions("churn")[0].created_us == 4_102_444_800_000_001

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heliostat.errors import InvalidRouteError
+from heliostat.experiments.assignment import N_SLOTS, OUTSIDE, RoutingDocument, Variant, slot_of, slots_of
+
+ENTITIES = [str(number) for number in range(5_000)]
+
+
+def _split(weight: float = 0.5, coverage: float = 1.0, salt: str = "churn/spring") -> RoutingDocument:
+    return RoutingDocument(
+        "churn", 3, salt, coverage, (Variant("control", 1, 1 - weight), Variant("challenger", 2, weight))
+    )
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> RoutingDocument:
+    parts = draw(st.lists(st.integers(0, 100), min_size=1, max_size=5).filter(sum))
+    variants = tuple(Variant(f"v{i}", i + 1, part / sum(parts)) for i, part in enumerate(parts))
+    return RoutingDocument("churn", 1, draw(st.text(min_size=1)), draw(st.floats(0, 1)), variants)
+
+
+# ── Slots ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("salt", "entity", "slot"),
+    [
+        # md5sum's first 16 digits, modulo 10,000: printf s:1 | md5sum
+        ("s", "1", 190),
+        ("churn/spring", "12345", 5979),
+    ],
+)
+def test_slots_are_part_of_the_storage_format(salt: str, entity: str, slot: int) -> None:
+    assert slot_of(salt, entity) == slot
+
+
+def test_slots_are_spread_evenly() -> None:
+    counts = np.bincount(slots_of("churn/spring", map(str, range(100_000))) // 1_000, minlength=10)
+    assert ((counts - 10_000) ** 2 / 10_000).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+
+
+def test_another_salt_draws_independently() -> None:
+    first, second = (_split(0.5, salt=salt).assign(ENTITIES) for salt in ("churn/spring", "churn/summer"))
+    both = int(((first == 1) & (second == 1)).sum())
+    assert abs(both - len(ENTITIES) / 4) < 4 * np.sqrt(len(ENTITIES) * 0.25 * 0.75)
+
+
+# ── Assignment ──────────────────────────────────────────────────────────────────────
+
+
+@given(document=documents(), entities=st.lists(st.text(max_size=8), max_size=20))
+def test_one_by_one_is_as_all_at_once(document: RoutingDocument, entities: list[str]) -> None:
+    indices = document.assign(entities)
+    assert indices.shape == (len(entities),)
+    expected = [None if index == OUTSIDE else document.variants[index] for index in indices]
+    assert [document.variant_of(entity) for entity in entities] == expected
+
+
+@given(document=documents(), wider=st.floats(0, 1))
+def test_raising_coverage_reassigns_nobody(document: RoutingDocument, wider: float) -> None:
+    narrow = replace(document, coverage=min(wider, document.coverage))
+    wide = replace(document, coverage=max(wider, document.coverage))
+    before, after = narrow.assign(ENTITIES[:300]), wide.assign(ENTITIES[:300])
+    inside = before != OUTSIDE
+    np.testing.assert_array_equal(before[inside], after[inside])
+
+
+@given(document=documents())
+def test_ranges_never_overlap_and_full_coverage_leaves_no_gap(document: RoutingDocument) -> None:
+    edges = [edge for pair in document.ranges for edge in pair]
+    assert edges == sorted(edges)
+    full = replace(document, coverage=1.0).ranges
+    assert (full[0][0], full[-1][1]) == (0, N_SLOTS)
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(full))
+
+
+@given(document=documents())
+def test_a_range_is_coverage_times_weight_wide(document: RoutingDocument) -> None:
+    for variant, (low, high) in zip(document.variants, document.ranges, strict=True):
+        assert abs((high - low) - document.coverage * variant.weight * N_SLOTS) <= 1.5
+
+
+@pytest.mark.parametrize(("weight", "coverage"), [(0.5, 1.0), (0.1, 1.0), (0.3, 0.2)])
+def test_the_shares_are_the_declared_ones(weight: float, coverage: float) -> None:
+    indices = _split(weight, coverage).assign(ENTITIES)
+    expected = coverage * weight * len(ENTITIES)
+    assert abs(int((indices == 1).sum()) - expected) < 4 * np.sqrt(expected)
+
+
+def test_a_variant_without_weight_serves_nobody() -> None:
+    assert set(_split(0.0).assign(ENTITIES).tolist()) == {0}
+
+
+def test_a_single_version_serves_everybody_without_hashing() -> None:
+    single = RoutingDocument.single("churn", 4, revision=1, shadow=(5,))
+    assert single.assign(iter(ENTITIES)).tolist() == [0] * len(ENTITIES)
+    assert (single.control.version, single.is_split, single.versions) == (4, False, (4, 5))
+
+
+def test_whoever_is_outside_has_no_variant() -> None:
+    assert _split(coverage=0.0).variant_of("1") is None
+    assert set(_split(coverage=0.0).assign(ENTITIES).tolist()) == {OUTSIDE}
+
+
+# ── The document ────────────────────────────────────────────────────────────────────
+
+
+@given(document=documents())
+@settings(max_examples=50)
+def test_a_document_comes_back_from_its_bytes(document: RoutingDocument) -> None:
+    assert RoutingDocument.from_bytes(document.to_bytes()) == document
+
+
+def _changed(**parts: object) -> RoutingDocument:
+    return replace(_split(), **parts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        ({"variants": ()}, "no variant"),
+        ({"variants": (Variant("a", 1, 0.5), Variant("a", 2, 0.5))}, "name each differently"),
+        ({"variants": (Variant("a", 1, 0.5), Variant("b", 2, 0.4))}, "add up to 0.9"),
+        ({"variants": (Variant("a", 1, 1.5), Variant("b", 2, -0.5))}, "the weights are"),
+        ({"variants": (Variant("a", 1, float("nan")),)}, "the weights are"),
+        ({"variants": (Variant("a", 0, 1.0),)}, "the versions are"),
+        ({"shadow": (0,)}, "the versions are"),
+        ({"coverage": 1.1}, "coverage is 1.1"),
+        ({"revision": 0}, "revision is 0"),
+        ({"salt": ""}, "salt is empty"),
+    ],
+)
+def test_a_document_that_contradicts_itself_is_refused(parts: dict[str, object], problem: str) -> None:
+    with pytest.raises(InvalidRouteError, match=problem):
+        _changed(**parts)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'{"model": "churn"}',
+        _split().to_bytes().replace(b'"format":1', b'"format":9'),
+        _split().to_bytes().replace(b'"coverage":1.0', b'"coverage":"all"'),
+        _split().to_bytes().replace(b'"shadow":[]', b'"shadow":7'),
+    ],
+)
+def test_bytes_that_are_no_document_are_refused(content: bytes) -> None:
+    with pytest.raises(InvalidRouteError, match="publish it again"):
+        RoutingDocument.from_bytes(content)

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import lightgbm as lgb
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heliostat.errors import InvalidPackageError, SignatureMismatchError, UnknownFeatureError
+from heliostat.models.packaging import (
+    MODEL_FILE,
+    PACKAGE_FILE,
+    PROFILE_FILE,
+    SIGNATURE_FILE,
+    Calibration,
+    ModelPackage,
+    Signature,
+)
+
+NAMES = ("behaviour__recency", "behaviour__frequency", "behaviour__spend")
+
+
+def _matrix(n: int = 400) -> np.ndarray:
+    return np.random.default_rng(7).normal(size=(n, 3))
+
+
+@pytest.fixture(scope="module")
+def booster() -> lgb.Booster:
+    matrix = _matrix()
+    labels = (matrix[:, 0] + matrix[:, 1] > 0).astype(float)
+    data = lgb.Dataset(matrix, labels, feature_name=list(NAMES))
+    return lgb.train({"objective": "binary", "verbosity": -1, "num_threads": 1}, data, 8)
+
+
+@pytest.fixture
+def package(booster: lgb.Booster) -> ModelPackage:
+    return ModelPackage(
+        booster_text=booster.model_to_string(),
+        signature=Signature(NAMES),
+        objective="binary",
+        profile={"format": 1, "features": {}},
+        metrics={"auc": 0.75},
+        parameters={"num_leaves": 31},
+    )
+
+
+def test_a_package_predicts_what_the_booster_did(booster: lgb.Booster, package: ModelPackage) -> None:
+    loaded = ModelPackage.from_files(package.to_files()).load()
+    np.testing.assert_array_equal(loaded.predict(_matrix(), names=NAMES), booster.predict(_matrix()))
+
+
+def test_a_package_comes_back_from_its_files(package: ModelPackage) -> None:
+    calibrated = replace(package, calibration=Calibration((0.1, 0.9), (0.2, 0.7)))
+    assert ModelPackage.from_files(calibrated.to_files()) == calibrated
+    assert ModelPackage.from_files(replace(package, profile=None).to_files()).profile is None
+
+
+def test_the_same_model_has_the_same_bytes(package: ModelPackage) -> None:
+    other = replace(package, metrics=dict(reversed({"brier": 0.1, "auc": 0.75}.items())))
+    assert other.to_files() == replace(package, metrics={"brier": 0.1, "auc": 0.75}).to_files()
+
+
+def test_null_features_and_no_rows_are_predicted(package: ModelPackage) -> None:
+    loaded = package.load()
+    assert np.isfinite(loaded.predict(np.full((2, 3), np.nan))).all()
+    assert loaded.predict(np.empty((0, 3))).shape == (0,)
+
+
+def test_a_matrix_of_any_memory_order_gives_the_same_scores(package: ModelPackage) -> None:
+    loaded = package.load()
+    np.testing.assert_array_equal(loaded.predict(np.asfortranarray(_matrix())), loaded.predict(_matrix()))
+    np.testing.assert_array_equal(loaded.predict(_matrix()[::2]), loaded.predict(_matrix())[::2])
+
+
+def test_threads_may_share_a_loaded_model(package: ModelPackage) -> None:
+    loaded = package.load()
+    expected = loaded.predict(_matrix())
+    differing: list[int] = []
+
+    def predict() -> None:
+        for _ in range(50):
+            differing.extend([1] * (not np.array_equal(loaded.predict(_matrix()), expected)))
+
+    threads = [threading.Thread(target=predict) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert differing == []
+
+
+# ── The signature ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (NAMES[:2], "'behaviour__spend' is missing"),
+        ((*NAMES, "behaviour__mood"), "'behaviour__mood' isn't expected"),
+        ((NAMES[1], NAMES[0], NAMES[2]), "column 0 is 'behaviour__frequency', not 'behaviour__recency'"),
+        ((*NAMES, NAMES[0]), "4 columns, not 3"),
+    ],
+)
+def test_other_columns_are_refused_by_name(package: ModelPackage, names: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(SignatureMismatchError, match=problem):
+        package.load().predict(np.zeros((1, len(names))), names=names)
+
+
+@pytest.mark.parametrize("matrix", [np.zeros((1, 2)), np.zeros(3), np.zeros((1, 3), dtype=np.float32)])
+def test_a_matrix_of_another_shape_or_type_is_refused(package: ModelPackage, matrix: np.ndarray) -> None:
+    with pytest.raises(SignatureMismatchError, match="the feature matrix"):
+        package.load().predict(matrix)
+
+
+def test_a_booster_of_other_features_is_refused(package: ModelPackage) -> None:
+    with pytest.raises(SignatureMismatchError, match="the booster"):
+        replace(package, signature=Signature(tuple(reversed(NAMES)))).load()
+
+
+def test_a_feature_knows_its_column() -> None:
+    assert Signature(NAMES).column("behaviour__spend") == 2
+    with pytest.raises(UnknownFeatureError, match="behaviour__mood"):
+        Signature(NAMES).column("behaviour__mood")
+
+
+@pytest.mark.parametrize("names", [(), ("a", "a")])
+def test_a_signature_has_every_feature_once(names: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidPackageError, match="each once"):
+        Signature(names)
+
+
+# ── What can't be trusted ───────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("cut", [0, 10, 1_000])
+def test_half_of_a_model_is_refused_before_it_is_parsed(package: ModelPackage, cut: int) -> None:
+    with pytest.raises(InvalidPackageError, match="isn't a whole LightGBM model"):
+        replace(package, booster_text=package.booster_text[:cut])
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, SIGNATURE_FILE, PACKAGE_FILE])
+def test_a_missing_file_is_told(package: ModelPackage, name: str) -> None:
+    files = package.to_files()
+    del files[name]
+    with pytest.raises(InvalidPackageError, match=f"{name}.*missing"):
+        ModelPackage.from_files(files)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"format": 2}'])
+@pytest.mark.parametrize("name", [SIGNATURE_FILE, PACKAGE_FILE])
+def test_a_file_of_another_format_is_told(package: ModelPackage, name: str, content: bytes) -> None:
+    with pytest.raises(InvalidPackageError, match=name):
+        ModelPackage.from_files({**package.to_files(), name: content})
+
+
+def test_features_of_another_type_are_told(package: ModelPackage) -> None:
+    signature = orjson.dumps({"format": 1, "features": [["a", "float32"]]})
+    with pytest.raises(InvalidPackageError, match="float32"):
+        ModelPackage.from_files({**package.to_files(), SIGNATURE_FILE: signature})
+
+
+def test_an_unknown_objective_is_refused(package: ModelPackage) -> None:
+    with pytest.raises(InvalidPackageError, match="ranking"):
+        replace(package, objective="ranking")
+
+
+def test_the_profile_is_a_file_of_its_own(package: ModelPackage) -> None:
+    assert orjson.loads(package.to_files()[PROFILE_FILE]) == package.profile
+
+
+# ── Calibration ─────────────────────────────────────────────────────────────────────
+
+
+def test_calibration_is_applied_to_the_scores(package: ModelPackage) -> None:
+    halved = replace(package, calibration=Calibration((0.0, 1.0), (0.0, 0.5))).load()
+    np.testing.assert_allclose(halved.predict(_matrix()), package.load().predict(_matrix()) / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scores", "values"),
+    [
+        ((), ()),
+        ((0.1,), (0.1, 0.2)),
+        ((0.2, 0.1), (0.1, 0.2)),
+        ((0.1, 0.2), (0.2, 0.1)),
+        ((0.1, float("nan")), (0.1, 0.2)),
+    ],
+)
+def test_calibration_that_is_no_rising_line_is_refused(scores: tuple[float, ...], values: tuple[float, ...]) -> None:
+    with pytest.raises(InvalidPackageError, match="calibration"):
+        Calibration(scores, values)
+
+
+@given(scores=st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_calibration_keeps_the_order_of_scores(scores: list[float]) -> None:
+    mapped = Calibration((0.1, 0.3, 0.8), (0.05, 0.05, 0.9))(np.sort(scores))
+    assert (np.diff(mapped) >= 0).all()
+    assert mapped.min() >= 0.05
+    assert mapped.max() <= 0.9
