@@ -45,7 +45,9 @@ def write_parquet(target: Path) -> int:
         {
             "event_id": pa.array(np.arange(1, len(frame) + 1)),
             "customer_id": pa.array(frame["customer_id"].to_numpy()),
-            "purchased_at": pa.array(pd.to_datetime(frame["date"], format="%Y%m%d", utc=True).dt.as_unit("us")),
+            "purchased_at": pa.array(
+                pd.to_datetime(frame["date"].astype(str), format="%Y%m%d", utc=True).dt.as_unit("us")
+            ),
             "quantity": pa.array(frame["quantity"].to_numpy()),
             "amount": pa.array(frame["amount"].to_numpy()),
         }
