@@ -12,7 +12,7 @@ hop ``h`` covers ``[k·h, (k+1)·h)`` and lies in slot ``k mod n``. Equal states
 - An empty slot has the tile number ``-inf`` and each state's identity: 0 for ``add``, +inf for
   ``min``, -inf for ``max``, and for ``first`` and ``last`` (event time, tie, value) =
   (±inf, 0, 0).
-- A tile from the event log carries its number plus a half until a live event goes into it; see
+- A tile from the event log carries a fraction with its number until a live event goes into it; see
   `heliostat.storage.ring_scripts`, which merges the same bytes inside the server.
 
 A group's name ends with a hash of its layout. Bytes are thus never read by a layout that
@@ -44,7 +44,6 @@ F8 = np.dtype("<f8")
 LIFE = "life"
 
 _UFUNCS: Mapping[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
-_FROM_LOG = 0.5
 
 
 @dataclass(frozen=True)
@@ -385,7 +384,8 @@ def pack_rings(
         tiles = tiles.between(newest - group.n_slots + 1, newest)
     places = tiles.codes, group.slot_of(tiles.tiles)
     rings[places] = tiles.slots
-    rings[(*places, 0)] += _FROM_LOG
+    past = np.clip(as_of_us / group.hop_us - tiles.tiles, 0.0, 1.0)
+    rings[(*places, 0)] += 0.25 + 0.5 * past
     return rings
 
 

@@ -6,7 +6,8 @@ every view. A ring is a string of slots; a slot is a tile number (f8) and the st
 
 - ``-inf``: the slot is empty;
 - a whole number: live events went into it;
-- a whole number and a half: it came from the event log alone, which may fill it again.
+- with a fraction: it came from the event log alone, which may fill it again. The fraction grows
+  with the instant it was filled for, so that an older view of the log never replaces a newer one.
 
 A ring of kind ``life`` keeps, in slot 0, the base: everything that the later slots no longer
 hold. Its tile number is the boundary: no event of a tile at or above it went into the base.
@@ -199,9 +200,8 @@ end
 for i = first, n_slots - 1 do
   local at = i * slot_bytes + 1
   local held_tile, fresh_tile = unpack_f8('<d', held, at), unpack_f8('<d', fresh, at)
-  local newer = floor(held_tile) > floor(fresh_tile)
-  local live = held_tile == floor(held_tile) and held_tile == floor(fresh_tile)
-  local keep = held_tile >= first_live and (newer or live)
+  local live = held_tile == floor(fresh_tile)
+  local keep = held_tile >= first_live and (held_tile > fresh_tile or live)
   slots[i + 1] = sub(keep and held or fresh, at, at + slot_bytes - 1)
 end
 return put(table.concat(slots))
