@@ -48,6 +48,7 @@ from heliostat.storage.catalog_tables import (
 _Row = TypeVar("_Row")
 
 _BUSY_TIMEOUT_S: Final = 30
+_CONNECT_TIMEOUT_S: Final = 10
 _WRITER_LOCK: Final = 0x48454C494F  # "HELIO": the advisory lock that makes a PostgreSQL catalog single-writer.
 
 
@@ -307,7 +308,13 @@ def _to_json(value: object) -> str:
 
 def _engine_for(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, json_serializer=_to_json, json_deserializer=orjson.loads, pool_pre_ping=True)
+        return create_engine(
+            url,
+            json_serializer=_to_json,
+            json_deserializer=orjson.loads,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": _CONNECT_TIMEOUT_S} if url.get_backend_name() == "postgresql" else {},
+        )
     if not url.database or url.database == ":memory:":
         raise CatalogUnavailableError(str(url), "a catalog in memory can't be shared by processes; name a file")
     Path(url.database).parent.mkdir(parents=True, exist_ok=True)
