@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR
+from heliostat.features.backfill import bucket_rings
 from heliostat.features.definitions import FeatureView
 from heliostat.features.live import LiveRings, remember_ms
-from heliostat.features.materialize import bucket_rings
 from heliostat.features.offline import compute_features, unique_events
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits, ring_layout

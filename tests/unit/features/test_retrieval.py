@@ -1,0 +1,232 @@
+"""From rings to vectors: the key plan, absent and null, overrides and derived features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from heliostat.clock import US_PER_DAY, parse_instant_us
+from heliostat.errors import InvalidDefinitionError, InvalidValueError, RingCorruptError, UnknownFeatureError
+from heliostat.features.aggregations import Count, Last, Sum, TimeSinceLast
+from heliostat.features.backfill import bucket_rings
+from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView, FloatArray
+from heliostat.features.offline import compute_features
+from heliostat.features.retrieval import FeatureBatch, FeatureReader
+from heliostat.features.tiles import RingLimits
+from heliostat.schema import TIE, TIMESTAMP, hash64, tie48
+from heliostat.storage.online_store import OnlineKeys
+
+KEYS = OnlineKeys("hs", "test")
+LIMITS = RingLimits(US_PER_DAY, 60_000_000)
+NOW_US = parse_instant_us("2020-06-01T12:00:00")
+N_BUCKETS = 4
+
+user = Entity("user", keys={"user_id": "int64"})
+shop = Entity("shop", keys={"shop": "string"})
+orders = EventSource(
+    "orders",
+    schema=pa.schema(
+        {
+            "order_id": pa.string(),
+            "user_id": pa.int64(),
+            "shop": pa.string(),
+            "at": TIMESTAMP,
+            "amount": pa.float64(),
+        }
+    ),
+    entity=(user, shop),
+    event_time="at",
+    event_id="order_id",
+)
+recent = FeatureView(
+    "recent",
+    version=3,
+    source=orders,
+    entity=user,
+    features={
+        "n": Count(window="30d"),
+        "n_hour": Count(window="1h"),
+        "amount": Sum("amount", window="30d"),
+        "last": Last("amount", window="30d"),
+        "since": TimeSinceLast(unit="hour"),
+    },
+    ttl="10d",
+)
+
+
+@recent.derived
+def mean(amount: FloatArray, n: FloatArray) -> FloatArray:
+    return amount / n
+
+
+@recent.derived
+def log_mean(mean: FloatArray) -> FloatArray:
+    return np.log(mean)
+
+
+always = FeatureView("always", version=1, source=orders, entity=user, features={"n": Count(), "total": Sum("amount")})
+by_shop = FeatureView("by_shop", version=1, source=orders, entity=shop, features={"n": Count(window="7d")})
+
+
+def order(order_id: str, user_id: int, before_h: float, amount: float | None) -> dict[str, Any]:
+    at_us = NOW_US - int(before_h * 3_600_000_000)
+    return {"order_id": order_id, "user_id": user_id, "shop": "s", "at": at_us, "amount": amount}
+
+
+EVENTS = pa.Table.from_pylist(
+    [
+        order("a", 1, 0.5, 4.0),
+        order("b", 1, 48, 8.0),
+        order("c", 2, 20 * 24, 3.0),
+        order("d", 3, 5, None),
+    ],
+    schema=orders.schema,
+)
+USERS = ["1", "2", "3", "404"]
+
+
+def reader(*features: FeatureRef) -> FeatureReader:
+    return FeatureReader(features, keys=KEYS, n_buckets=N_BUCKETS, limits=LIMITS)
+
+
+def stored(views: Sequence[FeatureView], events: pa.Table = EVENTS) -> Mapping[str, bytes]:
+    """A store's content: the views' rings."""
+    events = events.append_column(TIE, pa.array(tie48(hash64(events["order_id"]))))
+    buckets = user.buckets(user.encode(events), N_BUCKETS)
+    return {
+        write.key: write.ring
+        for bucket in range(N_BUCKETS)
+        for write in bucket_rings(
+            views,
+            events.filter(pa.array(buckets == bucket)),
+            bucket=bucket,
+            keys=KEYS,
+            as_of_us=NOW_US,
+            limits=LIMITS,
+        )
+    }
+
+
+def read(reader: FeatureReader, users: Sequence[str] = USERS, overrides: Any = None) -> FeatureBatch:
+    content = stored([recent, always])
+    return reader.decode([content.get(key) for key in reader.keys(users)], as_of_us=NOW_US, overrides=overrides)
+
+
+def test_columns_come_in_the_order_asked_for_whatever_the_views() -> None:
+    batch = read(reader(always["total"], recent["n"], always["n"]))
+    assert batch.names == ("always__total", "recent__n", "always__n")
+    assert batch.matrix[0].tolist() == [12.0, 2.0, 2.0]
+    assert batch.views == ("always@1", "recent@3")
+
+
+def test_a_vector_is_what_the_offline_kernel_computes() -> None:
+    found = read(reader(*recent, *always))
+    offline = compute_features([recent, always], EVENTS, user.encoded(USERS), np.full(len(USERS), NOW_US))
+    np.testing.assert_allclose(found.matrix, np.column_stack([offline[name] for name in found.names]), rtol=1e-14)
+
+
+def test_only_the_rings_that_the_features_need_are_read() -> None:
+    assert len(reader(recent["n_hour"]).keys(["1"])) == 2  # its own, and the last event's for the ttl
+    assert len(reader(recent["n_hour"], recent["log_mean"]).keys(["1"])) == 3
+    assert len(reader(always["n"]).keys(["1", "2"])) == 2
+
+
+def test_keys_name_the_version_the_bucket_and_the_entity() -> None:
+    (key,) = reader(always["n"]).keys(["1"])
+    bucket = user.buckets(user.encoded(["1"]), N_BUCKETS)[0]
+    assert key.startswith("hs:test:r:always@1:life.")
+    assert key.endswith(f":{{b{bucket}}}:1")
+
+
+def test_absent_and_null_are_told_apart() -> None:
+    batch = read(reader(recent["n"], recent["last"], always["n"]))
+    # 1 is there; 2 is older than the ttl of one view; 3 is there, with a null; 404 is nowhere.
+    assert batch.absent.tolist() == [[False, False], [True, False], [False, False], [True, True]]
+    assert batch.null.tolist() == [
+        [False, False, False],
+        [False, True, False],
+        [False, True, False],
+        [False, True, False],
+    ]
+    assert batch.missing(3) == ["recent__last"]
+
+
+def test_an_absent_view_reads_as_no_events_at_all() -> None:
+    batch = read(reader(*recent))
+    nothing = [0.0, 0.0, 0.0, *[np.nan] * 4]
+    np.testing.assert_array_equal(batch.matrix[1], nothing)
+    np.testing.assert_array_equal(batch.matrix[3], nothing)
+
+
+def test_an_override_replaces_the_stored_value_before_derived_features() -> None:
+    batch = read(
+        reader(recent["amount"], recent["mean"], recent["log_mean"]), overrides=[{"amount": 20}, None, None, None]
+    )
+    np.testing.assert_allclose(batch.matrix[0], [20.0, 10.0, np.log(10.0)])
+    plain = read(reader(recent["amount"], recent["mean"], recent["log_mean"]))
+    np.testing.assert_array_equal(batch.matrix[1:], plain.matrix[1:])
+
+
+def test_an_override_of_an_input_that_isnt_asked_for_reaches_what_derives_from_it() -> None:
+    batch = read(reader(recent["mean"]), overrides=[{"recent__n": 4.0}] * 4)
+    assert batch.matrix[0, 0] == 3.0
+
+
+def test_a_derived_feature_that_is_given_stays_and_feeds_what_derives_from_it() -> None:
+    overrides = [{"amount": 20.0, "mean": 1.0}, {}, {}, {}]
+    batch = read(reader(recent["amount"], recent["mean"], recent["log_mean"]), overrides=overrides)
+    assert batch.matrix[0].tolist() == [20.0, 1.0, 0.0]
+
+
+def test_an_override_doesnt_leak_into_a_feature_with_the_same_state() -> None:
+    view = FeatureView("twin", version=1, source=orders, entity=user, features={"a": Count(), "b": Count()})
+    content = stored([view])
+    twin = reader(view["a"], view["b"])
+    values = [content.get(key) for key in twin.keys(["1"])]
+    assert twin.decode(values, as_of_us=NOW_US, overrides=[{"a": 9}]).matrix.tolist() == [[9.0, 2.0]]
+
+
+def test_null_and_truth_values_are_overrides_too() -> None:
+    batch = read(reader(recent["n"], recent["amount"]), overrides=[{"n": None, "amount": True}, None, None, None])
+    assert np.isnan(batch.matrix[0, 0])
+    assert batch.matrix[0, 1] == 1.0
+    assert batch.missing(0) == ["recent__n"]
+
+
+def test_a_bare_name_that_two_views_have_isnt_taken() -> None:
+    both = reader(recent["n"], always["n"])
+    with pytest.raises(UnknownFeatureError, match="recent__n"):
+        read(both, overrides=[{"n": 1}, None, None, None])
+    assert read(both, overrides=[{"always__n": 7}, None, None, None]).matrix[0].tolist() == [2.0, 7.0]
+
+
+@pytest.mark.parametrize("value", ["3", float("inf"), [1], {}])
+def test_an_override_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidValueError, match="feature 'n'"):
+        read(reader(recent["n"]), overrides=[{"n": value}, None, None, None])
+
+
+def test_an_override_that_isnt_read_says_what_is() -> None:
+    with pytest.raises(UnknownFeatureError, match=r"'colour'.*recent__n"):
+        read(reader(recent["n"]), overrides=[{"colour": 1}, None, None, None])
+
+
+def test_features_of_two_entities_have_no_common_vector() -> None:
+    with pytest.raises(InvalidDefinitionError, match="one entity at a time"):
+        reader(recent["n"], by_shop["n"])
+
+
+def test_bytes_that_are_no_ring_are_never_read_as_one() -> None:
+    life = reader(always["n"])
+    with pytest.raises(RingCorruptError, match="always@1"):
+        life.decode([b"123"], as_of_us=NOW_US)
+
+
+def test_no_entities_give_an_empty_matrix() -> None:
+    batch = read(reader(*recent), users=[])
+    assert batch.matrix.shape == (0, len(recent.feature_names))
+    assert batch.absent.shape == (0, 1)
