@@ -16,7 +16,8 @@
     │   └── BodyTooLargeError  MalformedBodyError  InvalidFieldError  UnknownOverrideError
     ├── ServingError               the service can't answer now
     │   ├── OverloadedError  ShuttingDownError  DeadlineError
-    │   └── UnservableModelError  StaleVersionError  PredictionLogError  BatchResultError
+    │   ├── UnservableModelError  StaleVersionError  PredictionLogError  BatchResultError
+    │   └── DeploymentFailedError
     ├── NotFoundError              the thing asked for doesn't exist
     │   └── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
     ├── ConflictError              somebody else was first, or a rule forbids it
@@ -367,6 +368,22 @@ class BodyTooLargeError(RequestError):
 # ── Serving ─────────────────────────────────────────────────────────────────────────
 
 
+class TooManyEventsError(RequestError):
+    """A request carries more events than it may."""
+
+    http_status = 413
+
+    def __init__(self, given: int, limit: int) -> None:
+        super().__init__(given, limit)
+        self.given, self.limit = given, limit
+
+    def __str__(self) -> str:
+        return (
+            f"the request carries {self.given} events, and at most {self.limit} are taken at once; "
+            "send several requests, or raise ingestion.max_events_per_request"
+        )
+
+
 class MalformedBodyError(RequestError):
     """A request's body can't be parsed at all."""
 
@@ -485,6 +502,17 @@ class PredictionLogError(ServingError):
             f"the prediction log can't be written ({self.reason}); repair the online store, "
             "or set serving.when_log_fails: answer to answer without it"
         )
+
+
+class DeploymentFailedError(ServingError):
+    """The inference graph doesn't come up."""
+
+    def __init__(self, application: str, reason: str) -> None:
+        super().__init__(application, reason)
+        self.application, self.reason = application, reason
+
+    def __str__(self) -> str:
+        return f"application {self.application!r} doesn't come up: {self.reason}"
 
 
 class BatchResultError(ServingError):

@@ -2,37 +2,36 @@
 
 1. `split_instants` decides at which instants entities are looked at. A label needs its whole
    horizon to have passed, and no validation label may overlap training's.
-2. `spine_rows` finds, in one bucket's events, who belongs to the population at each instant, and
-   what became of them.
-3. `build_training_set` does that for all buckets, joins the features as of each row's instant, and
-   takes a fingerprint, so that a model version can say exactly what it was trained on.
+2. `build_training_set` takes each bucket's rows (`heliostat.models.rows`), one Ray task a bucket, all
+   from one version of the event log.
+3. A `TrainingSet` has a fingerprint, so that a model version can say exactly what it was trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import ray
+import ray.data
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, format_duration, format_instant
 from heliostat.errors import TrainingDataError
 from heliostat.features.aggregations import FloatArray
-from heliostat.features.definitions import Entity, EventSource, content_hash
+from heliostat.features.definitions import FeatureRef, content_hash
 from heliostat.models.definitions import ModelSpec
-from heliostat.models.labels import label_values
-from heliostat.schema import TIMESTAMP, hash64, times_us
+from heliostat.models.rows import AS_OF, LABEL, ModelRows, model_sources
+from heliostat.schema import hash64, times_us
+from heliostat.storage.event_log import EventLog
 
 IntArray = NDArray[np.int64]
-
-AS_OF = "as_of"
-LABEL = "label"
+RowsOf = Callable[[ModelRows], pa.Table]
 
 DEFAULT_STEP_US = 30 * US_PER_DAY
 DEFAULT_INSTANTS = 12
@@ -129,71 +128,6 @@ def _grid(last_us: int, first_event_us: int) -> list[int]:
     return sorted(last_us - step * DEFAULT_STEP_US for step in range(int(steps)))
 
 
-# ── The spine of a bucket ───────────────────────────────────────────────────────────
-
-
-def spine_schema(entity: Entity) -> pa.Schema:
-    """Key columns, the instant, the label."""
-    keys = [(column, pa.int64() if dtype == "int64" else pa.string()) for column, dtype in entity.keys.items()]
-    return pa.schema([*keys, (AS_OF, TIMESTAMP), (LABEL, pa.float64())])
-
-
-def spine_rows(spec: ModelSpec, events: Mapping[str, pa.Table], instants_us: Sequence[int]) -> pa.Table:
-    """Who belongs to the population at each instant, and what became of them.
-
-    An entity belongs to it if it has an event before the instant, in any source of the model; with
-    ``active_within``, in so long before it. The label looks at ``q ≤ event_time < q + horizon``.
-
-    Args:
-        spec: Says population and label.
-        events: By name of the source: the events of one bucket, each id once. The label's source must
-            be among them.
-        instants_us: As-of instants.
-
-    Returns:
-        Rows of `spine_schema`, by instant and then by key.
-    """
-    entity = spec.entity
-    sources = {source.name: source for source in model_sources(spec)}
-    schema = spine_schema(entity)
-    key_schema = pa.schema([schema.field(column) for column in entity.key_columns])
-    keys = pa.concat_tables([events[name].select(entity.key_columns).cast(key_schema) for name in sources])
-    encoded = entity.encode(keys, what=f"events of {', '.join(sources)}").dictionary_encode()
-    distinct, codes = encoded.dictionary, encoded.indices.to_numpy(zero_copy_only=False)
-    if not len(distinct):
-        return schema.empty_table()
-    # Codes in the order of the keys, so that rows come out in it.
-    order = pc.array_sort_indices(distinct).to_numpy()
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    codes = rank[codes]
-    example = np.empty(len(order), dtype=np.int64)
-    example[codes[::-1]] = np.arange(len(codes))[::-1]
-
-    times = np.concatenate([times_us(events[name].column(source.event_time)) for name, source in sources.items()])
-    by_time = np.argsort(times, kind="stable")
-    times, active = times[by_time], codes[by_time]
-    parts: list[pa.Table] = []
-    for instant_us in sorted(instants_us):
-        since_us = spec.population.active_within_us
-        low = 0 if since_us is None else np.searchsorted(times, instant_us - since_us)
-        members = np.unique(active[low : np.searchsorted(times, instant_us)])
-        columns = [keys.column(column).take(pa.array(example[members])) for column in entity.key_columns]
-        instant = pa.array(np.full(len(members), instant_us), pa.int64()).cast(TIMESTAMP)
-        parts.append(pa.table([*columns, instant], schema=schema.remove(len(schema) - 1)))
-    spine = pa.concat_tables(parts)
-    labels = label_values(
-        spec.label, entity, events[spec.label.source.name], entity.encode(spine), times_us(spine.column(AS_OF))
-    )
-    return spine.append_column(schema.field(LABEL), pa.array(labels))
-
-
-def model_sources(spec: ModelSpec) -> tuple[EventSource, ...]:
-    """The sources that a model looks at, each once: its views', then its label's."""
-    sources = [*(view.source for view in spec.views), spec.label.source]
-    return tuple({source.name: source for source in sources}.values())
-
-
 # ── The whole set ───────────────────────────────────────────────────────────────────
 
 
@@ -240,29 +174,32 @@ class TrainingSet:
     @cached_property
     def examples(self) -> Examples:
         """All rows as arrays."""
-        columns = [
-            self.table.column(name).to_numpy().astype(np.float64, copy=False) for name in self.spec.feature_names
-        ]
         keys = self.spec.entity.encode(self.table, what="the training set")
         return Examples(
-            np.ascontiguousarray(np.column_stack(columns)),
+            self.matrix(self.spec.feature_names),
             self.table.column(LABEL).to_numpy(),
             times_us(self.table.column(AS_OF)),
             hash64(keys).astype(np.int64),
         )
 
+    def matrix(self, names: Sequence[str]) -> FloatArray:
+        """Some features of all rows, shape ``(n, len(names))``; NaN is null."""
+        return np.ascontiguousarray(np.column_stack([self.table.column(name).to_numpy() for name in names]))
+
+    @cached_property
+    def is_validation(self) -> NDArray[np.bool_]:
+        """Which rows are to judge by, shape ``(n,)``."""
+        return np.isin(self.examples.as_of_us, self.split.validation_us)
+
     @property
     def training(self) -> Examples:
         """The rows to learn from."""
-        return self._at(self.split.train_us)
+        return self.examples.where(~self.is_validation)
 
     @property
     def validation(self) -> Examples:
         """The rows to judge by; no training step may see them."""
-        return self._at(self.split.validation_us)
-
-    def _at(self, instants_us: Sequence[int]) -> Examples:
-        return self.examples.where(np.isin(self.examples.as_of_us, instants_us))
+        return self.examples.where(self.is_validation)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -299,3 +236,71 @@ def _canonical(column: pa.ChunkedArray) -> NDArray[Any]:
         return hash64(column).astype("<u8")
     whole: NDArray[np.int64] = column.cast(pa.int64()).to_numpy().astype("<i8")
     return whole
+
+
+def build_training_set(
+    spec: ModelSpec,
+    event_log: EventLog,
+    split: Split,
+    *,
+    extra: Sequence[FeatureRef] = (),
+    rows_of: RowsOf | None = None,
+) -> TrainingSet:
+    """Take a model's rows at a split's instants, one Ray task a bucket.
+
+    Args:
+        spec: The model.
+        event_log: Where its events are.
+        split: Instants.
+        extra: Features beyond the model's own, such as those of the version in production.
+        rows_of: Takes the rows of all buckets; by default with Ray Data.
+
+    Raises:
+        TrainingDataError: If there are no rows to learn from or to judge by.
+        StorageError: If the log can't be read.
+    """
+    rows = ModelRows.of(spec, event_log, split.all_us, extra=extra)
+    table = (rows_of or rows_with_ray)(rows)
+    order = [(AS_OF, "ascending"), *((column, "ascending") for column in spec.entity.key_columns)]
+    training_set = TrainingSet(spec, table.sort_by(order).combine_chunks(), split, rows.log_versions)
+    for what, instants, found in (
+        ("learn from", split.train_us, len(training_set.training)),
+        ("judge by", split.validation_us, len(training_set.validation)),
+    ):
+        if not found:
+            times = ", ".join(format_instant(each) for each in instants)
+            sources = ", ".join(source.name for source in rows.sources)
+            raise TrainingDataError(
+                spec.name,
+                f"there are no rows to {what}: nobody has an event before {times}",
+                f"ingest events of {sources} (heliostat ingest), or take later instants",
+            )
+    return training_set
+
+
+def rows_with_ray(rows: ModelRows) -> pa.Table:
+    """The rows of all buckets, one Ray task each, in no order."""
+    n_buckets = rows.event_log.n_buckets
+
+    def bucket_rows(buckets: pa.Table) -> pa.Table:
+        return pa.concat_tables([rows.table(bucket) for bucket in buckets.column("id").to_pylist()])
+
+    found = ray.data.range(n_buckets, override_num_blocks=n_buckets).map_batches(
+        bucket_rows, batch_format="pyarrow", batch_size=None, zero_copy_batch=True
+    )
+    parts = [part for part in ray.get(found.to_arrow_refs()) if part.num_rows]
+    return pa.concat_tables(parts) if parts else rows.schema.empty_table()
+
+
+def first_event_us(spec: ModelSpec, event_log: EventLog) -> int:
+    """When the first event of a model's sources happened.
+
+    Raises:
+        TrainingDataError: If there is none.
+    """
+    found = [event_log.statistics(source, spec.entity).min_time_us for source in model_sources(spec)]
+    known = [each for each in found if each is not None]
+    if not known:
+        names = ", ".join(source.name for source in model_sources(spec))
+        raise TrainingDataError(spec.name, f"there are no events of {names} yet", "ingest some: heliostat ingest")
+    return min(known)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,40 +15,30 @@ from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import TrainingDataError
 from heliostat.features.aggregations import Count
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.models.definitions import Label, ModelSpec, Population
-from heliostat.training.dataset import (
-    AS_OF,
-    LABEL,
-    Split,
-    TrainingSet,
-    model_sources,
-    spine_rows,
-    split_instants,
-)
+from heliostat.models.definitions import Label, ModelSpec
+from heliostat.models.rows import AS_OF, LABEL, ModelRows
+from heliostat.schema import TIMESTAMP
+from heliostat.storage.event_log import EventLog
+from heliostat.training.dataset import Split, TrainingSet, build_training_set, first_event_us, split_instants
 
 DAY = US_PER_DAY
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 USER = Entity("user", keys={"user_id": "int64"})
-ACCOUNT = Entity("account", keys={"region": "string", "number": "int64"})
 SCHEMA = pa.schema(
     {
         "id": pa.int64(),
         "user_id": pa.int64(),
-        "region": pa.string(),
-        "number": pa.int64(),
         "at": pa.timestamp("us", tz="UTC"),
         "amount": pa.float64(),
     }
 )
-ORDERS = EventSource("orders", schema=SCHEMA, entity=[USER, ACCOUNT], event_time="at", event_id="id")
-VISITS = EventSource("visits", schema=SCHEMA, entity=[USER, ACCOUNT], event_time="at", event_id="id")
+ORDERS = EventSource("orders", schema=SCHEMA, entity=USER, event_time="at", event_id="id")
 
 
-def _spec(label: Label, entity: Entity = USER, source: EventSource = ORDERS, **changes: Any) -> ModelSpec:
-    view = FeatureView("activity", version=1, source=source, entity=entity, features={"n": Count(window="30d")})
-    objective = "regression" if label.kind == "sum" else "binary"
-    return ModelSpec("m", entity, [view], label, objective=objective, **changes)
+def _spec(label: Label) -> ModelSpec:
+    view = FeatureView("activity", version=1, source=ORDERS, features={"n": Count(window="30d")})
+    return ModelSpec("m", USER, [view], label)
 
 
 def _events(*rows: tuple[int, float, float | None]) -> pa.Table:
@@ -57,121 +47,11 @@ def _events(*rows: tuple[int, float, float | None]) -> pa.Table:
         {
             "id": list(range(len(rows))),
             "user_id": [user for user, _, _ in rows],
-            "region": ["eu" if user % 2 else "us" for user, _, _ in rows],
-            "number": [user for user, _, _ in rows],
             "at": [EPOCH + timedelta(days=day) for _, day, _ in rows],
             "amount": [amount for _, _, amount in rows],
         },
         schema=SCHEMA,
     )
-
-
-def _found(spec: ModelSpec, events: pa.Table, *days: float) -> dict[tuple[int, float], float]:
-    table = spine_rows(spec, {"orders": events}, [int(day * DAY) for day in days])
-    return {(row["user_id"], (row[AS_OF] - EPOCH) / timedelta(days=1)): row[LABEL] for row in table.to_pylist()}
-
-
-# ── Labels ──────────────────────────────────────────────────────────────────────────
-
-
-def test_event_at_the_instant_is_in_the_label_and_event_at_the_horizons_end_is_not() -> None:
-    spec = _spec(Label.any_within("again", ORDERS, "10d"))
-    history = [(user, 0.0, 1.0) for user in (1, 2, 3)]
-    events = _events(*history, (1, 20.0, 1.0), (2, 30.0, 1.0), (3, 29.999, 1.0))
-    assert _found(spec, events, 20) == {(1, 20): 1.0, (2, 20): 0.0, (3, 20): 1.0}
-
-
-def test_event_at_the_instant_makes_nobody_a_member() -> None:
-    spec = _spec(Label.any_within("again", ORDERS, "10d"))
-    assert _found(spec, _events((1, 20.0, 1.0), (2, 19.0, 1.0)), 20) == {(2, 20): 0.0}
-
-
-def test_entity_without_events_in_the_horizon_has_left() -> None:
-    spec = _spec(Label.none_within("left", ORDERS, "10d"))
-    assert _found(spec, _events((1, 0.0, 1.0), (2, 0.0, 1.0), (2, 25.0, 1.0)), 20) == {(1, 20): 1.0, (2, 20): 0.0}
-
-
-def test_sum_skips_null_nan_and_infinite_and_is_zero_of_nothing() -> None:
-    spec = _spec(Label.sum_within("spend", ORDERS, "amount", "10d"))
-    events = _events(
-        (1, 0.0, 9.0), (2, 0.0, 9.0),
-        (1, 21.0, 2.5), (1, 22.0, None), (1, 23.0, float("nan")), (1, 24.0, float("inf")), (1, 25.0, 4.0),
-    )  # fmt: skip
-    assert _found(spec, events, 20) == {(1, 20): 6.5, (2, 20): 0.0}
-
-
-def test_only_events_that_meet_the_labels_condition_count() -> None:
-    spec = _spec(Label.none_within("left", ORDERS, "10d", where=pc.field("amount") >= 5))
-    events = _events((1, 0.0, 1.0), (2, 0.0, 1.0), (1, 21.0, 4.0), (2, 21.0, 5.0))
-    assert _found(spec, events, 20) == {(1, 20): 1.0, (2, 20): 0.0}
-
-
-def test_active_population_looks_back_just_so_far_lower_edge_inclusive() -> None:
-    spec = _spec(Label.any_within("again", ORDERS, "10d"), population=Population(active_within="5d"))
-    assert set(_found(spec, _events((1, 15.0, 1.0), (2, 14.999, 1.0)), 20)) == {(1, 20)}
-
-
-def test_member_known_from_another_source_is_labelled_by_the_labels_own() -> None:
-    spec = _spec(Label.any_within("bought", ORDERS, "10d"), source=VISITS)
-    assert [source.name for source in model_sources(spec)] == ["visits", "orders"]
-    tables = {"visits": _events((1, 1.0, None), (2, 2.0, None), (2, 21.0, None)), "orders": _events((1, 21.0, 3.0))}
-    rows = spine_rows(spec, tables, [20 * DAY]).to_pylist()
-    assert [(row["user_id"], row[LABEL]) for row in rows] == [(1, 1.0), (2, 0.0)]
-
-
-def test_keys_of_several_columns_come_back_as_columns() -> None:
-    spec = _spec(Label.any_within("again", ORDERS, "10d"), ACCOUNT)
-    table = spine_rows(spec, {"orders": _events((1, 0.0, 1.0), (2, 0.0, 1.0), (2, 21.0, 1.0))}, [20 * DAY])
-    assert table.column_names == ["region", "number", AS_OF, LABEL]
-    assert {(row["region"], row["number"]): row[LABEL] for row in table.to_pylist()} == {
-        ("eu", 1): 0.0,
-        ("us", 2): 1.0,
-    }
-
-
-def test_bucket_without_events_has_no_rows_but_a_schema() -> None:
-    spec = _spec(Label.any_within("again", ORDERS, "10d"))
-    table = spine_rows(spec, {"orders": SCHEMA.empty_table()}, [20 * DAY])
-    assert (table.num_rows, table.column_names) == (0, ["user_id", AS_OF, LABEL])
-
-
-_rows = st.lists(
-    st.tuples(
-        st.integers(0, 4),
-        st.integers(0, 40).map(lambda half: half / 2),
-        st.one_of(st.none(), st.floats(-100, 100), st.just(float("nan"))),
-    ),
-    max_size=30,
-)
-
-
-@given(
-    rows=_rows,
-    days=st.lists(st.integers(0, 22), min_size=1, max_size=4, unique=True),
-    kind=st.sampled_from(["none", "any", "sum"]),
-    horizon=st.integers(1, 12),
-    active=st.one_of(st.none(), st.integers(1, 12)),
-)
-@settings(max_examples=300, deadline=None)
-def test_spine_equals_a_walk_over_all_events(
-    rows: list[tuple[int, float, float | None]], days: list[int], kind: Any, horizon: int, active: int | None
-) -> None:
-    where = pc.field("user_id") != 3
-    label = Label(
-        "y", ORDERS, kind=kind, within=f"{horizon}d", column="amount" if kind == "sum" else None, where=where
-    )
-    spec = _spec(label, population=Population(None if active is None else f"{active}d"))
-    expected: dict[tuple[int, float], float] = {}
-    for day in days:
-        for user in {user for user, at, _ in rows if at < day and (active is None or at >= day - active)}:
-            future = [amount for each, at, amount in rows if each == user != 3 and day <= at < day + horizon]
-            total = sum(amount for amount in future if amount is not None and np.isfinite(amount))
-            expected[user, day] = {"none": float(not future), "any": float(bool(future)), "sum": total}[kind]
-    found = _found(spec, _events(*rows), *days)
-    assert found.keys() == expected.keys()
-    assert list(found) == sorted(found, key=lambda row: (row[1], row[0]))
-    for row, value in expected.items():
-        assert found[row] == pytest.approx(value, abs=1e-9)
 
 
 # ── Instants ────────────────────────────────────────────────────────────────────────
@@ -275,8 +155,14 @@ def test_no_accepted_split_overlaps_or_looks_into_the_future(
 
 def _training_set(**changes: Any) -> TrainingSet:
     spec = _spec(Label.any_within("again", ORDERS, "10d"))
-    spine = spine_rows(spec, {"orders": _events((1, 0.0, 1.0), (2, 1.0, 1.0), (2, 21.0, 1.0))}, [20 * DAY, 40 * DAY])
-    table = spine.append_column("activity__n", pa.array([1.0, float("nan"), 0.0, 2.0]))
+    table = pa.table(
+        {
+            "user_id": [1, 2, 1, 2],
+            AS_OF: pa.array([20 * DAY, 20 * DAY, 40 * DAY, 40 * DAY]).cast(TIMESTAMP),
+            LABEL: [0.0, 1.0, 0.0, 0.0],
+            "activity__n": [1.0, float("nan"), 0.0, 2.0],
+        }
+    )
     kept = {"spec": spec, "table": table, "split": Split((20 * DAY,), (40 * DAY,)), "log_versions": {"orders": 3}}
     return TrainingSet(**{**kept, **changes})
 
@@ -318,3 +204,46 @@ def test_training_and_validation_rows_are_those_of_their_instants() -> None:
     assert found.validation.labels.tolist() == [0.0, 0.0]
     assert found.training.matrix.shape == (2, 1)
     assert np.array_equal(found.training.entities, found.validation.entities)
+
+
+# ── The whole set ───────────────────────────────────────────────────────────────────
+
+
+def _without_ray(rows: ModelRows) -> pa.Table:
+    return pa.concat_tables([rows.table(bucket) for bucket in reversed(rows.event_log.buckets)])
+
+
+def _log(folder: Path, *rows: tuple[int, float, float | None]) -> EventLog:
+    log = EventLog(str(folder), n_buckets=4)
+    log.append(ORDERS, _events(*rows), ingested_us=50 * DAY)
+    return log
+
+
+def test_set_is_in_order_of_instant_and_key_whatever_order_buckets_come_in(tmp_path: Path) -> None:
+    log = _log(tmp_path, *((user, float(user % 7), 1.0) for user in range(30)))
+    spec = _spec(Label.none_within("left", ORDERS, "10d"))
+    split = Split((10 * DAY,), (30 * DAY,))
+    found = build_training_set(spec, log, split, rows_of=_without_ray)
+    again = build_training_set(spec, log, split, rows_of=lambda rows: _without_ray(rows).sort_by("user_id"))
+    assert found.table.column("user_id").to_pylist() == [*range(30), *range(30)]
+    assert found.log_versions == {"orders": log.version(ORDERS, USER)}
+    assert found.fingerprint == again.fingerprint
+    assert found.matrix(["activity__n"]).shape == (60, 1)
+
+
+def test_set_without_members_says_when_it_looked_and_for_what(tmp_path: Path) -> None:
+    log = _log(tmp_path, (1, 20.0, 1.0))
+    assert first_event_us(_spec(Label.none_within("left", ORDERS, "10d")), log) == 20 * DAY
+    assert first_event_us(spec, log) == 20 * DAY
+    with pytest.raises(TrainingDataError, match=r"nobody has an event before 1970-01-11.*orders"):
+        build_training_set(
+            _spec(Label.none_within("left", ORDERS, "10d")),
+            log,
+            Split((10 * DAY,), (30 * DAY,)),
+            rows_of=_without_ray,
+        )
+
+
+def test_log_without_events_is_refused_with_what_to_ingest(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDataError, match="no events of orders yet; ingest some"):
+        first_event_us(_spec(Label.none_within("left", ORDERS, "10d")), EventLog(str(tmp_path), n_buckets=4))
