@@ -233,15 +233,10 @@ def test_set_is_in_order_of_instant_and_key_whatever_order_buckets_come_in(tmp_p
 
 def test_set_without_members_says_when_it_looked_and_for_what(tmp_path: Path) -> None:
     log = _log(tmp_path, (1, 20.0, 1.0))
-    assert first_event_us(_spec(Label.none_within("left", ORDERS, "10d")), log) == 20 * DAY
+    spec, split = _spec(Label.none_within("left", ORDERS, "10d")), Split((10 * DAY,), (30 * DAY,))
     assert first_event_us(spec, log) == 20 * DAY
     with pytest.raises(TrainingDataError, match=r"nobody has an event before 1970-01-11.*orders"):
-        build_training_set(
-            _spec(Label.none_within("left", ORDERS, "10d")),
-            log,
-            Split((10 * DAY,), (30 * DAY,)),
-            rows_of=_without_ray,
-        )
+        build_training_set(spec, log, split, rows_of=_without_ray)
 
 
 def test_log_without_events_is_refused_with_what_to_ingest(tmp_path: Path) -> None:
