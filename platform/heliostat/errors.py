@@ -7,7 +7,7 @@
     ├── SettingsError              a setting is unknown, malformed or contradicts another
     │   └── UnknownSettingError
     ├── DataError                  rows, files or columns that don't fit
-    │   ├── MissingFileError  SchemaMismatchError  KeyColumnError
+    │   ├── MissingFileError  SchemaMismatchError  KeyColumnError  SpineError
     │   ├── ExperimentDataError  MonitoringDataError  SignatureMismatchError
     │   ├── TrainingDataError  UndefinedMetricError
     │   └── InvalidPackageError  InvalidRouteError
@@ -337,6 +337,17 @@ class MonitoringDataError(DataError):
 
     def __str__(self) -> str:
         return f"{self.check}: {self.problem}; {self.fix}"
+
+
+class SpineError(DataError):
+    """A spine lacks what a point-in-time join needs, or has what it would add."""
+
+    def __init__(self, problem: str, fix: str, columns: tuple[str, ...]) -> None:
+        super().__init__(problem, fix, columns)
+        self.problem, self.fix, self.columns = problem, fix, columns
+
+    def __str__(self) -> str:
+        return f"the spine {self.problem}; {self.fix}. Its columns are: {_listed(self.columns)}"
 
 
 # ── Requests ────────────────────────────────────────────────────────────────────────

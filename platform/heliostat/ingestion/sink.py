@@ -1,0 +1,330 @@
+"""Streams -> Delta tables, exactly once.
+
+A table's commit carries, as Delta application transactions, the last entry of each stream that
+it applies. So a sink that is killed between commit and trim finds the entries again, sees that
+they are applied, and only trims; two sinks at once can't both apply an entry.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat.clock import Clock, parse_instant_us
+from heliostat.errors import StaleProgressError, StorageError, StreamEntryError
+from heliostat.features.definitions import EventSource
+from heliostat.ingestion.checking import EventCheck
+from heliostat.schema import INGESTED
+from heliostat.storage.delta import Progress, StreamId
+from heliostat.storage.event_log import EventLog
+from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
+from heliostat.storage.streams import StreamName, Streams, events_from, rows_from
+
+_log = logging.getLogger(__name__)
+
+_ENTRIES_A_STREAM = 10_000
+_TRIES = 5
+_COMMITS_A_COMPACTION = 50
+_LONGEST_PAUSE_S = 30.0
+
+# Whether an event came from the future was judged when it was taken in.
+_END_OF_TIME_US = parse_instant_us("9999-12-31")
+
+RECORDS: tuple[StreamName, ...] = ("predictions", "actuals")
+
+Entries = list[tuple[StreamId, bytes]]
+Entry = tuple[str, StreamId, bytes]
+
+
+@dataclass(frozen=True)
+class Drained:
+    """What one drain moved.
+
+    Attributes:
+        events: Events that are new in the event log.
+        duplicates: Events that the log had already.
+        predictions: Predictions that are new in their tables.
+        actuals: Reported labels that are new in their tables.
+        unreadable: Entries that went to the dead letters.
+        trimmed: Entries that were dropped from their streams, now that they are applied.
+    """
+
+    events: int = 0
+    duplicates: int = 0
+    predictions: int = 0
+    actuals: int = 0
+    unreadable: int = 0
+    trimmed: int = 0
+
+    def __add__(self, other: Drained) -> Drained:
+        return Drained(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Drained)))
+
+    def to_document(self) -> dict[str, int]:
+        """As JSON can carry it."""
+        return {each.name: getattr(self, each.name) for each in fields(Drained)}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {name}" for name, count in self.to_document().items())
+
+
+class _Declared(Protocol):
+    @property
+    def sources(self) -> Mapping[str, EventSource]:
+        """The declared event sources, by name."""
+        ...
+
+
+class SinkStores(Protocol):
+    """What the sink needs of a workspace."""
+
+    clock: Clock
+
+    @property
+    def streams(self) -> Streams:
+        """Where it comes from."""
+        ...
+
+    @property
+    def event_log(self) -> EventLog:
+        """Where events go."""
+        ...
+
+    @property
+    def offline_store(self) -> OfflineStore:
+        """Where predictions, actuals and unreadable entries go."""
+        ...
+
+    @property
+    def definitions(self) -> _Declared:
+        """What is declared."""
+        ...
+
+
+@dataclass
+class Sink:
+    """Moves what streams hold into tables.
+
+    Args:
+        streams: Where it comes from.
+        event_log: Where events go.
+        offline_store: Where predictions, actuals and unreadable entries go.
+        sources: The declared event sources.
+        clock: Tells when an unreadable entry was put aside.
+    """
+
+    streams: Streams
+    event_log: EventLog
+    offline_store: OfflineStore
+    sources: Sequence[EventSource]
+    clock: Clock
+    _commits: int = field(default=0, init=False)
+
+    @classmethod
+    def of(cls, stores: SinkStores) -> Self:
+        """The sink of a workspace."""
+        return cls(
+            streams=stores.streams,
+            event_log=stores.event_log,
+            offline_store=stores.offline_store,
+            sources=tuple(stores.definitions.sources.values()),
+            clock=stores.clock,
+        )
+
+    def run_forever(self, interval_s: float, stop: threading.Event) -> Drained:
+        """Drain again and again; a store that is away for a while is waited for.
+
+        Args:
+            interval_s: Pause between two drains, seconds.
+            stop: Set it to end after the drain under way.
+
+        Returns:
+            What was moved in all.
+        """
+        total, pause_s = Drained(), interval_s
+        while not stop.is_set():
+            try:
+                moved = self.drain_once()
+            except StorageError as error:
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+                _log.warning("nothing was drained, next try in %.0f s: %s", pause_s, error)
+            else:
+                total, pause_s = total + moved, interval_s
+                if moved != Drained():
+                    _log.info("drained %s", moved)
+            stop.wait(pause_s)
+        return total
+
+    def drain_once(self) -> Drained:
+        """Move all that is in the streams now.
+
+        Raises:
+            OnlineStoreUnavailableError: If the streams' server doesn't answer.
+            TableCommitError: If a table can't be written; its entries stay in their streams.
+            StaleProgressError: If other sinks are quicker again and again.
+        """
+        total = Drained()
+        for source in self.sources:
+            total += self._drain(partial(self._drain_events, source))
+        for name in RECORDS:
+            total += self._drain(partial(self._drain_records, name))
+        self._compact()
+        return total
+
+    def _drain(self, once: Callable[[], tuple[Drained, bool]]) -> Drained:
+        total, more, tries = Drained(), True, 0
+        while more:
+            try:
+                moved, more = once()
+            except StaleProgressError:
+                tries += 1
+                if tries == _TRIES:
+                    raise
+                continue
+            total, tries = total + moved, 0
+        return total
+
+    # ── Events ───────────────────────────────────────────────────────────────────
+
+    def _drain_events(self, source: EventSource) -> tuple[Drained, bool]:
+        waiting = self._waiting(self.streams.event_streams(source.name))
+        if not waiting:
+            return Drained(), False
+        events, places, unreadable = self._events(source, waiting)
+        accepted, known = 0, 0
+        for entity in source.entities:
+            applied = self.event_log.progress(source, entity, list(waiting))
+            last = {stream: entries[-1][0] for stream, entries in waiting.items()}
+            moving = [stream for stream in waiting if _is_new(last[stream], applied[stream])]
+            if not moving:
+                continue
+            result = self.event_log.append(
+                source,
+                events.filter(pa.array([_is_new(entry, applied[stream]) for stream, entry in places], pa.bool_())),
+                ingested_us=0,  # each entry says when it was ingested
+                entity=entity,
+                progress=Progress(
+                    before={stream: applied[stream] for stream in moving},
+                    after={stream: last[stream] for stream in moving},
+                ),
+            )
+            self._commits += 1
+            accepted, known = max(accepted, result.accepted), max(known, result.duplicates)
+        moved = Drained(accepted, known, unreadable=unreadable, trimmed=self._trim(waiting))
+        return moved, _full(waiting)
+
+    def _events(
+        self, source: EventSource, waiting: Mapping[str, Entries]
+    ) -> tuple[pa.Table, list[tuple[str, StreamId]], int]:
+        """The events of entries, where each one was, and how many entries became dead letters."""
+        entries = [(stream, entry, payload) for stream, found in waiting.items() for entry, payload in found]
+        good, bad = _sifted(entries, lambda payloads: events_from(payloads, source.schema))
+        events = events_from([payload for _, _, payload in good], source.schema)
+        checked = EventCheck(source, future_tolerance_us=0).check(events, now_us=_END_OF_TIME_US)
+        bad.extend((good[row], reason) for row, reason in zip(checked.rejected, checked.reasons, strict=True))
+        self._put_aside(source.name, bad)
+        ingested = events.column(INGESTED).take(pa.array(checked.rows))
+        places = [(stream, entry) for stream, entry, _ in (good[row] for row in checked.rows)]
+        return checked.accepted.append_column(INGESTED, ingested), places, len(bad)
+
+    # ── Predictions and actuals ──────────────────────────────────────────────────
+
+    def _drain_records(self, name: StreamName) -> tuple[Drained, bool]:
+        stream = self.streams.record_stream(name)
+        waiting = self._waiting([stream])
+        if not waiting:
+            return Drained(), False
+        entries = [(stream, entry, payload) for entry, payload in waiting[stream]]
+        good, bad = _sifted(entries, lambda payloads: rows_from(name, [((0, 0), each) for each in payloads]))
+        self._put_aside(name, bad)
+        last, count = waiting[stream][-1][0], 0
+        for model, (ids, rows) in rows_from(name, [(entry, payload) for _, entry, payload in good]).items():
+            applied = self.offline_store.progress(name, model, [stream])[stream]
+            new = rows.filter(pa.array([_is_new(entry, applied) for entry in ids], pa.bool_()))
+            if name == "predictions":
+                new = _first_of_each(new, "prediction_id")  # an append whose answer was lost is repeated
+            if new.num_rows:
+                progress = Progress(before={stream: applied}, after={stream: last})
+                self.offline_store.append_stream(name, model, new, progress)
+                self._commits += 1
+                count += new.num_rows
+        moved = Drained(**{name: count}, unreadable=len(bad), trimmed=self._trim(waiting))
+        return moved, _full(waiting)
+
+    # ── Both ─────────────────────────────────────────────────────────────────────
+
+    def _waiting(self, streams: Sequence[str]) -> dict[str, Entries]:
+        """The oldest entries of each stream that has any."""
+        lengths = self.streams.lengths(streams)
+        return {stream: self.streams.read(stream, count=_ENTRIES_A_STREAM) for stream in streams if lengths[stream]}
+
+    def _trim(self, waiting: Mapping[str, Entries]) -> int:
+        """Drop entries that every table has by now."""
+        return sum(self.streams.trim(stream, entries[-1][0]) for stream, entries in waiting.items())
+
+    def _put_aside(self, name: str, bad: Sequence[tuple[Entry, str]]) -> None:
+        """Keep entries that can't be applied, so that they don't stop those behind them."""
+        now_us = self.clock.now_us()
+        letters = [
+            {
+                "file": f"{stream} {entry[0]}-{entry[1]}",
+                "row": 0,
+                "reason": reason,
+                "event": payload.decode(errors="replace"),
+                "rejected_at": now_us,
+            }
+            for (stream, entry, payload), reason in bad
+        ]
+        if letters:
+            _log.warning("%d entries for %s can't be applied; they are dead letters now", len(letters), name)
+        self.offline_store.append_dead_letters(name, pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
+
+    def _compact(self) -> None:
+        """Merge the small files that drains leave, now and then."""
+        if self._commits < _COMMITS_A_COMPACTION:
+            return
+        self._commits = 0
+        for source in self.sources:
+            for entity in source.entities:
+                self.event_log.compact(source, entity)
+        for name in RECORDS:
+            for model in self.offline_store.tables(name):
+                self.offline_store.compact(name, model)
+
+
+def _is_new(entry: StreamId, applied: StreamId | None) -> bool:
+    return applied is None or entry > applied
+
+
+def _full(waiting: Mapping[str, Entries]) -> bool:
+    """Whether some stream may hold more than was read."""
+    return any(len(entries) == _ENTRIES_A_STREAM for entries in waiting.values())
+
+
+def _sifted(
+    entries: list[Entry], decode: Callable[[list[bytes]], object]
+) -> tuple[list[Entry], list[tuple[Entry, str]]]:
+    """Entries that can be decoded, and those that can't with the reason; told one by one only if need be."""
+    try:
+        decode([payload for _, _, payload in entries])
+    except StreamEntryError as error:
+        if len(entries) == 1:
+            return [], [(entries[0], error.reason)]
+    else:
+        return entries, []
+    found = [_sifted([entry], decode) for entry in entries]
+    return [entry for good, _ in found for entry in good], [each for _, bad in found for each in bad]
+
+
+def _first_of_each(rows: pa.Table, column: str) -> pa.Table:
+    ids = rows.column(column).combine_chunks().dictionary_encode()
+    if len(ids.dictionary) == rows.num_rows or ids.null_count:
+        return rows
+    _, first = np.unique(ids.indices.to_numpy(), return_index=True)
+    return rows.take(pa.array(np.sort(first)))
