@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from heliostat.clock import parse_instant_us
 from heliostat.errors import InvalidFieldError, MalformedBodyError, UnknownOverrideError
 from heliostat.features.definitions import Entity
 from heliostat.models.definitions import Definitions, ModelSpec
@@ -175,6 +176,100 @@ def parse_predict(
     given = document.get("features")
     overrides = {} if given is None else _overrides(given, spec, entities, overridable(spec))
     return PredictRequest(spec.name, entities, tuple(entity_ids), overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Actual:
+    """What became of a prediction, as somebody reports it.
+
+    Attributes:
+        model: The model's name.
+        value: The label.
+        prediction_id: Which prediction; None: the one about ``entity`` as of ``as_of_us``.
+        entity: Entity key as text.
+        as_of_us: Microseconds since the epoch.
+    """
+
+    model: str
+    value: float
+    prediction_id: str | None = None
+    entity: str | None = None
+    as_of_us: int | None = None
+
+
+def parse_events(body: bytes) -> tuple[str, list[Any]]:
+    """Read the body of ``POST /events``: the source's name, and events that nobody has looked at yet.
+
+    Args:
+        body: JSON: ``{"source": …, "events": {…} or [{…}, …]}``.
+
+    Raises:
+        MalformedBodyError: If it is no JSON.
+        InvalidFieldError: If a field has the wrong type, is missing or unknown.
+    """
+    document = parse_object(body, known=("source", "events"))
+    source = document.get("source")
+    if not isinstance(source, str):
+        problem = "is missing" if "source" not in document else f"is {_kind(source)}"
+        raise InvalidFieldError("field 'source'", problem, "the name of an event source")
+    return source, _one_or_many(document, "events")
+
+
+def parse_actuals(body: bytes, definitions: Definitions, *, max_actuals: int) -> list[Actual]:
+    """Read the body of ``POST /actuals``.
+
+    Args:
+        body: JSON: ``{"model"?, "actuals": {…} or [{…}, …]}``, each ``{"prediction_id", "value"}`` or
+            ``{"entity_id", "as_of", "value"}``.
+        definitions: What is declared.
+        max_actuals: Actuals that one request may bring.
+
+    Raises:
+        MalformedBodyError: If it is no JSON.
+        InvalidFieldError: If a field has the wrong type, is missing or unknown.
+        InvalidValueError: If an entity id or an instant can't be read.
+        UnknownModelError: If the model isn't declared, or none is named and several are.
+    """
+    document = parse_object(body, known=("model", "actuals"))
+    spec = definitions.model(document.get("model"))
+    given = _one_or_many(document, "actuals")
+    if len(given) > max_actuals:
+        expected = f"at most {max_actuals} (serving.max_entities_per_request)"
+        raise InvalidFieldError("field 'actuals'", f"has {len(given)} items", expected)
+    return [_actual(each, spec, f"actuals[{at}]") for at, each in enumerate(given)]
+
+
+def _actual(given: object, spec: ModelSpec, where: str) -> Actual:
+    if not isinstance(given, dict):
+        expected = "an object with prediction_id (or entity_id and as_of) and value"
+        raise InvalidFieldError(where, f"is {_kind(given)}", expected)
+    value = given.get("value")
+    if isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        problem = "is missing" if "value" not in given else f"is {_kind(value)}"
+        raise InvalidFieldError(f"{where}.value", problem, "a finite number, true or false")
+    match given:
+        case {"prediction_id": str(prediction_id), "value": _, **others} if not others:
+            return Actual(spec.name, float(value), prediction_id=prediction_id)
+        case {"entity_id": entity_id, "as_of": str(as_of), "value": _, **others} if not others:
+            return Actual(
+                spec.name, float(value), entity=spec.entity.text(entity_id), as_of_us=parse_instant_us(as_of)
+            )
+    problem = f"has the fields {', '.join(map(str, given))}"
+    raise InvalidFieldError(where, problem, "prediction_id and value, or entity_id, as_of (a text) and value")
+
+
+def _one_or_many(document: Mapping[str, Any], name: str) -> list[Any]:
+    given = document.get(name)
+    if isinstance(given, dict):
+        return [given]
+    if not isinstance(given, list):
+        problem = "is missing" if name not in document else f"is {_kind(given)}"
+        raise InvalidFieldError(f"field {name!r}", problem, "an object, or a list of objects")
+    if not given:
+        raise InvalidFieldError(f"field {name!r}", "is empty", "at least one")
+    return given
 
 
 def entity_texts(entity: Entity, entity_ids: Sequence[Any]) -> tuple[str, ...]:

@@ -1,0 +1,220 @@
+"""The inference graph on Ray Serve: the same stages, in one replica or each in its own.
+
+    fused         client ─▶ HAProxy ─▶ Gateway [ features ▸ router ▸ model ▸ log ]
+    distributed   client ─▶ HAProxy ─▶ Gateway ─▶ FeatureLookup
+                                               ├─▶ ABRouter
+                                               └─▶ ModelReplica
+
+`build` is what ``serve deploy configs/serve.yaml`` calls; `deploy` and `undeploy` are for
+programs that are connected to Ray already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from typing import Any, Literal
+
+import httpx
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig, HTTPOptions
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from deployments.gateway import build_app
+from deployments.http import RETRY_AFTER_S
+from deployments.meter import ServeMeter
+from deployments.stages import ABRouterReplica, FeatureLookupReplica, ModelReplica, gateway_parts
+from heliostat.errors import DeploymentFailedError, UnknownAliasError
+from heliostat.settings import Settings, load_settings
+from heliostat.telemetry import configure_logging
+from heliostat.workspace import Workspace
+
+APP_NAME = "heliostat"
+
+# A replica mostly waits; more logical CPUs than a small machine has would keep stages from starting.
+_CPUS = 0.1
+# Calls that a stage works on at a time: the gateway's batches, not requests.
+_CALLS_A_STAGE = 64
+_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+_logger = logging.getLogger("heliostat.gateway")
+
+
+class GraphArguments(BaseModel):
+    """What ``args`` of ``configs/serve.yaml`` may say.
+
+    Attributes:
+        config: Settings files over ``configs/base.yaml``.
+        placement: Over the settings' ``serving.placement``.
+        replicas: Over the settings' ``serving.replicas``.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: list[str] = []
+    placement: Literal["fused", "distributed"] | None = None
+    replicas: int | None = None
+
+
+@serve.ingress()
+class Gateway:
+    """The ingress: answers HTTP, and holds the stages that weren't given to it.
+
+    A replica that can't reach its store or can't load what serves doesn't start, and those of the
+    version before go on.
+
+    Args:
+        settings: Everything.
+        features: Leads to FeatureLookup; None: in this replica.
+        router: Leads to ABRouter; None: in this replica.
+        runner: Leads to ModelReplica; None: in this replica.
+    """
+
+    async def __init__(  # type: ignore[misc] # Serve awaits a constructor that is a coroutine
+        self,
+        settings: Settings,
+        features: DeploymentHandle | None = None,
+        router: DeploymentHandle | None = None,
+        runner: DeploymentHandle | None = None,
+    ) -> None:
+        configure_logging(settings.telemetry)
+        workspace = Workspace.open(settings)
+        self._parts = gateway_parts(workspace, ServeMeter(), features=features, router=router, runner=runner)
+        await self._parts.store.ping()
+        for model in self._parts.definitions.models:
+            try:
+                await self._parts.predictor.warm_up(model)
+            except UnknownAliasError:
+                _logger.warning("no version of model %s serves yet", model)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application: Serve asks for it once the replica is made."""
+        return build_app(self._parts)
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica that doesn't answer this.
+
+        A store that is down is no reason: a new replica couldn't reach it either, and this one still has
+        its ladder. See ``/readyz`` for that.
+        """
+
+
+def graph(settings: Settings) -> Application:
+    """The application for these settings, to be run by Serve.
+
+    Args:
+        settings: With the address of the online store in them (`Workspace.settings`).
+    """
+    serving = settings.serving
+    shared: dict[str, Any] = {
+        "num_replicas": serving.replicas,
+        "ray_actor_options": {"num_cpus": _CPUS},
+        "logging_config": _LOGGING,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 10,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": 5,
+        "max_constructor_retry_count": 3,
+    }
+    stages: list[Any] = []
+    if serving.placement == "distributed":
+        stages = [
+            serve.deployment(kind, name=name, max_ongoing_requests=_CALLS_A_STAGE, **shared).bind(settings)
+            for name, kind in (
+                ("FeatureLookup", FeatureLookupReplica),
+                ("ABRouter", ABRouterReplica),
+                ("ModelReplica", ModelReplica),
+            )
+        ]
+    gateway = serve.deployment(
+        Gateway,
+        name="Gateway",
+        max_ongoing_requests=serving.max_ongoing_requests,
+        max_queued_requests=serving.max_queued_requests,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+        **shared,
+    )
+    return gateway.bind(settings, *stages)
+
+
+def build(arguments: GraphArguments) -> Application:
+    """The application for a Serve deploy file: ``import_path: deployments.graph:build``.
+
+    Args:
+        arguments: The file's ``args``.
+
+    Raises:
+        SettingsError: If the settings can't be used.
+    """
+    settings = load_settings(arguments.config, environ=os.environ)
+    given = arguments.model_dump(exclude={"config"}, exclude_none=True)
+    serving = settings.serving.model_copy(update=given)
+    return graph(Workspace.open(settings.model_copy(update={"serving": serving})).settings)
+
+
+def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
+    """Deploy the graph to the connected Ray cluster, and wait until it answers.
+
+    Args:
+        settings: With the address of the online store in them (`Workspace.settings`).
+        timeout_s: How long to wait for the first answer, seconds.
+
+    Returns:
+        Its base URL: ``http://host:port``.
+
+    Raises:
+        DeploymentFailedError: If it doesn't come up; with Serve's reason.
+    """
+    serving = settings.serving
+    port = serving.port or _free_port(serving.host)
+    serve.start(http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
+    try:
+        serve.run(graph(settings), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise DeploymentFailedError(APP_NAME, _reason(error)) from error
+    url = f"http://{serving.host}:{port}"
+    _wait_for(f"{url}/healthz", timeout_s)
+    return url
+
+
+def undeploy() -> None:
+    """Stop the graph, and Serve if it runs nothing else."""
+    serve.delete(APP_NAME)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _reason(error: RuntimeError) -> str:
+    """Serve's own words on why the application isn't running."""
+    found = serve.status().applications.get(APP_NAME)
+    told = [] if found is None else [found.message, *(each.message for each in found.deployments.values())]
+    return " ".join(text.strip() for text in told if text) or str(error)
+
+
+def _wait_for(url: str, timeout_s: float) -> None:
+    """The ingress learns of its replicas a moment after Serve says that they run."""
+    limit = time.monotonic() + timeout_s
+    last = "no answer"
+    while time.monotonic() < limit:
+        try:
+            answer = httpx.get(url, timeout=2.0)
+            if answer.status_code == 200:
+                return
+            last = f"status {answer.status_code}"
+        except httpx.HTTPError as error:
+            last = str(error)
+        time.sleep(0.05)
+    raise DeploymentFailedError(APP_NAME, f"{url} doesn't answer: {last}")
+
+
+def _free_port(host: str) -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,153 @@
+"""What every route shares: bodies with a limit, errors as documents, and what is counted."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, Protocol
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from heliostat.errors import BodyTooLargeError, HeliostatError
+from heliostat.serving.requests import PredictAnswer
+
+_logger = logging.getLogger("heliostat.gateway")
+
+RETRY_AFTER_S = 1
+"""When a client that was told 503 may try again, seconds."""
+
+_WORD = re.compile(r"(?<!^)(?=[A-Z])")
+
+
+class Meter(Protocol):
+    """Counts what was answered."""
+
+    def answered(self, route: str, status: int, latency_ms: float) -> None:
+        """Count a request."""
+        ...
+
+    def predicted(self, answer: PredictAnswer) -> None:
+        """Count what it predicted."""
+        ...
+
+    def took_in(self, source: str, outcome: str, events: int) -> None:
+        """Count events."""
+        ...
+
+
+def json_response(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:  # noqa: ANN401 - JSON
+    """A document as an HTTP answer; NaN becomes null."""
+    return Response(orjson.dumps(document), status, headers, "application/json")
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """A request's body, given up as soon as it is larger than allowed, whatever its headers say.
+
+    Raises:
+        BodyTooLargeError: If it is larger than the limit.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise BodyTooLargeError(limit_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit_bytes:
+            raise BodyTooLargeError(limit_bytes)
+        if chunk:
+            chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def error_code(error: HeliostatError) -> str:
+    """What clients can rely on: ``unknown_model`` for UnknownModelError."""
+    return _WORD.sub("_", type(error).__name__.removesuffix("Error")).lower()
+
+
+def error_document(error: HeliostatError) -> dict[str, Any]:
+    """An error as clients see it: its code, what happened, and what exists or what to do."""
+    document: dict[str, Any] = {"error": error_code(error), "message": str(error)}
+    for name in ("known", "fix", "expected"):
+        value = getattr(error, name, None)
+        if value is not None:
+            document["fix" if name == "expected" else name] = value
+    return document
+
+
+def error_response(error: HeliostatError) -> Response:
+    """An error as an HTTP answer."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else None
+    return json_response(error_document(error), error.http_status, headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Let every error of an app leave as a document, also those that no route of ours raised."""
+
+    async def expected(_: Request, error: Exception) -> Response:
+        if not isinstance(error, HeliostatError):
+            raise error
+        if error.http_status >= 500:
+            _logger.warning("answered %d: %s", error.http_status, error)
+        return error_response(error)
+
+    async def http(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        codes = {404: "unknown_path", 405: "method_not_allowed"}
+        message = f"{request.method} {request.url.path} isn't served"
+        fix = "see /docs for what is"
+        return json_response({"error": codes.get(status, f"http_{status}"), "message": message, "fix": fix}, status)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+        place = ".".join(str(part) for part in first.get("loc", ()))
+        message = f"{place or 'the request'}: {first.get('msg', 'is invalid')}"
+        return json_response({"error": "invalid_field", "message": message, "fix": "see /docs"}, 422)
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        _logger.error("unexpected error", exc_info=error)
+        message = f"unexpected {type(error).__name__}; the gateway's log has the details"
+        return json_response({"error": "internal", "message": message, "fix": "report it with the log"}, 500)
+
+    app.add_exception_handler(HeliostatError, expected)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, unexpected)
+
+
+class Metered:
+    """Counts every request of an app, with its route, status and time.
+
+    Args:
+        app: What answers.
+        meter: What counts.
+        now_ms: A monotonic clock, milliseconds.
+    """
+
+    def __init__(self, app: ASGIApp, meter: Meter, now_ms: Any) -> None:  # noqa: ANN401 - a plain function
+        self._app, self._meter, self._now_ms = app, meter, now_ms
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request and count it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin = self._now_ms()
+        status = 500
+
+        async def counting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counting)
+        finally:
+            route = getattr(scope.get("route"), "path", "(unknown)")
+            self._meter.answered(route, status, self._now_ms() - begin)

@@ -1,0 +1,234 @@
+"""The stages as Ray Serve deployments, and how each is put together from a workspace.
+
+The objects inside are those of `heliostat.serving`; a replica opens its own workspace, on its
+own event loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from numpy import float64
+from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.gateway import Parts
+from deployments.http import Meter
+from heliostat.errors import HeliostatError
+from heliostat.features.tiles import RingLimits
+from heliostat.ingestion.intake import Intake
+from heliostat.monitoring.profile import Profile
+from heliostat.serving.prediction_log import PredictionLog
+from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.stages import (
+    ABRouter,
+    Assignment,
+    FeatureBlock,
+    FeatureLookup,
+    FeatureQuery,
+    FeatureReaders,
+    ModelRunner,
+    RouteQuery,
+    ScoreQuery,
+)
+from heliostat.settings import Settings
+from heliostat.storage.online_store import AsyncOnlineStore
+from heliostat.storage.streams import AsyncStreams
+from heliostat.workspace import Workspace
+
+QueryT = TypeVar("QueryT")
+AnswerT = TypeVar("AnswerT")
+
+
+# ── From a workspace ────────────────────────────────────────────────────────────────
+
+
+def feature_readers(workspace: Workspace) -> FeatureReaders:
+    """Plans of what is read of the online store."""
+    settings = workspace.settings
+    limits = RingLimits(
+        lateness_us=settings.ingestion.lateness_us, future_tolerance_us=settings.ingestion.future_tolerance_us
+    )
+    keys = workspace.online_config.keys
+    return FeatureReaders(workspace.definitions, keys=keys, n_buckets=settings.storage.buckets, limits=limits)
+
+
+def feature_lookup(workspace: Workspace, store: AsyncOnlineStore) -> FeatureLookup:
+    """The stage that reads features."""
+    return FeatureLookup(store, feature_readers(workspace), workspace.clock)
+
+
+def ab_router(workspace: Workspace) -> ABRouter:
+    """The stage that assigns variants."""
+    return ABRouter(workspace.rollout.current)
+
+
+def model_runner(workspace: Workspace) -> ModelRunner:
+    """The stage that scores."""
+    return ModelRunner(workspace.models.load)
+
+
+def version_facts(workspace: Workspace) -> Callable[[str, int], VersionFacts]:
+    """Reads what must be known of a version to ask it, or to do without it."""
+
+    def read(model: str, version: int) -> VersionFacts:
+        found = workspace.models.get(model, version)
+        declared = {view.ref: view.content_hash for view in workspace.definitions.views.values()}
+        trained_on: dict[str, str] = found.lineage.get("view_hashes", {})
+        stale = tuple(view for view, content in trained_on.items() if declared.get(view) != content)
+        return VersionFacts(found.signature.names, _mean_prediction(workspace, model, version), stale)
+
+    return read
+
+
+def _mean_prediction(workspace: Workspace, model: str, version: int) -> float | None:
+    document = workspace.models.package(model, version).profile
+    scores = None if document is None else Profile.from_document(document).prediction
+    return None if scores is None or not math.isfinite(scores.mean) else scores.mean
+
+
+def gateway_parts(
+    workspace: Workspace,
+    meter: Meter,
+    *,
+    features: DeploymentHandle | None = None,
+    router: DeploymentHandle | None = None,
+    runner: DeploymentHandle | None = None,
+) -> Parts:
+    """What the gateway's routes work with; to be made on the event loop that uses it.
+
+    Args:
+        workspace: Stays open as long as the parts are used; they close it.
+        meter: Counts.
+        features: Leads to FeatureLookup; None: in this process.
+        router: Leads to ABRouter; None: in this process.
+        runner: Leads to ModelReplica; None: in this process.
+    """
+    settings = workspace.settings
+    store, streams = AsyncOnlineStore(workspace.online_config), AsyncStreams(workspace.online_config)
+    spare, readers = ab_router(workspace), feature_readers(workspace)
+    predictor = Predictor(
+        Stages(
+            features=feature_lookup(workspace, store)
+            if features is None
+            else Remote[FeatureQuery, FeatureBlock](features),
+            router=spare if router is None else Remote[RouteQuery, Assignment](router),
+            runner=model_runner(workspace) if runner is None else Remote[ScoreQuery, NDArray[float64]](runner),
+            spare_router=spare,
+        ),
+        readers,
+        VersionBook(version_facts(workspace)),
+        PredictionLog(streams.append_predictions, when_fails=settings.serving.when_log_fails),
+        workspace.clock,
+        deadline_ms=settings.serving.deadline_ms,
+        max_batch_entities=settings.serving.batch_max_entities,
+        max_waiting=settings.serving.max_ongoing_requests,
+    )
+    intake = Intake(
+        store,
+        list(workspace.definitions.sources.values()),
+        list(workspace.definitions.views.values()),
+        clock=workspace.clock,
+        settings=settings.ingestion,
+        n_buckets=settings.storage.buckets,
+    )
+
+    async def close() -> None:
+        await predictor.close()
+        await streams.aclose()
+        await store.aclose()
+        workspace.close()
+
+    return Parts(
+        settings=settings,
+        definitions=workspace.definitions,
+        clock=workspace.clock,
+        predictor=predictor,
+        readers=readers,
+        store=store,
+        streams=streams,
+        intake=intake,
+        models=workspace.models,
+        route=workspace.rollout.current,
+        meter=meter,
+        close=close,
+    )
+
+
+# ── As deployments ──────────────────────────────────────────────────────────────────
+
+
+class FeatureLookupReplica:
+    """Reads features.
+
+    Args:
+        settings: Name the online store and the declarations.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._workspace = Workspace.open(settings)
+        self._stage = feature_lookup(self._workspace, AsyncOnlineStore(self._workspace.online_config))
+
+    async def __call__(self, query: FeatureQuery) -> FeatureBlock:
+        """See `FeatureLookup`."""
+        return await self._stage(query)
+
+
+class ABRouterReplica:
+    """Assigns variants.
+
+    Args:
+        settings: Name the catalog.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._workspace = Workspace.open(settings)
+        self._stage = ab_router(self._workspace)
+
+    async def __call__(self, query: RouteQuery) -> Assignment:
+        """See `ABRouter`."""
+        return await self._stage(query)
+
+
+class ModelReplica:
+    """Scores rows with any version of any model.
+
+    Args:
+        settings: Name the catalog and the artifacts.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._workspace = Workspace.open(settings)
+        self._stage = model_runner(self._workspace)
+
+    async def __call__(self, query: ScoreQuery) -> NDArray[float64]:
+        """See `ModelRunner`."""
+        return await self._stage(query)
+
+
+class Remote(Generic[QueryT, AnswerT]):
+    """A stage in another process, called like one in this.
+
+    Args:
+        handle: Leads to its replicas.
+    """
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def __call__(self, query: QueryT) -> AnswerT:
+        """Call the stage.
+
+        Raises:
+            HeliostatError: What the stage raised, as it raised it.
+        """
+        try:
+            answer: AnswerT = await self._handle.remote(query)
+        except RayTaskError as error:
+            if isinstance(error.cause, HeliostatError):
+                raise error.cause from None
+            raise
+        return answer

@@ -1,0 +1,405 @@
+"""The gateway over real stores: first as a plain ASGI application, then on Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import httpx
+import lightgbm as lgb
+import numpy as np
+import orjson
+import pytest
+
+from deployments.gateway import build_app
+from deployments.stages import gateway_parts
+from heliostat.models.packaging import ModelPackage, Signature
+from heliostat.monitoring.profile import Profile
+from heliostat.serving.requests import PredictAnswer
+from heliostat.settings import OnlineSettings, ServingSettings, Settings
+from heliostat.workspace import Workspace
+
+
+class Tally:
+    """A meter that remembers."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[str, int]] = []
+        self.predictions = 0
+        self.events: dict[str, int] = {}
+
+    def answered(self, route: str, status: int, latency_ms: float) -> None:
+        assert latency_ms > 0
+        self.answers.append((route, status))
+
+    def predicted(self, answer: PredictAnswer) -> None:
+        self.predictions += len(answer.entities)
+
+    def took_in(self, source: str, outcome: str, events: int) -> None:
+        self.events[f"{source} {outcome}"] = self.events.get(f"{source} {outcome}", 0) + events
+
+
+def register(workspace: Workspace, seed: int) -> int:
+    """Register a small real model; its prediction falls with the number of purchases."""
+    spec = workspace.definitions.model("churn")
+    rng = np.random.default_rng(seed)
+    matrix = rng.uniform(0, 8, (500, len(spec.feature_names)))
+    labels = (matrix[:, 0] + rng.normal(0, 1, 500) < 3).astype(float)
+    data = lgb.Dataset(matrix, labels, feature_name=list(spec.feature_names), params={"verbosity": -1})
+    parameters = {"objective": "binary", "num_leaves": 4, "verbosity": -1, "num_threads": 1, "seed": seed}
+    booster = lgb.train(parameters, data, num_boost_round=4 + seed)
+    profile = Profile.of(matrix, spec.feature_names, np.asarray(booster.predict(matrix)))
+    package = ModelPackage(booster.model_to_string(), Signature.of(spec), "binary", profile=profile.to_document())
+    return workspace.models.register(spec, package, lineage={}).version
+
+
+def purchase(event_id: int, customer_id: int, day: str, amount: float = 10.0) -> dict[str, Any]:
+    return {
+        "event_id": event_id,
+        "customer_id": customer_id,
+        "purchased_at": f"{day}T12:00:00Z",
+        "quantity": 1,
+        "amount": amount,
+    }
+
+
+Client = httpx.AsyncClient
+NOWHERE = OnlineSettings(url="redis://127.0.0.1:1/0", timeout_s=0.3)
+
+
+class Shop:
+    """A project with two registered versions, the first of which serves; and its gateway."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.tally = Tally()
+        register(workspace, 1)
+        register(workspace, 2)
+        workspace.rollout.serve("churn", 1, reason="the first one")
+
+    def run(self, scenario: Callable[[Client], Awaitable[None]], **changes: object) -> None:
+        """Send requests to a gateway with some settings changed."""
+        settings = self.workspace.settings.model_copy(update=changes)
+
+        async def main() -> None:
+            parts = gateway_parts(Workspace.open(settings), self.tally)
+            transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
+            async with Client(transport=transport, base_url="http://gateway") as client:
+                await scenario(client)
+            await parts.close()
+
+        asyncio.run(main())
+
+    def serving(self, **changes: object) -> ServingSettings:
+        """The serving settings with some changed."""
+        return self.workspace.settings.serving.model_copy(update=changes)
+
+
+@pytest.fixture
+def shop(settings: Settings) -> Iterator[Shop]:
+    with Workspace.open(settings) as workspace:
+        yield Shop(workspace)
+
+
+# ── Predictions ─────────────────────────────────────────────────────────────────────
+
+
+def test_a_prediction_over_http_says_who_answered_and_what_was_missing(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        reply = await client.post("/predict", json={"entity_ids": [1, "2"]})
+        assert reply.status_code == 200
+        answer = reply.json()
+        assert set(answer) >= {"predictions", "model_version", "latency_ms", "entities"}
+        assert answer["model_version"] == 1
+        assert answer["predictions"] == [each["prediction"] for each in answer["entities"]]
+        assert [each["entity_id"] for each in answer["entities"]] == [1, "2"]
+        first = answer["entities"][0]
+        assert (first["variant"], first["model_version"], first["source"]) == ("control", 1, "model")
+        assert "purchase_history__recency_days" in first["missing_features"]
+        assert first["absent_views"] == ["recent_purchases@1", "purchase_history@1"]
+        assert answer["latency_ms"] > 0
+
+    shop.run(scenario)
+
+
+def test_an_event_changes_the_features_and_the_prediction_of_the_next_request(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        before = (await client.post("/predict", json={"entity_ids": [7]})).json()
+        events = [purchase(n, 7, "1998-06-20") for n in range(1, 7)]
+        reply = await client.post("/events", json={"source": "purchases", "events": events})
+        assert reply.status_code == 200
+        assert (reply.json()["accepted"], reply.json()["rejected"]) == (6, 0)
+        after = (await client.post("/predict", json={"entity_ids": [7]})).json()
+        assert after["predictions"][0] < before["predictions"][0]
+        assert after["entities"][0]["missing_features"] == []
+        features = (await client.get("/features/recent_purchases/7")).json()
+        assert features["absent"] is False
+        assert features["features"]["count_30d"] == 6.0
+        assert features["view"] == "recent_purchases@1"
+
+    shop.run(scenario)
+    assert shop.tally.events == {"purchases accepted": 6}
+    assert shop.tally.predictions == 2
+    assert ("/features/{view}/{entity:path}", 200) in shop.tally.answers
+    assert ("/predict", 200) in shop.tally.answers
+
+
+def test_wrong_events_are_refused_one_by_one_with_reasons_and_the_right_ones_taken_once(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        good = purchase(1, 5, "1998-06-01")
+        events = [good, {**good, "event_id": 2, "customer_id": None}, purchase(3, 5, "2031-01-01"), 17, good]
+        document = (await client.post("/events", json={"source": "purchases", "events": events})).json()
+        assert [each["status"] for each in document["results"]] == [
+            "accepted",
+            "rejected",
+            "rejected",
+            "rejected",
+            "duplicate",
+        ]
+        assert "customer_id is missing" in document["results"][1]["reason"]
+        assert "after now" in document["results"][2]["reason"]
+        all_wrong = await client.post("/events", json={"source": "purchases", "events": {"event_id": 1}})
+        assert all_wrong.status_code == 422
+        assert all_wrong.json()["rejected"] == 1
+
+    shop.run(scenario)
+
+
+def test_every_prediction_is_in_the_stream_when_its_answer_arrives(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        replies = await asyncio.gather(*(client.post("/predict", json={"entity_ids": [n, n + 1]}) for n in range(20)))
+        ids = {each["prediction_id"] for reply in replies for each in reply.json()["entities"]}
+        stream = shop.workspace.streams.record_stream("predictions")
+        records = [orjson.loads(payload) for _, payload in shop.workspace.streams.read(stream)]
+        logged = {entry["prediction_id"] for record in records for entry in record["entries"]}
+        assert logged == ids
+        assert len(ids) == 40
+
+    shop.run(scenario)
+
+
+def test_a_promotion_reaches_the_next_request(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        assert (await client.post("/predict", json={"entity_ids": [1]})).json()["model_version"] == 1
+        shop.workspace.rollout.serve("churn", 2, reason="better")
+        assert (await client.post("/predict", json={"entity_ids": [1]})).json()["model_version"] == 2
+
+    shop.run(scenario)
+
+
+def test_a_split_serves_two_versions_and_keeps_each_entity_at_its_own(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        shop.workspace.rollout.start_split("churn", experiment="e", control=1, challenger=2, weight=0.5)
+        asked = {"entity_ids": list(range(60))}
+        first, second = [(await client.post("/predict", json=asked)).json() for _ in range(2)]
+        variants = [each["variant"] for each in first["entities"]]
+        assert {"control", "challenger"} == set(variants)
+        assert variants == [each["variant"] for each in second["entities"]]
+        versions = {(each["variant"], each["model_version"]) for each in first["entities"]}
+        assert versions == {("control", 1), ("challenger", 2)}
+
+    shop.run(scenario)
+
+
+def test_features_of_the_request_override_stored_ones(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        given = {"entity_ids": [1, 2], "features": {"2": {"recent_purchases__count_30d": 7}}}
+        plain, loyal = (await client.post("/predict", json=given)).json()["predictions"]
+        assert loyal < plain
+        as_list = {"entity_ids": [1, 2], "features": [None, {"count_30d": 7}]}
+        assert (await client.post("/predict", json=as_list)).json()["predictions"] == [plain, loyal]
+
+    shop.run(scenario)
+
+
+def test_actuals_are_appended_by_prediction_or_by_entity(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        answer = (await client.post("/predict", json={"entity_ids": [1]})).json()
+        prediction_id = answer["entities"][0]["prediction_id"]
+        actuals = [
+            {"prediction_id": prediction_id, "value": 1},
+            {"entity_id": 4, "as_of": "1998-04-01", "value": False},
+        ]
+        reply = await client.post("/actuals", json={"actuals": actuals})
+        assert reply.json() == {"accepted": 2}
+        stream = shop.workspace.streams.record_stream("actuals")
+        first, second = (orjson.loads(payload) for _, payload in shop.workspace.streams.read(stream))
+        assert (first["prediction_id"], first["value"], first["model"]) == (prediction_id, 1.0, "churn")
+        assert (second["entity"], second["value"]) == ("4", 0.0)
+
+    shop.run(scenario)
+
+
+# ── Look-ups ────────────────────────────────────────────────────────────────────────
+
+
+def test_models_say_what_serves_and_a_version_says_what_it_was_made_of(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        (model,) = (await client.get("/models")).json()["models"]
+        assert model["model"] == "churn"
+        assert model["serving"]["variants"][0]["version"] == 1
+        assert [each["version"] for each in model["versions"]] == [1, 2]
+        version = (await client.get("/models/churn/2")).json()
+        assert version["features"][0] == "recent_purchases__count_30d"
+        assert (await client.get("/models/churn/latest")).json()["version"] == 2
+
+    shop.run(scenario)
+
+
+def test_the_documentation_shows_every_route_with_an_example_that_works(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        document = (await client.get("/openapi.json")).json()
+        assert set(document["paths"]) == {
+            "/predict",
+            "/events",
+            "/actuals",
+            "/features/{view}/{entity}",
+            "/models",
+            "/models/{model}/{version}",
+            "/healthz",
+            "/readyz",
+        }
+        for path in ("/predict", "/events", "/actuals"):
+            content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+            example = content["schema"]["example"]
+            reply = await client.post(path, json=example)
+            assert reply.status_code in (200, 422), (path, reply.text)
+            if path != "/events":  # its instant isn't in 1998
+                assert reply.status_code == 200, (path, reply.text)
+        assert (await client.get("/docs")).status_code == 200
+
+    shop.run(scenario)
+
+
+def test_health_and_readiness_tell_apart_what_runs_and_what_can_be_reached(shop: Shop) -> None:
+    async def healthy(client: Client) -> None:
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+        assert (await client.get("/readyz")).json() == {"status": "ready"}
+
+    async def without_store(client: Client) -> None:
+        assert (await client.get("/healthz")).status_code == 200
+        reply = await client.get("/readyz")
+        assert reply.status_code == 503
+        assert reply.headers["retry-after"] == "1"
+        assert "online_store" in reply.json()["problems"]
+
+    shop.run(healthy)
+    shop.run(without_store, online=NOWHERE)
+
+
+# ── What goes wrong ─────────────────────────────────────────────────────────────────
+
+BAD = [
+    ("/predict", b"{not json", 400, "malformed_body", "application/json"),
+    ("/predict", b"", 400, "malformed_body", "it is empty"),
+    ("/predict", b"[1, 2]", 422, "invalid_field", "an object"),
+    ("/predict", b"{}", 422, "invalid_field", "'entity_ids' is missing"),
+    ("/predict", b'{"entity_ids": 3}', 422, "invalid_field", "a list"),
+    ("/predict", b'{"entity_ids": []}', 422, "invalid_field", "at least one"),
+    ("/predict", b'{"entity_ids": ["x"]}', 422, "invalid_value", "an integer"),
+    ("/predict", b'{"entity_ids": [1.5]}', 422, "invalid_value", "an integer"),
+    ("/predict", b'{"entity_ids": [null]}', 422, "invalid_value", "an integer"),
+    ("/predict", b'{"entity_ids": [1], "model": "nope"}', 404, "unknown_model", "churn"),
+    ("/predict", b'{"entity_ids": [1], "model": 3}', 422, "invalid_field", "the name of a model"),
+    ("/predict", b'{"entity_ids": [1], "entities": 3}', 422, "invalid_field", "entity_ids, features"),
+    ("/predict", b'{"entity_ids": [1], "features": [{"nope": 1}]}', 422, "unknown_override", "count_30d"),
+    ("/predict", b'{"entity_ids": [1], "features": [{"count_30d": "x"}]}', 422, "invalid_field", "a finite number"),
+    ("/predict", b'{"entity_ids": [1], "features": []}', 422, "invalid_field", "one for each of the 1"),
+    ("/predict", b'{"entity_ids": [1], "features": {"2": {}}}', 422, "invalid_field", "only entities asked for"),
+    ("/events", b'{"source": "nope", "events": []}', 422, "invalid_field", "at least one"),
+    ("/events", b'{"source": "nope", "events": [{}]}', 404, "unknown_source", "purchases"),
+    ("/events", b'{"events": [{}]}', 422, "invalid_field", "the name of an event source"),
+    ("/actuals", b'{"actuals": [{"value": 1}]}', 422, "invalid_field", "prediction_id"),
+    ("/actuals", b'{"actuals": [{"prediction_id": "a", "value": "x"}]}', 422, "invalid_field", "a finite number"),
+]
+
+
+def test_each_bad_body_gets_its_status_its_code_and_what_to_do(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        for path, body, status, code, hint in BAD:
+            reply = await client.post(path, content=body)
+            assert (reply.status_code, reply.json()["error"]) == (status, code), (body, reply.text)
+            assert hint in reply.text, (body, reply.text)
+
+    shop.run(scenario)
+
+
+def test_paths_and_names_that_dont_exist_are_told_with_those_that_do(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        for path, status, code, hint in [
+            ("/features/nope/1", 404, "unknown_view", "recent_purchases@1"),
+            ("/features/recent_purchases/x", 422, "invalid_value", "an integer"),
+            ("/models/nope/1", 404, "unknown_model", "churn"),
+            ("/models/churn/9", 404, "unknown_version", "1, 2"),
+            ("/models/churn/blue", 404, "unknown_alias", "promote"),
+            ("/nope", 404, "unknown_path", "/docs"),
+        ]:
+            reply = await client.get(path)
+            assert (reply.status_code, reply.json()["error"]) == (status, code), (path, reply.text)
+            assert hint in reply.text, (path, reply.text)
+        reply = await client.get("/predict")
+        assert (reply.status_code, reply.json()["error"]) == (405, "method_not_allowed")
+        unknown = await client.get("/features/recent_purchases/123456")
+        assert (unknown.status_code, unknown.json()["absent"]) == (200, True)
+
+    shop.run(scenario)
+
+
+def test_too_large_a_body_is_refused_while_it_arrives_whatever_its_header_says(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            for _ in range(1_000):
+                sent += 500
+                yield b" " * 500
+
+        streamed = await client.post("/predict", content=endless())
+        assert (streamed.status_code, streamed.json()["error"]) == (413, "body_too_large")
+        declared = await client.post("/events", content=b"x" * 3_000)
+        assert declared.status_code == 413
+        assert "2000 bytes" in declared.json()["message"]
+
+    shop.run(scenario, serving=shop.serving(max_body_bytes=2_000))
+
+
+def test_without_the_store_there_is_503_and_when_to_try_again(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        for path, body in [
+            ("/predict", {"entity_ids": [1]}),
+            ("/events", {"source": "purchases", "events": purchase(1, 1, "1998-06-01")}),
+            ("/actuals", {"actuals": {"prediction_id": "a", "value": 1}}),
+        ]:
+            reply = await client.post(path, json=body)
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "1"), (path, reply.text)
+        assert (await client.get("/features/recent_purchases/1")).status_code == 503
+
+    shop.run(scenario, online=NOWHERE)
+
+
+def test_without_the_store_answers_are_marked_where_the_settings_allow_them(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        asked = {"entity_ids": [1], "features": [{"recent_purchases__count_30d": 7}]}
+        answer = (await client.post("/predict", json=asked)).json()
+        assert answer["logged"] is False
+        (entity,) = answer["entities"]
+        assert (entity["source"], entity["fallback"]) == ("fallback", "stored_features_unavailable")
+        assert "recent_purchases__count_30d" not in entity["missing_features"]
+
+    shop.run(scenario, online=NOWHERE, serving=shop.serving(when_log_fails="answer"))
+
+
+def test_a_broken_artifact_is_answered_by_the_mean_prediction_of_training(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        version = shop.workspace.models.get("churn", 2)
+        await client.post("/predict", json={"entity_ids": [1]})
+        folder = shop.workspace.settings.home / "data" / "artifacts" / version.artifact
+        (folder / "model.txt").write_text("tree\nwrong\nend of trees\n")
+        shop.workspace.rollout.serve("churn", 2, reason="broken")
+        answer = (await client.post("/predict", json={"entity_ids": [1]})).json()
+        assert answer["model_version"] == 1
+        assert answer["entities"][0]["fallback"] == "other_version"
+
+    shop.run(scenario)
