@@ -107,7 +107,7 @@ class Workspace:
     @cached_property
     def online_config(self) -> OnlineConfig:
         """How to reach the online store; the embedded server is started if it is the one."""
-        return OnlineConfig.of(self.settings.online, project=self._given.project)
+        return OnlineConfig.of(self.settings)
 
     @cached_property
     def online(self) -> OnlineStore:
