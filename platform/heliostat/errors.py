@@ -787,6 +787,17 @@ class EmbeddedServerError(StorageError):
         return f"the embedded server in {self.where} can't be used: {self.problem}; {self.fix}"
 
 
+class TableUnavailableError(StorageError):
+    """A Delta table can't be reached, or what is there is no Delta table."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(uri, reason)
+        self.uri, self.reason = uri, reason
+
+    def __str__(self) -> str:
+        return f"the table {self.uri} can't be read: {self.reason}; check storage.root and storage.options"
+
+
 class TableCommitError(StorageError):
     """A Delta table refuses a commit."""
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 
-from heliostat.errors import SchemaMismatchError, StaleProgressError, TableCommitError
+from heliostat.errors import SchemaMismatchError, StaleProgressError, TableCommitError, TableUnavailableError
 from heliostat.schema import TIMESTAMP, describe_schema
 
 StreamId = tuple[int, int]
 """A stream entry's id: milliseconds and sequence number; compares like the ids do."""
 
 _MAX_ATTEMPTS = 100
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ROW_GROUP_ROWS = 131_072
 # What datetimes can spell: years 1 to 9999. Statistics outside are left out.
 _EARLIEST_US, _LATEST_US = -62_135_596_800_000_000, 253_402_300_799_000_000
@@ -91,10 +93,11 @@ class Table:
         """The table as it is now, or was at a version; None if there is none."""
         if self.is_local and not Path(self.uri, "_delta_log").is_dir():
             return None
-        try:
-            return DeltaTable(self.uri, version=version, storage_options=dict(self.options))
-        except TableNotFoundError:
-            return None
+        with self._reached():
+            try:
+                return DeltaTable(self.uri, version=version, storage_options=dict(self.options))
+            except TableNotFoundError:
+                return None
 
     def ensure(self, schema: pa.Schema, configuration: Mapping[str, str] | None = None) -> DeltaTable:
         """Open the table; create it when absent, and add columns that the schema has gained.
@@ -108,19 +111,21 @@ class Table:
         """
         table = self.open()
         if table is None:
-            if self.is_local:
-                Path(self.uri).mkdir(parents=True, exist_ok=True)
-            # Somebody may have been quicker; then this does nothing.
-            DeltaTable.create(
-                self.uri,
-                schema,
-                mode="ignore",
-                partition_by=[] if self.partition is None else [self.partition],
-                configuration=dict(configuration or {}),
-                storage_options=dict(self.options),
-                raise_if_key_not_exists=False,
-            )
-            table = DeltaTable(self.uri, storage_options=dict(self.options))
+            try:
+                DeltaTable.create(
+                    self.uri,
+                    schema,
+                    mode="ignore",
+                    partition_by=[] if self.partition is None else [self.partition],
+                    configuration=dict(configuration or {}),
+                    storage_options=dict(self.options),
+                    raise_if_key_not_exists=False,
+                )
+            except (DeltaError, OSError) as error:
+                # Somebody may have been quicker.
+                if self.open() is None:
+                    raise TableCommitError(self.uri, _one_line(error)) from error
+            table = self.current()
         return self._evolved(table, schema)
 
     def _evolved(self, table: DeltaTable, schema: pa.Schema) -> DeltaTable:
@@ -147,9 +152,17 @@ class Table:
         """The table as it is now.
 
         Raises:
-            deltalake.exceptions.TableNotFoundError: If there is none.
+            TableUnavailableError: If there is none, or it can't be reached.
         """
-        return DeltaTable(self.uri, storage_options=dict(self.options))
+        with self._reached():
+            return DeltaTable(self.uri, storage_options=dict(self.options))
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except (DeltaError, OSError) as error:
+            raise TableUnavailableError(self.uri, _one_line(error)) from error
 
     def filesystem(self) -> pafs.FileSystem:
         """Where the table's files are, by their paths relative to it."""
@@ -171,17 +184,20 @@ class Table:
         folder = "" if self.partition is None else f"{self.partition}={value}/"
         path = f"{folder}part-{uuid.uuid4()}.parquet"
         filesystem = self.filesystem()
-        if folder and self.is_local:
-            filesystem.create_dir(folder, recursive=True)
-        with filesystem.open_output_stream(path) as sink:
-            pq.write_table(
-                rows,
-                sink,
-                compression="zstd",
-                row_group_size=_ROW_GROUP_ROWS,
-                use_dictionary=list(repetitive),
-            )
-        written = filesystem.get_file_info(path)
+        try:
+            if folder and self.is_local:
+                filesystem.create_dir(folder, recursive=True)
+            with filesystem.open_output_stream(path) as sink:
+                pq.write_table(
+                    rows,
+                    sink,
+                    compression="zstd",
+                    row_group_size=_ROW_GROUP_ROWS,
+                    use_dictionary=list(repetitive),
+                )
+            written = filesystem.get_file_info(path)
+        except (DeltaError, OSError) as error:
+            raise TableCommitError(self.uri, _one_line(error)) from error
         modified_ns = written.mtime_ns
         return AddAction(
             path=path,
@@ -225,8 +241,9 @@ class Table:
         file_format = ds.ParquetFileFormat(
             default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True)
         )
-        dataset = ds.dataset(list(paths), schema=stored, format=file_format, filesystem=self.filesystem())
-        return dataset.to_table(columns=list(columns), filter=where)
+        with self._reached():
+            dataset = ds.dataset(list(paths), schema=stored, format=file_format, filesystem=self.filesystem())
+            return dataset.to_table(columns=list(columns), filter=where)
 
     def removal(self, file: Mapping[str, Any], *, deleted_ms: int, changes_data: bool = True) -> RemoveAction:
         """The action that takes a file out of the table.
@@ -326,8 +343,10 @@ class Table:
                     ),
                 )
             except CommitFailedError as error:
-                failed = base, str(error), commit
+                failed = base, _one_line(error), commit
                 time.sleep(random.uniform(0, 0.002 * min(attempt + 1, 25)))  # noqa: S311 - spreads out writers
+            except (DeltaError, OSError) as error:
+                raise TableCommitError(self.uri, _one_line(error)) from error
             else:
                 return base + 1
         raise TableCommitError(self.uri, f"{_MAX_ATTEMPTS} other commits came first")
@@ -369,6 +388,11 @@ def absolute_root(root: str) -> str:
     if root.startswith("file://"):
         root = root.removeprefix("file://")
     return root.rstrip("/") if "://" in root else str(Path(root).expanduser().absolute())
+
+
+def _one_line(error: Exception) -> str:
+    """A foreign error's text without line breaks and colours."""
+    return " ".join(_COLOUR.sub("", str(error)).split())
 
 
 def _applied(table: DeltaTable, stream: str) -> StreamId | None:

@@ -62,6 +62,8 @@ class Spool:
             rows: ``n`` rows; always the same columns.
             buckets: The bucket of each, shape ``(n,)``.
         """
+        if rows.num_rows == 0:
+            return
         order = np.argsort(buckets, kind="stable")
         ordered = rows.take(pa.array(order)).combine_chunks()
         found, begins = np.unique(buckets[order], return_index=True)
