@@ -10,14 +10,21 @@ noisy trigger, or a gate that keeps saying no, from training in circles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from heliostat.clock import US_PER_DAY, format_duration, format_instant, parse_duration_us
+from heliostat.errors import GateFailedError, RolloutError
+from heliostat.models.definitions import ModelSpec
+from heliostat.monitoring.performance import watermark_us
+from heliostat.monitoring.profile import Profile
 from heliostat.monitoring.verdict import Severity, Verdict, latest
 from heliostat.settings import RetrainingSettings
 from heliostat.workspace import Workspace
+
+if TYPE_CHECKING:
+    from heliostat.training.trainer import TrainingReport
 
 DUE_EXIT_CODE: Final = 20
 """A job's exit code when a retraining is due and it was only asked to decide."""
@@ -213,3 +220,137 @@ def state_of(workspace: Workspace, model: str) -> State:
         performance=latest(catalog, model, "performance", version=production.version),
         drift=latest(catalog, model, "drift", version=production.version),
     )
+
+
+# ── Doing it ────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """What a retraining did.
+
+    Attributes:
+        decision: Why it was done.
+        outcome: ``promoted``: the candidate serves; ``challenger``: it serves a share, in a split;
+            ``refused``: the gate said no, and everything is as it was.
+        training: What the training did.
+    """
+
+    decision: Decision
+    outcome: Literal["promoted", "challenger", "refused"]
+    training: TrainingReport
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of a refusal."""
+        return GateFailedError.exit_code if self.outcome == "refused" else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON carries it."""
+        return {
+            "decision": self.decision.to_dict(),
+            "outcome": self.outcome,
+            "training": self.training.as_dict(),
+        }
+
+    def lines(self) -> list[str]:
+        """A report for people."""
+        told = {
+            "promoted": "it serves now",
+            "challenger": "it serves a share, until the split is decided",
+            "refused": "nothing has changed: the gate refused it",
+        }
+        return [*self.decision.lines(), *self.training.lines(), told[self.outcome]]
+
+
+def retrain(
+    workspace: Workspace,
+    decision: Decision,
+    *,
+    challenger_weight: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Retraining:
+    """Train a candidate on the newest labels, and let it serve if the gate lets it through.
+
+    Ray must be connected. The first training takes the settings' instants; later ones validate at the latest
+    instant whose labels are known and learn from those before it: the same instants again would
+    give the same model again. The run is kept in the catalog, also if it fails.
+
+    Args:
+        workspace: The stores and the declarations.
+        decision: Why; kept as evidence. Whether it is due is the caller's to look at.
+        challenger_weight: Instead of promoting it, let the candidate serve this share in a split.
+        progress: Told what happens next.
+
+    Raises:
+        RolloutError: If a split is running: its arms must stay what they are.
+        TrainingDataError: If instants or rows don't allow it.
+        TrainingFailedError: If the search or the fit breaks down.
+        PromotionConflictError: If somebody else has moved the alias meanwhile.
+    """
+    model = decision.model
+    route = workspace.rollout.current(model)
+    if route is not None and route.is_split:
+        raise RolloutError(model, "retrain", f"split {route.salt!r} is running", "stop it first: its arms must stay")
+    catalog, clock = workspace.catalog, workspace.clock
+    with catalog.write() as rows:
+        run = rows.start_run(RUN_KIND, model, started_us=clock.now_us())
+    try:
+        done = _retrain(workspace, decision, challenger_weight, progress)
+    except BaseException as error:
+        with catalog.write() as rows:
+            report = {"decision": decision.to_dict(), "error": str(error) or type(error).__name__}
+            rows.finish_run(run, "failed", report, finished_us=clock.now_us())
+        raise
+    with catalog.write() as rows:
+        rows.finish_run(run, done.outcome, done.to_dict(), finished_us=clock.now_us())
+    return done
+
+
+def _retrain(
+    workspace: Workspace,
+    decision: Decision,
+    challenger_weight: float | None,
+    progress: Callable[[str], None] | None,
+) -> Retraining:
+    # Here, because it brings Ray along: a decision alone shouldn't wait for that.
+    from heliostat.training.trainer import train
+
+    spec = workspace.definitions.model(decision.model)
+    reason = "; ".join(f"{each.trigger}: {each.message}" for each in decision.reasons) or "asked for"
+    serving = decision.version
+    as_challenger = challenger_weight is not None and serving is not None
+    trained = train(
+        workspace,
+        spec,
+        validation_us=() if serving is None else (_newest_labels_us(workspace, spec),),
+        promote=not as_challenger,
+        reason=reason,
+        profile_of=lambda matrix, names, scores: Profile.of(matrix, names, scores).to_document(),
+        progress=progress,
+    )
+    if not trained.gate.passed:
+        return Retraining(decision, "refused", trained)
+    if challenger_weight is not None and serving is not None:
+        workspace.rollout.start_split(
+            spec.name,
+            experiment=f"version-{trained.version}",
+            control=serving,
+            challenger=trained.version,
+            weight=challenger_weight,
+            reason=reason,
+        )
+        return Retraining(decision, "challenger", trained)
+    workspace.rollout.serve(spec.name, trained.version, reason=reason)
+    return Retraining(decision, "promoted", trained)
+
+
+def _newest_labels_us(workspace: Workspace, spec: ModelSpec) -> int:
+    """The start of the latest day whose labels are complete."""
+    complete_us = watermark_us(
+        workspace.event_log,
+        spec,
+        now_us=workspace.clock.now_us(),
+        lateness_us=workspace.settings.ingestion.lateness_us,
+    )
+    return (complete_us - spec.label.horizon_us) // US_PER_DAY * US_PER_DAY

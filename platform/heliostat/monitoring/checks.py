@@ -11,11 +11,11 @@ from functools import cached_property
 
 from heliostat.clock import parse_duration_us
 from heliostat.errors import MonitoringDataError
-from heliostat.features.definitions import EventSource
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.estimates import Estimate
 from heliostat.models.labels import labels_from_log
 from heliostat.models.registry import PRODUCTION, ModelVersion, Selector
+from heliostat.models.rows import model_sources
 from heliostat.monitoring.drift import DriftPolicy, drift_findings
 from heliostat.monitoring.parity import Served, compare, parity_findings, recompute_from_log
 from heliostat.monitoring.performance import mature, performance_finding, watermark_us
@@ -136,7 +136,7 @@ class Monitor:
                 max_age_us=parse_duration_us(self._settings.max_feature_age),
                 future_tolerance_us=self._ingestion.future_tolerance_us,
             )
-            for source in self._sources
+            for source in model_sources(self._spec)
         ]
         rates = profile_findings(self._reference, self._counted(rows), policy)
         return self._verdict("quality", len(rows), (*fresh, *rates))
@@ -186,11 +186,6 @@ class Monitor:
     @property
     def _log(self) -> EventLog:
         return self._workspace.event_log
-
-    @property
-    def _sources(self) -> tuple[EventSource, ...]:
-        sources = [*(view.source for view in self._spec.views), self._spec.label.source]
-        return tuple({source.name: source for source in sources}.values())
 
     @cached_property
     def _rows(self) -> ServedRows:
