@@ -92,8 +92,7 @@ class Monitor:
         self._workspace, self._spec, self._version = workspace, spec, version
         self._settings, self._ingestion = settings.monitoring, settings.ingestion
         self._now_us = workspace.clock.now_us()
-        # Exclusive: what was served in this very microsecond belongs to it.
-        self._until_us = self._now_us + 1 if until_us is None else until_us
+        self._until_us = self._now_us if until_us is None else until_us
         self._from_us = self._until_us - (
             parse_duration_us(self._settings.window) if window_us is None else window_us
         )
@@ -193,7 +192,9 @@ class Monitor:
 
     def _read(self, from_us: int, *, vectors: bool = True) -> ServedRows:
         store = self._workspace.offline_store
-        rows = read_served(store, self._spec, from_us=from_us, until_us=self._until_us, vectors=vectors)
+        # What is served in this very microsecond belongs to now.
+        until_us = self._until_us + (self._until_us == self._now_us)
+        rows = read_served(store, self._spec, from_us=from_us, until_us=until_us, vectors=vectors)
         return rows.of_version(self._version.version)
 
     @cached_property

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from heliostat.errors import MonitoringDataError
-from heliostat.monitoring.verdict import Finding, Severity
+from heliostat.monitoring.verdict import Finding, Severity, tail
 
 FloatArray = NDArray[np.float64]
 
@@ -232,7 +232,7 @@ def drift_findings(
 
 def _finding(name: str, drift: FeatureDrift, policy: DriftPolicy) -> Finding:
     alarms = drift.alarms(policy)
-    figures = f"JS distance {drift.js_distance:.3f}, PSI {drift.psi:.3f}, q = {drift.q_value:.2g}"
+    figures = f"JS distance {drift.js_distance:.3f}, PSI {drift.psi:.3f}, {tail('q', drift.q_value)}"
     said = "has moved" if alarms else "looks the same" if drift.q_value > policy.alpha else "moved less than matters"
     return Finding(
         name,

@@ -14,7 +14,7 @@ from scipy import stats
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, US_PER_MINUTE, US_PER_S, format_instant
 from heliostat.monitoring.drift import benjamini_hochberg
 from heliostat.monitoring.profile import PREDICTION, Profile
-from heliostat.monitoring.verdict import Finding, Severity
+from heliostat.monitoring.verdict import Finding, Severity, tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class QualityPolicy:
     """
 
     max_null_increase: float = 0.05
-    max_outlier_increase: float = 0.02
+    max_outlier_increase: float = 0.05
     alpha: float = 0.01
     min_rows: int = 200
 
@@ -153,7 +153,7 @@ def rate_findings(
             Finding(
                 f"{name} {what}",
                 Severity.ALARM if worse else Severity.OK,
-                f"{after.value:.1%} {what}, {before.value:.1%} in the reference (q = {q_value:.2g})",
+                f"{after.value:.1%} {what}, {before.value:.1%} in the reference ({tail('q', float(q_value))})",
                 {
                     "rate": after.value,
                     "reference_rate": before.value,

@@ -75,7 +75,7 @@ class Verdict:
         version: The version looked at; None if the check isn't about one.
         at_us: When it was concluded, microseconds since the epoch.
         from_us: Start of the stretch looked at.
-        until_us: Its end, exclusive.
+        until_us: Its end.
         n_rows: Rows that it rests on.
         findings: What was found, the worst first.
     """
@@ -175,6 +175,11 @@ def latest(catalog: Catalog, model: str, check: str, *, version: int | None = No
     with catalog.read() as rows:
         found = rows.verdicts(model, version=version, kind=check, limit=1)
     return Verdict.from_dict(found[0].document) if found else None
+
+
+def tail(letter: str, probability: float) -> str:
+    """``q = 0.02``, and ``q < 1e-99`` where a float has nothing left to say."""
+    return f"{letter} < 1e-99" if probability < 1e-99 else f"{letter} = {probability:.2g}"
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
