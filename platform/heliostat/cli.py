@@ -18,7 +18,7 @@ from rich.table import Table
 
 from heliostat import cluster
 from heliostat.clock import format_instant
-from heliostat.errors import HeliostatError, RolloutError, ServingUnavailableError
+from heliostat.errors import HeliostatError, ServingUnavailableError
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import ingest_files
@@ -347,11 +347,7 @@ def models_promote(
 ) -> None:
     """Let a version serve everybody; requests see it at once."""
     with Workspace.open(shell_settings(config, home)) as workspace:
-        running = workspace.rollout.current(model)
-        if running is not None and running.is_split:
-            raise RolloutError(model, f"promote version {version}", "a split is running", "stop it first, or roll back")
-        alias = workspace.models.promote(model, version, reason=reason, force=force)
-        workspace.rollout.serve(model, alias.version, reason=reason or "promoted")
+        alias = workspace.promote(model, version, reason=reason, force=force)
     console.print(f"{model}: {PRODUCTION} is version {alias.version}", highlight=False)
 
 
@@ -361,8 +357,7 @@ def models_rollback(
 ) -> None:
     """Back to the version that served before; a running split ends."""
     with Workspace.open(shell_settings(config, home)) as workspace:
-        alias = workspace.models.rollback(model, reason=reason)
-        workspace.rollout.serve(model, alias.version, reason=reason, end_split=True)
+        alias = workspace.roll_back(model, reason=reason)
     console.print(f"{model}: {PRODUCTION} is version {alias.version}", highlight=False)
 
 

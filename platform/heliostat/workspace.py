@@ -12,10 +12,10 @@ import sys
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from heliostat.clock import Clock
-from heliostat.errors import DefinitionError, HeliostatError, MissingFileError
+from heliostat.errors import DefinitionError, HeliostatError, MissingFileError, RolloutError
 from heliostat.experiments.rollout import Rollout
 from heliostat.features.registry import FeatureRegistry
 from heliostat.models.definitions import Definitions
@@ -23,6 +23,7 @@ from heliostat.models.registry import ModelRegistry
 from heliostat.settings import Settings
 from heliostat.storage.artifact_store import ArtifactStore
 from heliostat.storage.catalog import Catalog
+from heliostat.storage.catalog_tables import AliasRow
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
@@ -133,6 +134,36 @@ class Workspace:
     def rollout(self) -> Rollout:
         """Which version serves whom; changes are published to where requests read them."""
         return Rollout(self.catalog, self.clock, self._publish_route)
+
+    def promote(self, model: str, version: int, *, reason: str, **how: Any) -> AliasRow:  # noqa: ANN401 - passed on
+        """Make a version the one in production and let it serve everybody, with the next request.
+
+        Args:
+            model: The model's name.
+            version: Which one.
+            reason: Why, in a sentence.
+            how: As `ModelRegistry.promote` takes it.
+
+        Raises:
+            RolloutError: If a split is running: it has to end first, by `Rollout.stop` or a rollback.
+            HeliostatError: As `ModelRegistry.promote`.
+        """
+        running = self.rollout.current(model)
+        if running is not None and running.is_split:
+            raise RolloutError(model, f"promote version {version}", "a split is running", "stop it, or roll back")
+        alias = self.models.promote(model, version, reason=reason, **how)
+        self.rollout.serve(model, alias.version, reason=reason or "promoted")
+        return alias
+
+    def roll_back(self, model: str, *, reason: str) -> AliasRow:
+        """Let the version before serve everybody again; a running split ends.
+
+        Raises:
+            HeliostatError: As `ModelRegistry.rollback`.
+        """
+        alias = self.models.rollback(model, reason=reason)
+        self.rollout.serve(model, alias.version, reason=reason, end_split=True)
+        return alias
 
     def _publish_route(self, model: str, document: bytes) -> None:
         self.online.put_many({self.online.keys.route(model): document})
