@@ -157,10 +157,7 @@ def parse_predict(
         UnknownOverrideError: If a given feature isn't one of the model's.
     """
     document = parse_object(body, known=_FIELDS)
-    name = document.get("model")
-    if name is not None and not isinstance(name, str):
-        raise InvalidFieldError("field 'model'", f"is {_kind(name)}", "the name of a model")
-    spec = definitions.model(name)
+    spec = _model_of(document, definitions)
     entity_ids = document.get("entity_ids")
     if not isinstance(entity_ids, list):
         problem = "is missing" if "entity_ids" not in document else f"is {_kind(entity_ids)}"
@@ -231,7 +228,7 @@ def parse_actuals(body: bytes, definitions: Definitions, *, max_actuals: int) ->
         UnknownModelError: If the model isn't declared, or none is named and several are.
     """
     document = parse_object(body, known=("model", "actuals"))
-    spec = definitions.model(document.get("model"))
+    spec = _model_of(document, definitions)
     given = _one_or_many(document, "actuals")
     if len(given) > max_actuals:
         expected = f"at most {max_actuals} (serving.max_entities_per_request)"
@@ -258,6 +255,13 @@ def _actual(given: object, spec: ModelSpec, where: str) -> Actual:
             )
     problem = f"has the fields {', '.join(map(str, given))}"
     raise InvalidFieldError(where, problem, "prediction_id and value, or entity_id, as_of (a text) and value")
+
+
+def _model_of(document: Mapping[str, Any], definitions: Definitions) -> ModelSpec:
+    name = document.get("model")
+    if name is not None and not isinstance(name, str):
+        raise InvalidFieldError("field 'model'", f"is {_kind(name)}", "the name of a model")
+    return definitions.model(name)
 
 
 def _one_or_many(document: Mapping[str, Any], name: str) -> list[Any]:
