@@ -313,27 +313,27 @@ def rows_from(
     """
     ids: dict[str, list[StreamId]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
-    for entry, payload in entries:
-        document = _document(payload)
-        found = _prediction_rows(document) if name == "predictions" else [_actual_row(document)]
-        model = _model(name, document)
-        ids.setdefault(model, []).extend([entry] * len(found))
-        rows.setdefault(model, []).extend(found)
     schema = PREDICTIONS if name == "predictions" else ACTUALS
     try:
+        for entry, payload in entries:
+            document = _document(payload)
+            model = _model(name, document)
+            found = _prediction_rows(document) if name == "predictions" else [_actual_row(document)]
+            ids.setdefault(model, []).extend([entry] * len(found))
+            rows.setdefault(model, []).extend(found)
         return {model: (ids[model], pa.Table.from_pylist(each, schema=schema)) for model, each in rows.items()}
-    except (TypeError, ValueError, pa.ArrowException) as error:
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise StreamEntryError(name, f"{type(error).__name__}: {error}") from error
 
 
 def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     shared = {name: document.get(name) for name in ("request_id", "model", "revision")}
-    shared["at"] = document.get("at_us")
-    return [{**entry, **shared} for entry in document.get("entries", ())]
+    shared["at"] = int(document["at_us"])
+    return [{**entry, **shared} for entry in document["entries"]]
 
 
 def _actual_row(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {**document, "at": document.get("at_us"), "as_of": document.get("as_of_us")}
+    return {**document, "at": int(document["at_us"]), "as_of": document.get("as_of_us")}
 
 
 def _model(name: StreamName, document: Mapping[str, Any]) -> str:

@@ -448,3 +448,16 @@ def test_event_log_is_copied_as_its_configuration(log: EventLog) -> None:
     again = copy.copy(log)  # what pickling does: __reduce__
     assert (again.root, again.n_buckets) == (log.root, log.n_buckets)
     assert again.read(SALES, USER).num_rows == 1
+
+
+def test_log_behind_an_object_store_address_does_the_same(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path), n_buckets=1)
+    log.root = f"file://{tmp_path}"  # no plain path: goes through the object store's client
+    assert log.append(SALES, events((1, "a", 1), (2, "b", 2)), ingested_us=0).accepted == 2
+    assert log.append(SALES, events((1, "a", 1), (2, "c", 2)), ingested_us=0).duplicates == 1
+    assert log.compact(SALES, USER, min_files=2) == 2
+    assert sorted(EventLog(str(tmp_path), n_buckets=1).read(SALES, USER).column("event_id").to_pylist()) == [
+        "a",
+        "b",
+        "c",
+    ]

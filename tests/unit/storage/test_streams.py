@@ -1,0 +1,128 @@
+"""What lies in streams comes out as it went in."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heliostat.errors import StreamEntryError
+from heliostat.schema import INGESTED, TIMESTAMP
+from heliostat.storage.streams import EVENT_FIELD, actual_record, event_entries, events_from, rows_from
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("text", pa.string()),
+        ("at", TIMESTAMP),
+        ("amount", pa.float64()),
+        ("flag", pa.bool_()),
+        ("raw", pa.binary()),
+        ("tags", pa.list_(pa.string())),
+    ]
+)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "id": st.none() | INT64,
+            "text": st.none() | st.text(),
+            "at": st.none() | st.integers(-(10**15), 10**15),
+            "amount": st.none() | st.floats(),
+            "flag": st.none() | st.booleans(),
+            "raw": st.none() | st.binary(max_size=9),
+            "tags": st.none() | st.lists(st.text(max_size=4), max_size=3),
+        }
+    ),
+    max_size=5,
+)
+
+
+@given(rows=ROWS, ingested_us=st.integers(0, 2**62))
+def test_events_survive_their_stream(rows: list[dict[str, object]], ingested_us: int) -> None:
+    events = pa.Table.from_pylist(rows, schema=SCHEMA)
+    entries = event_entries(events, ingested_us=ingested_us)
+    assert {field for field, _ in entries} <= {EVENT_FIELD}
+    found = events_from([payload for _, payload in entries], SCHEMA)
+    assert found.column(INGESTED).to_pylist() == [ingested_us] * len(rows)
+    for name in SCHEMA.names:
+        expected, got = events.column(name).to_pylist(), found.column(name).to_pylist()
+        if name == "amount":
+            expected, got = ([_bits(value) for value in each] for each in (expected, got))
+        assert got == expected
+
+
+def _bits(value: float | None) -> object:
+    return (
+        "nan" if value is not None and math.isnan(value) else None if value is None else np.float64(value).tobytes()
+    )
+
+
+def test_column_that_an_older_entry_lacks_is_null() -> None:
+    found = events_from([orjson.dumps({"id": 1, INGESTED: 5})], SCHEMA)
+    assert found.column("text").to_pylist() == [None]
+
+
+@pytest.mark.parametrize("payload", [b"", b"[1]", b'{"id": 1}', b'{"id": "x", "_ingested_us": 1}', b"\xff"])
+def test_entry_that_is_no_event_is_refused(payload: bytes) -> None:
+    with pytest.raises(StreamEntryError):
+        events_from([payload], SCHEMA)
+
+
+def _record(model: str, *names: str) -> bytes:
+    entries = [
+        {
+            "prediction_id": name,
+            "entity": "7",
+            "variant": "control",
+            "version": 3,
+            "score": 1,
+            "features": [1.5, None],
+            "missing": ["b"],
+            "source": "model",
+            "added_later": True,
+        }
+        for name in names
+    ]
+    return orjson.dumps({"request_id": "r", "model": model, "revision": 2, "at_us": 9, "entries": entries})
+
+
+def test_request_becomes_one_row_an_entity_by_model() -> None:
+    found = rows_from(
+        "predictions",
+        [((1, 0), _record("churn", "a", "b")), ((2, 0), _record("spend")), ((3, 0), _record("churn", "c"))],
+    )
+    ids, rows = found["churn"]
+    assert ids == [(1, 0), (1, 0), (3, 0)]
+    assert rows.column("prediction_id").to_pylist() == ["a", "b", "c"]
+    first = rows.slice(0, 1).to_pylist()[0]
+    assert (first["features"], first["score"], first["revision"], first["request_id"]) == ([1.5, None], 1.0, 2, "r")
+    assert rows.column("at").cast(pa.int64()).to_pylist() == [9, 9, 9]
+    assert found["spend"][1].num_rows == 0
+
+
+def test_actual_is_read_back() -> None:
+    record = actual_record(model="churn", value=1.0, at_us=5, entity="7", as_of_us=3)
+    ids, rows = rows_from("actuals", [((1, 2), record)])["churn"]
+    assert ids == [(1, 2)]
+    (row,) = rows.to_pylist()
+    assert (row["entity"], row["value"], row["prediction_id"]) == ("7", 1.0, None)
+    assert rows.column("as_of").cast(pa.int64()).to_pylist() == [3]
+
+
+@pytest.mark.parametrize("model", [None, 5, "../evil", "", "a b"])
+def test_record_that_names_no_model_is_refused(model: object) -> None:
+    with pytest.raises(StreamEntryError, match="names no model"):
+        rows_from("predictions", [((1, 0), orjson.dumps({"model": model, "entries": []}))])
+
+
+def test_record_of_a_wrong_shape_is_refused() -> None:
+    for wrong in ({"entries": [{"score": "high"}]}, {"entries": [5]}, {"entries": 5}, {"at_us": None}, {}):
+        record = orjson.dumps({"model": "churn", "at_us": 1, **wrong})
+        with pytest.raises(StreamEntryError):
+            rows_from("predictions", [((1, 0), record)])
