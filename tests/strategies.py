@@ -6,6 +6,8 @@ arrivals, nulls, NaN, ±Inf, and magnitudes from 1e-12 to 1e12 side by side.
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import numpy as np
@@ -80,60 +82,75 @@ KEYS: dict[str, list[tuple[Any, ...]]] = {
 UNKNOWN: dict[str, tuple[Any, ...]] = {USER.name: (404,), SHOP.name: ("nobody",), DEVICE.name: ("a", 3)}
 
 _HOPS_US = (5 * US_PER_MINUTE, US_PER_HOUR, US_PER_DAY)
-_NUMBERS = [0.0, -0.0, 0.1, 1.0, -2.5, 1e12, -1e12, 1e-12, 3.3e11, 7e-7]
+
+# Drawing is most of a property test's time, so choices come from long prepared lists, one draw each.
+_RANDOM = random.Random(1997)
 
 
-def instants() -> st.SearchStrategy[int]:
-    """Microseconds inside the span: on an edge, just beside one, or anywhere."""
-    on_edges = st.builds(
-        lambda hop_us, share, beside: ORIGIN_US + share * SPAN_US // 64 // hop_us * hop_us + beside,
-        st.sampled_from(_HOPS_US),
-        st.integers(0, 64),
-        st.sampled_from([0, 0, -1, 1]),
-    )
-    return st.one_of(on_edges, st.integers(ORIGIN_US, ORIGIN_US + SPAN_US))
+def _prepared_instants() -> list[int]:
+    """The edges of hops inside the span, what is just beside them, and some in between."""
+    edges = [ORIGIN_US + _RANDOM.randrange(SPAN_US) // hop_us * hop_us for hop_us in _HOPS_US for _ in range(40)]
+    beside = [edge + by for edge in edges[::2] for by in (-1, 1)]
+    return [*edges, *beside, *(ORIGIN_US + _RANDOM.randrange(SPAN_US) for _ in range(150))]
 
 
-def amounts() -> st.SearchStrategy[float | None]:
+def _prepared_amounts() -> list[float | None]:
     """Usable numbers of every size, and what must be skipped."""
-    return st.one_of(
-        st.sampled_from(_NUMBERS),
-        st.floats(-1e12, 1e12, allow_nan=False),
-        st.sampled_from([None, float("nan"), float("inf"), float("-inf")]),
-    )
+    plain = [0.0, -0.0, 0.1, 1.0, -2.5, 1e12, -1e12, 1e-12, 3.3e11, 7e-7]
+    skipped = [None, float("nan"), float("inf"), float("-inf")]
+    wide = [_RANDOM.choice([-1, 1]) * 10.0 ** _RANDOM.uniform(-12, 12) for _ in range(60)]
+    return [*plain, *skipped, *wide, *skipped]
+
+
+# Beside an event: on it, just after it, and where windows and time-to-lives of it end.
+_BESIDE_US = (0, 1, 6 * US_PER_HOUR, 6 * US_PER_HOUR + 1, US_PER_DAY, 10 * US_PER_DAY, 10 * US_PER_DAY + 1)
+_KINDS = (None, "login", "purchase", "share")
+_LATENESS_US = (0, 0, 1, US_PER_HOUR, 3 * US_PER_DAY)
+_DETAILS = list(itertools.product((None, 0, 1, 3, -2, 2**40), _KINDS, (None, True, False), _LATENESS_US))
+
+_INSTANTS = st.sampled_from(_prepared_instants())
+
+
+def _prepared_pools() -> list[list[int]]:
+    """A few instants each, some of them close together: ties and busy days are the rule."""
+    prepared = _prepared_instants()
+    pools = []
+    for _ in range(200):
+        chosen = _RANDOM.sample(prepared, 6)
+        crowd = [chosen[0] + _RANDOM.choice(_HOPS_US) * _RANDOM.randrange(12) for _ in range(4)]
+        pools.append([*chosen, *crowd])
+    return pools
+
+
+_POOLS = st.sampled_from(_prepared_pools())
+_EVENTS = st.tuples(
+    st.sampled_from([0, 0, 0, 1, 2]),
+    st.integers(0, 40),
+    st.integers(0, 9),
+    st.sampled_from(_prepared_amounts()),
+    st.sampled_from(_DETAILS),
+)
 
 
 @st.composite
 def event_streams(draw: st.DrawFn, entity: str = USER.name, *, max_size: int = 24) -> pa.Table:
     """Events of one source in order of arrival, with ``_ingested_us``; repeats of an id included."""
     source, keys = SOURCES[entity], KEYS[entity]
-    rows = draw(
-        st.lists(
-            st.tuples(
-                st.integers(0, len(keys) - 1),
-                st.integers(0, 30),
-                instants(),
-                amounts(),
-                st.sampled_from([None, 0, 1, 3, -2, 2**40]),
-                st.sampled_from([None, "login", "purchase", "share"]),
-                st.sampled_from([None, True, False]),
-                st.sampled_from([0, 0, 1, US_PER_HOUR, 3 * US_PER_DAY]),
-            ),
-            max_size=max_size,
-        )
-    )
-    ingested_us = [row[2] + row[7] for row in rows]
+    pool = draw(_POOLS)
+    # Left to itself, hypothesis prefers lists of about five.
+    drawn = draw(st.lists(_EVENTS, min_size=draw(st.sampled_from([0, max_size // 2])), max_size=max_size))
+    rows = [(who, number, pool[when], amount, detail) for who, number, when, amount, detail in drawn]
     columns: dict[str, Any] = {
         column: [keys[row[0]][part] for row in rows] for part, column in enumerate(source.entities[0].key_columns)
     }
     columns |= {
         # An id names an event of one entity: a repeat may differ in anything else.
-        "event_id": [f"{row[0]}:{row[1]}" for row in rows],
-        "at": [row[2] for row in rows],
-        "amount": [row[3] for row in rows],
-        "quantity": [row[4] for row in rows],
-        "kind": [row[5] for row in rows],
-        "flagged": [row[6] for row in rows],
+        "event_id": [f"{who}:{number}" for who, number, *_ in rows],
+        "at": [time_us for _, _, time_us, *_ in rows],
+        "amount": [amount for *_, amount, _ in rows],
+        "quantity": [quantity for *_, (quantity, _, _, _) in rows],
+        "kind": [kind for *_, (_, kind, _, _) in rows],
+        "flagged": [flagged for *_, (_, _, flagged, _) in rows],
     }
     arrays = [
         pa.array(columns[field.name], pa.int64()).cast(TIMESTAMP)
@@ -141,13 +158,14 @@ def event_streams(draw: st.DrawFn, entity: str = USER.name, *, max_size: int = 2
         else pa.array(columns[field.name], field.type, from_pandas=False)
         for field in source.schema
     ]
-    return pa.table([*arrays, pa.array(ingested_us, pa.int64())], schema=source.schema.append(
-        pa.field("_ingested_us", pa.int64())
-    ))  # fmt: skip
+    ingested_us = [time_us + late_us for _, _, time_us, _, (*_, late_us) in rows]
+    return pa.table(
+        [*arrays, pa.array(ingested_us, pa.int64())],
+        schema=source.schema.append(pa.field("_ingested_us", pa.int64())),
+    )
 
 
-_WHERES = {
-    "none": None,
+_WHERES: dict[str, pc.Expression] = {
     "purchases": pc.field("kind") == "purchase",
     "positive": pc.field("amount") > 0,
     "flagged": pc.field("flagged"),
@@ -162,48 +180,52 @@ _INPUTS: dict[str, Any] = {
 _WINDOWS = ["5m", "40m", "6h", "12h", "1d", "7d", "11d", "12d", "30d", None]
 
 
-@st.composite
-def aggregations(draw: st.DrawFn, *, hop: str | None = None) -> Aggregation:
-    """Any function with a window that its hop divides, or none."""
-    hop_us = None if hop is None else parse_duration_us(hop)
-    function = draw(st.sampled_from([Count, Sum, Sum, Mean, Min, Max, First, Last, DistinctDays, TimeSinceLast]))
-    fitting = [
-        window
-        for window in _WINDOWS
-        if (window is None and function is not DistinctDays)
-        or (window is not None and function is DistinctDays and parse_duration_us(window) % US_PER_DAY == 0)
-        or (
-            window is not None
-            and function is not DistinctDays
-            and (hop_us is None or parse_duration_us(window) % hop_us == 0)
-        )
-    ]
-    window = draw(st.sampled_from(fitting))
-    where = _WHERES[draw(st.sampled_from(list(_WHERES)))]
-    if function is TimeSinceLast:
-        return TimeSinceLast(window=window, where=where, unit=draw(st.sampled_from(["second", "hour", "day"])))
-    inputs = list(_INPUTS)
-    if function in (Count, DistinctDays):
-        chosen = draw(st.sampled_from([None, *inputs]))
-        return function(None if chosen is None else _INPUTS[chosen], window=window, where=where)
-    return function(_INPUTS[draw(st.sampled_from(inputs))], window=window, where=where)
+_FUNCTIONS: list[type[Aggregation]] = [Count, Sum, Sum, Mean, Min, Max, First, Last, DistinctDays, TimeSinceLast]
+
+
+def _prepared_aggregations(hop: str | None) -> list[Aggregation]:
+    """Many combinations of function, input, condition and window that a hop allows."""
+    hop_us = 1 if hop is None else parse_duration_us(hop)
+    whole = [window for window in _WINDOWS if window is None or parse_duration_us(window) % hop_us == 0]
+    days = [window for window in _WINDOWS if window is not None and parse_duration_us(window) % US_PER_DAY == 0]
+    found: list[Aggregation] = []
+    for _ in range(400):
+        function = _RANDOM.choice(_FUNCTIONS)
+        window = _RANDOM.choice(days if function is DistinctDays else whole)
+        where = _RANDOM.choice([None, *_WHERES.values()])
+        column = _RANDOM.choice(list(_INPUTS.values()))
+        if function is TimeSinceLast:
+            unit: Any = _RANDOM.choice(["second", "minute", "hour", "day"])
+            found.append(TimeSinceLast(window=window, where=where, unit=unit))
+        elif function in (Count, DistinctDays) and _RANDOM.random() < 0.5:
+            found.append(function(window=window, where=where))
+        else:
+            found.append(function(column, window=window, where=where))
+    return found
+
+
+_HOPS = (None, None, "5m", "1h", "6h", "1d")
+_AGGREGATIONS = {hop: st.sampled_from(_prepared_aggregations(hop)) for hop in _HOPS}
+_VIEW_OPTIONS = st.sampled_from(
+    list(itertools.product(_HOPS, (None, None, _WHERES["positive"]), (None, None, "6h", "10d"), (True, False)))
+)
 
 
 @st.composite
 def views(draw: st.DrawFn, entity: str = USER.name, *, name: str = "view", max_features: int = 5) -> FeatureView:
     """A view of any functions, with or without hop, condition, ttl and derived features."""
-    hop = draw(st.sampled_from([None, None, "5m", "1h", "6h", "1d"]))
-    features = draw(st.lists(aggregations(hop=hop), min_size=1, max_size=max_features))
+    hop, where, ttl, derives = draw(_VIEW_OPTIONS)
+    features = draw(st.lists(_AGGREGATIONS[hop], min_size=1, max_size=max_features))
     view = FeatureView(
         name,
         version=1,
         source=SOURCES[entity],
         features={f"f{position}": each for position, each in enumerate(features)},
         hop=hop,
-        where=_WHERES[draw(st.sampled_from(["none", "none", "positive"]))],
-        ttl=draw(st.sampled_from([None, None, "6h", "10d"])),
+        where=where,
+        ttl=ttl,
     )
-    if draw(st.booleans()):
+    if derives:
 
         def score(f0: FloatArray) -> FloatArray:
             return np.log1p(np.abs(f0))
@@ -222,13 +244,10 @@ def spines(
 ) -> tuple[list[tuple[Any, ...]], list[int]]:
     """Keys and instants to ask about: repeats, unknown entities, instants at and beside events."""
     times: list[int] = [] if events is None else events["at"].cast(pa.int64()).to_pylist()
-    beside = (
-        st.builds(lambda time, by: time + by, st.sampled_from(times), st.sampled_from([0, 0, 1, -1, US_PER_DAY]))
-        if times
-        else instants()
-    )
+    near = [time + by for time in times for by in _BESIDE_US]
+    instants = st.one_of(_INSTANTS, st.sampled_from(near)) if near else _INSTANTS
     keys = st.sampled_from([*KEYS[entity], UNKNOWN[entity]])
-    rows = draw(st.lists(st.tuples(keys, st.one_of(instants(), beside)), min_size=1, max_size=max_size))
+    rows = draw(st.lists(st.tuples(keys, instants), min_size=1, max_size=max_size))
     return [key for key, _ in rows], [as_of_us for _, as_of_us in rows]
 
 

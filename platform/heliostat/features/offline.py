@@ -463,7 +463,8 @@ def _codes(keys: pa.Array, known: pa.Array) -> IntArray:
 def _counted(marked: NDArray[np.bool_], ranges: _Ranges) -> FloatArray:
     """How many marked events each range holds."""
     total = np.concatenate([[0], np.cumsum(marked)])
-    return (total[ranges.high] - total[ranges.low]).astype(np.float64)
+    counts: FloatArray = (total[ranges.high] - total[ranges.low]).astype(np.float64)
+    return counts
 
 
 def _first_of(groups: IntArray, used: NDArray[np.bool_]) -> NDArray[np.bool_]:
