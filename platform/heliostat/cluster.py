@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import Config  # type: ignore[attr-defined] # compiled, without types
 
 from heliostat.errors import StorageError, StorageNotSharedError
 from heliostat.settings import Settings
@@ -37,10 +40,15 @@ RAY_ENVIRONMENT = {
     # The V2 Parquet reader starts 32 actors a read.
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Tune's new output prints boxes however quiet it is asked to be.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # A forgotten iterator mustn't start a second cluster at exit.
     "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "1",
+    # Whoever reaches Ray's ports can run code: only those who can read the user's token may.
+    "RAY_AUTH_MODE": "token",
 }
 
 _HEAD_FILE = "ray-head.json"
@@ -51,11 +59,36 @@ def set_environment() -> None:
     """Set what makes Ray quick on small machines, where the user hasn't set otherwise."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        _ensure_token(Path.home() / ".ray" / "auth_token")
+    # Ray reads its environment when it is imported, and connecting to an address never turns tokens on.
+    Config.initialize("")
+
+
+def _ensure_token(path: Path) -> None:
+    """Write a token where all of Ray's clients look for one, unless there is one."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32))
 
 
 def logical_cpus(settings: Settings) -> int:
     """How many CPUs Ray is told of: more than a small machine has, or actors wait for each other."""
     return settings.ray.cpus or max(8, os.cpu_count() or 1)
+
+
+def cpus_a_task() -> float:
+    """How many of Ray's CPUs a task should ask for that keeps a core busy.
+
+    More than one where Ray was told of more CPUs than the machine has (see `logical_cpus`): eight tasks
+    at a time on two cores only start eight processes, each of which imports everything.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) != 1:
+        return 1.0
+    return max(1.0, float(nodes[0]["Resources"].get("CPU", 1.0)) / (os.cpu_count() or 1))
 
 
 @contextlib.contextmanager
@@ -85,6 +118,8 @@ def connect(settings: Settings) -> Iterator[None]:
             log_to_driver=False,
             logging_level="WARNING",
         )
+    # Ray Data tells of every execution, at INFO; importing it sets that, so it is set back here.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         check_storage(settings)
         yield
