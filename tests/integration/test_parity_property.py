@@ -139,7 +139,11 @@ def test_live_events_in_any_order_of_arrival_are_what_the_contract_says(data: st
     online, keys = fresh(view), [*KEYS[entity], UNKNOWN[entity]]
     outcomes = online.apply(events)
     assert outcomes.count("duplicate") == events.num_rows - unique_events(view.source, events).num_rows
-    check(online.rows(keys, as_of_us), Oracle(view, events), keys, as_of_us)
+    oracle = Oracle(view, events)
+    check(online.rows(keys, as_of_us), oracle, keys, as_of_us)
+    # History of an earlier instant has nothing to say that such rings don't know.
+    online.materialize(unique_events(view.source, events), data.draw(st.integers(ORIGIN_US, as_of_us)))
+    check(online.rows(keys, as_of_us), oracle, keys, as_of_us)
 
 
 @thorough
@@ -161,6 +165,7 @@ def test_any_mixture_of_history_and_live_events_is_what_the_contract_says(data: 
         again = online.materialize(sunk, now_us)
         assert again["written"] == 0
         assert online.state() == before
+        check(online.rows(keys, now_us + 1), Oracle(view, events.slice(0, end)), keys, now_us + 1)
     as_of_us, oracle = end_us(events) + 3 * US_PER_DAY, Oracle(view, events)
     check(online.rows(keys, as_of_us), oracle, keys, as_of_us)
     # An earlier instant has nothing to say that the rings don't know already.

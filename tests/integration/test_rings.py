@@ -203,6 +203,17 @@ def test_duplicates_change_nothing_whether_in_one_batch_or_later(store: OnlineSt
     assert stream_entries(store) == entries == sorted(events["order_id"].to_pylist())
 
 
+def test_of_events_at_the_same_instant_the_tie_decides_and_not_the_order_of_arrival(store: OnlineStore) -> None:
+    events = orders_table([(f"{i}", 1, NOW_US - 1, float(i)) for i in range(9)])
+    expected = offline_vectors(habits, events, ["1"])
+    apply(store, events, habits)
+    again = events.set_column(1, "user_id", pa.array([2] * 9)).take(pa.array(range(8, -1, -1)))
+    store.client.unlink(*store.client.scan_iter(f"{store.keys.root}:d:*"))
+    apply(store, again, habits)
+    found = vectors(store, habits, ["1", "2"])
+    np.testing.assert_array_equal(found, np.concatenate([expected, expected]))
+
+
 def test_an_event_that_its_ring_has_left_behind_is_late_and_changes_only_what_lasts(store: OnlineStore) -> None:
     apply(store, orders_table([("new", 1, NOW_US, 5.0)]), habits)
     # The slot of 14 days ago holds today: 12 + 1 + 1 slots.
@@ -403,6 +414,17 @@ def test_more_history_of_the_same_instant_is_taken_where_no_live_event_was(
     np.testing.assert_allclose(vectors(store, habits, USERS), expected, rtol=1e-12, atol=1e-9)
 
 
+def test_a_live_event_that_the_log_doesnt_have_yet_survives_in_a_tile_that_came_from_it(
+    store: OnlineStore, event_log: EventLog
+) -> None:
+    event_log.append(orders, orders_table([("sunk", 1, NOW_US - 2, 1.0)]), ingested_us=NOW_US)
+    materialized(event_log, store, habits)
+    apply(store, orders_table([("waiting", 1, NOW_US - 1, 2.0)]), habits)
+    assert materialized(event_log, store, habits).written == 0
+    n, total, _, last, _, n_2d, *_ = vectors(store, habits, ["1"])[0]
+    assert (n, total, last, n_2d) == (2.0, 3.0, 2.0, 2.0)
+
+
 def test_a_life_ring_that_is_ahead_of_an_earlier_instant_is_left_alone(
     store: OnlineStore, event_log: EventLog
 ) -> None:
@@ -414,6 +436,19 @@ def test_a_life_ring_that_is_ahead_of_an_earlier_instant_is_left_alone(
     np.testing.assert_allclose(
         vectors(store, habits, USERS), offline_vectors(habits, events, USERS), rtol=1e-12, atol=1e-9
     )
+
+
+def test_what_live_events_moved_into_a_base_isnt_lost_to_an_earlier_instants_history(
+    store: OnlineStore, event_log: EventLog
+) -> None:
+    days = [0, 5, 10, 15, 20]
+    events = orders_table([(f"{day}", 1, NOW_US + day * US_PER_DAY, float(day)) for day in days])
+    event_log.append(orders, events.slice(0, 1), ingested_us=NOW_US)
+    materialized(event_log, store, habits, NOW_US + 1)
+    apply(store, events.slice(1), habits)
+    event_log.append(orders, events.slice(1), ingested_us=NOW_US)
+    assert materialized(event_log, store, habits, NOW_US + 6 * US_PER_DAY).ahead == 1
+    assert vectors(store, habits, ["1"], NOW_US + 21 * US_PER_DAY)[0][:4].tolist() == [5.0, 50.0, 0.0, 20.0]
 
 
 def test_materializing_beside_live_ingestion_changes_nothing(store: OnlineStore, event_log: EventLog) -> None:

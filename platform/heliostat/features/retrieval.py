@@ -17,16 +17,8 @@ import numpy as np
 from heliostat.errors import InvalidDefinitionError, InvalidValueError, RingCorruptError, UnknownFeatureError
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView
-from heliostat.features.tiles import (
-    LIFE,
-    BoolArray,
-    RingGroup,
-    RingLayout,
-    RingLimits,
-    RingMerge,
-    parse_rings,
-    ring_layout,
-)
+from heliostat.features.merging import MergePlan, merge_rings, parse_rings
+from heliostat.features.tiles import BoolArray, RingGroup, RingLimits, ring_layout
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineStore
 
@@ -66,20 +58,16 @@ class _ViewPlan:
     """What is read and computed of one view.
 
     Attributes:
-        layout: Its rings.
-        base: Aggregated features that are needed, themselves or by derived ones.
+        view: The view.
+        merge: Its rings, and the aggregated features that are needed, themselves or by derived ones.
         derived: Derived features that are needed, in declared order.
-        groups: Rings that are read, and where their keys lie among those of an entity.
+        first: Where the view's rings begin among those of an entity.
     """
 
-    layout: RingLayout
-    base: tuple[str, ...]
+    view: FeatureView
+    merge: MergePlan
     derived: tuple[str, ...]
-    groups: tuple[tuple[int, RingGroup], ...]
-
-    @property
-    def view(self) -> FeatureView:
-        return self.layout.view
+    first: int
 
 
 class FeatureReader:
@@ -105,7 +93,7 @@ class FeatureReader:
         self._prefixes: list[str] = []
         for view in {id(each.view): each.view for each in features}.values():
             plan = self._planned(view, {each.feature for each in features if each.view is view}, limits)
-            self._prefixes.extend(keys.ring_prefix(view.ref, group.name) for _, group in plan.groups)
+            self._prefixes.extend(keys.ring_prefix(view.ref, group.name) for group in plan.merge.groups)
             self._plans.append(plan)
         self.views = tuple(plan.view.ref for plan in self._plans)
         places = {id(plan.view): position for position, plan in enumerate(self._plans)}
@@ -127,13 +115,9 @@ class FeatureReader:
         for name in reversed(view.derived_features):
             if name in needed:
                 needed.update(view.derived_features[name].inputs)
-        layout = ring_layout(view, limits)
-        base = tuple(name for name in view.base_features if name in needed)
-        read = {layout.group_of(name).label for name in base} | ({LIFE} if view.ttl_us is not None else set())
-        first = len(self._prefixes)
-        groups = enumerate((group for group in layout.groups if group.label in read), first)
+        merge = MergePlan(ring_layout(view, limits), [name for name in view.base_features if name in needed])
         derived = tuple(name for name in view.derived_features if name in needed)
-        return _ViewPlan(layout, base, derived, tuple(groups))
+        return _ViewPlan(view, merge, derived, first=len(self._prefixes))
 
     @cached_property
     def overridable(self) -> dict[str, tuple[int, str]]:
@@ -141,7 +125,7 @@ class FeatureReader:
         bare: dict[str, list[tuple[int, str]]] = {}
         names: dict[str, tuple[int, str]] = {}
         for position, plan in enumerate(self._plans):
-            for feature in (*plan.base, *plan.derived):
+            for feature in (*plan.merge.features, *plan.derived):
                 bare.setdefault(feature, []).append((position, feature))
                 names[f"{plan.view.name}__{feature}"] = (position, feature)
         return names | {name: places[0] for name, places in bare.items() if len(places) == 1}
@@ -203,14 +187,14 @@ class FeatureReader:
     ) -> dict[str, FloatArray]:
         rings = {}
         absent[:] = True
-        for at, group in plan.groups:
+        for at, group in enumerate(plan.merge.groups, plan.first):
             own = values[at * n : (at + 1) * n]
             rings[group.label] = self._parsed(plan, group, own)
             absent &= np.fromiter((value is None for value in own), np.bool_, n)
-        merge = RingMerge(plan.layout, rings, as_of_us=as_of_us)
-        if merge.expired is not None:
-            absent |= merge.expired
-        columns = {name: _replaced(merge.feature(name), given.get(name)) for name in plan.base}
+        merged = merge_rings(plan.merge, rings, as_of_us=as_of_us)
+        if merged.expired is not None:
+            absent |= merged.expired
+        columns = {name: _replaced(column, given.get(name)) for name, column in merged.columns.items()}
         for name in plan.derived:
             columns[name] = _replaced(plan.view.derived_features[name](columns), given.get(name))
         return columns

@@ -43,7 +43,7 @@ BoolArray = NDArray[np.bool_]
 F8 = np.dtype("<f8")
 LIFE = "life"
 
-_UFUNCS: Mapping[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
+UFUNCS: Mapping[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class RingGroup:
         slot = np.zeros(self.width, dtype=F8)
         slot[0] = -np.inf
         for state in self.states:
-            slot[self.columns[state.key].start] = _identity(state)
+            slot[self.columns[state.key].start] = identity(state)
         return slot
 
     @cached_property
@@ -157,16 +157,11 @@ class RingLayout:
 
     def group_of(self, feature: str) -> RingGroup:
         """The group of an aggregated feature."""
-        aggregation = self.view.base_features[feature]
-        return self._by_label[_label(aggregation)]
+        return self.by_label[_label(self.view.base_features[feature])]
 
     @cached_property
-    def life(self) -> RingGroup | None:
-        """The group without windows, if there is one."""
-        return self._by_label.get(LIFE)
-
-    @cached_property
-    def _by_label(self) -> dict[str, RingGroup]:
+    def by_label(self) -> dict[str, RingGroup]:
+        """The groups by label."""
         return {group.label: group for group in self.groups}
 
     @property
@@ -230,7 +225,8 @@ def _distinct(states: Iterable[State]) -> tuple[State, ...]:
     return tuple(by_key[key] for key in sorted(by_key))
 
 
-def _identity(state: State) -> float:
+def identity(state: State) -> float:
+    """What a state's first column holds without events."""
     # A presence (0 or 1) that is added up over tiles must add nothing where there is none.
     return IDENTITY[state.merge_across] if state.op == "max" and state.of == "one" else IDENTITY[state.op]
 
@@ -342,7 +338,7 @@ def _reduced(group: RingGroup, slots: FloatArray, starts: IntArray, *, across: b
         if state.width == 1:
             operator = state.merge_across if across else state.op
             with np.errstate(over="ignore", invalid="ignore"):
-                result[:, place.start] = _UFUNCS[operator].reduceat(slots[:, place.start], starts)
+                result[:, place.start] = UFUNCS[operator].reduceat(slots[:, place.start], starts)
             continue
         used = np.isfinite(slots[:, place.start])
         if state.op == "first":
@@ -387,120 +383,3 @@ def pack_rings(
     past = np.clip(as_of_us / group.hop_us - tiles.tiles, 0.0, 1.0)
     rings[(*places, 0)] += 0.25 + 0.5 * past
     return rings
-
-
-# ── Rings -> features ───────────────────────────────────────────────────────────────
-
-
-def parse_rings(group: RingGroup, values: Sequence[bytes | None]) -> FloatArray:
-    """Rings as numbers; a missing ring is an empty one.
-
-    Args:
-        group: The rings' layout.
-        values: As the store gives them, ``n`` of them.
-
-    Returns:
-        Shape ``(n, n_slots, width)``.
-
-    Raises:
-        ValueError: If a value hasn't the ring's length.
-    """
-    empty = group.empty_ring
-    if any(value is not None and len(value) != len(empty) for value in values):
-        raise ValueError("a ring has another length than its layout")
-    data = b"".join([empty if value is None else value for value in values])
-    return np.frombuffer(data, dtype=F8).reshape(len(values), group.n_slots, group.width)
-
-
-class RingMerge:
-    """The features of many entities at one instant, merged from their rings.
-
-    Args:
-        layout: The view's rings.
-        rings: Shape ``(n, n_slots, width)`` by group label; the groups of the features asked for, and
-            ``life`` if the view has a ttl.
-        as_of_us: Query instant, later than every event in the rings.
-    """
-
-    def __init__(self, layout: RingLayout, rings: Mapping[str, FloatArray], *, as_of_us: int) -> None:
-        self._layout, self._rings, self._as_of_us = layout, rings, as_of_us
-        self._masks: dict[tuple[str, int | None], BoolArray] = {}
-        self._merged: dict[tuple[str, str, int | None], FloatArray] = {}
-        self.expired = self._find_expired()
-
-    def _find_expired(self) -> BoolArray | None:
-        """Entities whose last event is older than the view's ttl, shape ``(n,)``; None if it has none."""
-        ttl_us, life = self._layout.view.ttl_us, self._layout.life
-        if ttl_us is None or life is None:
-            return None
-        last = _merge(
-            last_event(self._layout.view), self._columns(life, last_event(self._layout.view)), self._mask(life)
-        )
-        return ~(self._as_of_us - last <= ttl_us)
-
-    def feature(self, name: str) -> FloatArray:
-        """One aggregated feature, shape ``(n,)``; NaN is null."""
-        aggregation, group = self._layout.view.base_features[name], self._layout.group_of(name)
-        parts = [self._state(group, state, aggregation.window_us) for state in aggregation.states()]
-        return aggregation.finalize(parts, as_of_us=self._as_of_us)
-
-    def _state(self, group: RingGroup, state: State, window_us: int | None) -> FloatArray:
-        key = (group.label, state.key, window_us)
-        if key not in self._merged:
-            mask = self._mask(group, window_us)
-            merged = _merge(state, self._columns(group, state), mask)
-            if self.expired is not None:
-                merged[self.expired] = _blank(state)
-            self._merged[key] = merged
-        return self._merged[key]
-
-    def _columns(self, group: RingGroup, state: State) -> FloatArray:
-        return self._rings[group.label][:, :, group.columns[state.key]]
-
-    def _mask(self, group: RingGroup, window_us: int | None = None) -> BoolArray:
-        """Slots that count: ``floor(q − W, h) ≤ tile start < q``, and every base."""
-        key = (group.label, window_us)
-        if key not in self._masks:
-            tiles = self._rings[group.label][:, :, 0]
-            mask = tiles < -(-self._as_of_us // group.hop_us)
-            if window_us is not None:
-                mask &= tiles >= (self._as_of_us - window_us) // group.hop_us
-            elif group.life:
-                mask[:, 0] = True
-            self._masks[key] = mask
-        return self._masks[key]
-
-
-def _merge(state: State, columns: FloatArray, mask: BoolArray) -> FloatArray:
-    """Merge the slots of each entity where the mask holds.
-
-    Args:
-        state: What the columns are.
-        columns: Shape ``(n, n_slots, width of the state)``.
-        mask: Shape ``(n, n_slots)``.
-
-    Returns:
-        Shape ``(n,)``, or ``(n, 3)`` for first and last.
-    """
-    if state.width == 1:
-        identity = IDENTITY[state.merge_across]
-        with np.errstate(over="ignore", invalid="ignore"):
-            merged: FloatArray = _UFUNCS[state.merge_across].reduce(
-                np.where(mask, columns[:, :, 0], identity), axis=1
-            )
-        return merged
-    # Turned round, first is last.
-    sign = -1.0 if state.op == "first" else 1.0
-    times = np.where(mask, sign * columns[:, :, 0], -np.inf)
-    latest = times.max(axis=1, keepdims=True)
-    ties = np.where((times == latest) & mask, sign * columns[:, :, 1], -np.inf)
-    chosen = ties.argmax(axis=1)
-    merged = columns[np.arange(len(columns)), chosen].copy()
-    merged[~np.isfinite(latest[:, 0])] = _blank(state)
-    return merged
-
-
-def _blank(state: State) -> FloatArray | float:
-    if state.width == 1:
-        return _identity(state)
-    return np.array([IDENTITY[state.op], 0.0, 0.0])

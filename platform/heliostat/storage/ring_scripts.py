@@ -127,18 +127,17 @@ local function update(key, descriptor, slot)
   end
   local late = 0
   local held_tile = floor(unpack_f8('<d', held))
-  local boundary = life and unpack_f8('<d', redis.call('GETRANGE', key, 0, 7))
   if held_tile == tile then
     redis.call('SETRANGE', key, offset, sub(slot, 1, 8) .. merged(operators, held, slot))
-  elseif life and (tile < boundary or held_tile > tile) then
-    into_base(key, operators, slot_bytes, slot, tile)
-  elseif held_tile > tile then
-    late = 1
-  else
+  elseif held_tile < tile then
     if life and held_tile > -math.huge then
       into_base(key, operators, slot_bytes, held, held_tile)
     end
     redis.call('SETRANGE', key, offset, slot)
+  elseif life then
+    into_base(key, operators, slot_bytes, slot, tile)
+  else
+    late = 1
   end
   if expire_ms > 0 then
     redis.call('PEXPIRE', key, string.format('%.0f', expire_ms))

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, parse_instant_us
 from heliostat.features.aggregations import Count, DistinctDays, First, Last, Max, Mean, Sum, TimeSinceLast, evaluate
 from heliostat.features.definitions import FeatureView
+from heliostat.features.merging import MergePlan, merge_rings, parse_rings
 from heliostat.features.offline import unique_events
 from heliostat.features.tiles import (
     RingLayout,
     RingLimits,
-    RingMerge,
     event_slots,
     pack_rings,
-    parse_rings,
     ring_layout,
     tile_states,
 )
@@ -66,11 +65,10 @@ def rings_of(
 
 def features_of(layout: RingLayout, rings: dict[str, np.ndarray], as_of_us: int) -> dict[str, np.ndarray]:
     with np.errstate(all="raise"):
-        merge = RingMerge(layout, rings, as_of_us=as_of_us)
-        return {name: merge.feature(name) for name in layout.view.base_features}
+        return merge_rings(MergePlan(layout, list(layout.view.base_features)), rings, as_of_us=as_of_us).columns
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_packed_and_merged_rings_are_what_the_contract_says(data: st.DataObject) -> None:
     events, view = data.draw(event_streams()), data.draw(views())
@@ -195,6 +193,20 @@ def test_a_tile_before_1970_is_no_empty_slot() -> None:
     )
     found = features_of(layout, rings_of(layout, events, [(7,)], 1), 1)
     assert (found["n"][0], found["f"][0]) == (1.0, 4.0)
+
+
+def test_a_negative_zero_is_zero_as_it_is_offline() -> None:
+    events = pa.table(
+        {
+            "user_id": pa.array([7]),
+            "event_id": pa.array(["a"]),
+            "at": pa.array([NOW_US - 1]).cast(pa.timestamp("us", "UTC")),
+            "amount": pa.array([-0.0]),
+        }
+    )
+    layout = ring_layout(view_of({"last": Last("amount"), "max": Max("amount", window="1d")}), LIMITS)
+    found = features_of(layout, rings_of(layout, events, [(7,)], NOW_US), NOW_US)
+    assert not np.signbit([found["last"][0], found["max"][0]]).any()
 
 
 def test_missing_rings_read_as_no_events_at_all() -> None:
