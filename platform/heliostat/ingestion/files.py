@@ -106,7 +106,8 @@ def _csv_batches(file: Path, check: EventCheck, batch_rows: int) -> Iterator[Bat
     names = check.source.schema.names
     if file.stat().st_size == 0:
         raise pa.ArrowInvalid("it is empty; its first line should name the columns")
-    with pacsv.open_csv(file) as header:
+    skip_all = pacsv.ParseOptions(invalid_row_handler=lambda _: "skip", newlines_in_values=True)
+    with pacsv.open_csv(file, parse_options=skip_all) as header:
         # Everything is text here, so only names can be wrong.
         check.require_columns(pa.schema([(name, pa.string()) for name in header.schema.names]), what=str(file))
     broken: list[tuple[int, str, str]] = []
