@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from heliostat.errors import StaleVersionError
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
 from heliostat.features.offline import compute_features, earliest_us, needed_columns
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.labels import label_values
+from heliostat.models.registry import ModelVersion
 from heliostat.schema import TIE, TIMESTAMP, arrow_type, times_us
 from heliostat.storage.event_log import EventLog
 
@@ -77,6 +79,31 @@ def population_rows(spec: ModelSpec, events: Mapping[str, pa.Table], instants_us
         taken = keys.take(pa.array(example[members]))
         parts.append(pa.table([*taken.columns, instant], schema=schema))
     return pa.concat_tables(parts)
+
+
+def version_features(version: ModelVersion, views: Mapping[str, FeatureView]) -> tuple[FeatureRef, ...]:
+    """The features that a version was trained on, as they are declared now.
+
+    Args:
+        version: Registered.
+        views: What is declared, by name.
+
+    Raises:
+        StaleVersionError: If a view is declared no longer, or means something else since.
+    """
+    trained_with = version.lineage.get("view_hashes", {})
+    refs: list[FeatureRef] = []
+    stale: dict[str, None] = {}
+    for name in version.signature.names:
+        view_name, _, feature = name.partition("__")
+        view = views.get(view_name)
+        if view is None or feature not in view or trained_with.get(view.ref, view.content_hash) != view.content_hash:
+            stale[view_name] = None
+        else:
+            refs.append(view[feature])
+    if stale:
+        raise StaleVersionError(version.model, version.version, tuple(stale))
+    return tuple(refs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, format_duration, format_instant
+from heliostat.cluster import cpus_a_task
 from heliostat.errors import TrainingDataError
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import FeatureRef, content_hash
@@ -286,7 +287,7 @@ def rows_with_ray(rows: ModelRows) -> pa.Table:
         return pa.concat_tables([rows.table(bucket) for bucket in buckets.column("id").to_pylist()])
 
     found = ray.data.range(n_buckets, override_num_blocks=n_buckets).map_batches(
-        bucket_rows, batch_format="pyarrow", batch_size=None, zero_copy_batch=True
+        bucket_rows, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=cpus_a_task()
     )
     parts = [part for part in ray.get(found.to_arrow_refs()) if part.num_rows]
     return pa.concat_tables(parts) if parts else rows.schema.empty_table()

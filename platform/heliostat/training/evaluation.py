@@ -153,6 +153,7 @@ def judge(
     *,
     signature: Sequence[str],
     production: FloatArray | None = None,
+    incomparable: str | None = None,
     latency_ms: float | None = None,
     slice_margin: float = SLICE_MARGIN,
     seed: int = 0,
@@ -170,6 +171,8 @@ def judge(
         evaluation: What `evaluate` gave for these scores.
         signature: Feature names that the candidate's booster was trained with, in order.
         production: Scores of the current production version on the same rows; None: there is none.
+        incomparable: Why there is a production version but no scores of it; that fails the gate: only a
+            person or an experiment can say that the candidate is no worse.
         latency_ms: Median of scoring one row; None: it wasn't measured.
         slice_margin: How much worse than production a slice may be.
         seed: Of the resampling.
@@ -182,6 +185,9 @@ def judge(
     if production is not None:
         checks.append(_production_check(spec, rows, scores, production, seed))
         checks.extend(_slice_checks(spec, rows, scores, production, evaluation, slice_margin, seed))
+    if incomparable:
+        reason = f"production can't be compared on the same rows: {incomparable}; run an experiment, or force it"
+        checks.append(GateCheck("production", False, None, -spec.gate.max_regression, reason))
     if spec.gate.max_latency_ms is not None and latency_ms is not None:
         limit = spec.gate.max_latency_ms
         reason = f"scoring one row takes {latency_ms:.3g} ms, at most {limit:g} ms are allowed"

@@ -1,0 +1,401 @@
+"""One call from a declaration to a registered, judged and perhaps promoted version: `train`.
+
+The candidate is registered whatever the gate says: a version that wasn't let through can be
+looked at, shadowed or compared. The gate's report is kept with it; promotion is a compare-and-swap
+on the alias as it was when production was measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from heliostat.clock import format_instant, parse_instant_us
+from heliostat.errors import StaleVersionError
+from heliostat.features.definitions import FeatureRef
+from heliostat.models.definitions import ModelSpec
+from heliostat.models.metrics import Estimate, FloatArray, gain, measure, metric_named
+from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
+from heliostat.models.registry import PRODUCTION
+from heliostat.models.rows import version_features
+from heliostat.training.dataset import (
+    Split,
+    TrainingSet,
+    build_training_set,
+    first_event_us,
+    split_instants,
+)
+from heliostat.training.evaluation import (
+    Evaluation,
+    GateReport,
+    Rows,
+    SingleFeatureBaseline,
+    baseline_feature,
+    default_slices,
+    evaluate,
+    judge,
+)
+from heliostat.training.fitting import Recipe, Trial, drawn_parameters, fit_final, make_fold, search
+from heliostat.training.lineage import lineage_of
+from heliostat.workspace import Workspace
+
+ProfileOf = Callable[[FloatArray, Sequence[str], FloatArray], Mapping[str, Any]]
+"""A reference profile from the training rows' features, their names and their scores."""
+Progress = Callable[[str], None]
+
+_LATENCY_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What sorting by one feature would have given on the same rows.
+
+    Attributes:
+        feature: Its qualified name.
+        metric: The metric that the two are compared by.
+        estimate: The baseline's.
+        gain: How much better the candidate is; above 0 is better.
+    """
+
+    feature: str
+    metric: str
+    estimate: Estimate
+    gain: Estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "feature": self.feature,
+            "metric": self.metric,
+            "estimate": self.estimate.as_dict(),
+            "gain": self.gain.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Production:
+    """The version that serves now, as it was when the candidate was compared with it.
+
+    Attributes:
+        version: Its number.
+        revision: The alias's revision.
+        scores: Its scores of the validation rows, shape ``(n,)``; None if it can't be compared.
+        problem: Why it can't.
+    """
+
+    version: int
+    revision: int
+    scores: FloatArray | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training did.
+
+    Attributes:
+        model: The model's name.
+        version: The candidate's number in the registry.
+        fingerprint: Of the training set.
+        split: At which instants.
+        rows: Training rows and validation rows.
+        trials: Of the search, best first.
+        evaluation: The candidate's figures on the validation rows.
+        baseline: The plain baseline's.
+        gate: The gate's report.
+        compared_with: The production version that the gate compared with; None: there was none.
+        promoted: Whether the candidate serves now.
+        seconds: How long each stage took.
+    """
+
+    model: str
+    version: int
+    fingerprint: str
+    split: Split
+    rows: tuple[int, int]
+    trials: tuple[Trial, ...]
+    evaluation: Evaluation
+    baseline: Baseline
+    gate: GateReport
+    compared_with: int | None
+    promoted: bool
+    seconds: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "model": self.model,
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+            "train": [format_instant(each) for each in self.split.train_us],
+            "validation": [format_instant(each) for each in self.split.validation_us],
+            "rows": {"train": self.rows[0], "validation": self.rows[1]},
+            "trials": [trial.as_dict() for trial in self.trials],
+            "evaluation": self.evaluation.as_dict(),
+            "baseline": self.baseline.as_dict(),
+            "gate": self.gate.as_dict(),
+            "compared_with": self.compared_with,
+            "promoted": self.promoted,
+            "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
+        }
+
+    def lines(self) -> list[str]:
+        """The same for a person to read."""
+        metric, baseline, split = self.evaluation.metric, self.baseline, self.split
+        tried = f"{len(self.trials)} parameter sets tried" if len(self.trials) > 1 else "declared parameters"
+        learned = f"{self.rows[0]:,} rows to learn from at {len(split.train_us)} instants"
+        judged = f"{self.rows[1]:,} to judge by at {len(split.validation_us)}"
+        plain = f"{baseline.estimate} ({baseline.metric} of {baseline.feature} alone; gain {baseline.gain})"
+        rest = {name: str(each) for name, each in self.evaluation.metrics.items() if name != metric}
+        lines = [f"{self.model} version {self.version}: {learned}, {judged}; {tried}, {self.trials[0].rounds} rounds"]
+        figures = {metric: str(self.evaluation.main), "baseline": plain, **rest}
+        lines.extend(f"  {name:<18} {figure}" for name, figure in figures.items())
+        lines.append(f"gate: {'passed' if self.gate.passed else 'not passed'}")
+        lines.extend(f"  {'ok' if each.passed else 'NO'}  {each.name}: {each.reason}" for each in self.gate.checks)
+        if self.promoted:
+            lines.append(f"version {self.version} is in production now")
+        return lines
+
+
+def train(
+    workspace: Workspace,
+    spec: ModelSpec,
+    *,
+    instants_us: Sequence[int] = (),
+    validation_us: Sequence[int] = (),
+    promote: bool = False,
+    reason: str = "",
+    profile_of: ProfileOf | None = None,
+    progress: Progress | None = None,
+) -> TrainingReport:
+    """Build the training set, search, fit, judge, register, and promote if asked and let through.
+
+    Ray must be connected.
+
+    Args:
+        workspace: Log, registry, clock and settings.
+        spec: The model.
+        instants_us: Training instants; by default the settings', else chosen (see `split_instants`).
+        validation_us: Validation instants; by default the settings' if ``instants_us`` aren't given either.
+        promote: Make the candidate production if the gate lets it through.
+        reason: Why it is promoted; a sentence for the record.
+        profile_of: Makes the reference profile that drift is measured against.
+        progress: Told what happens next.
+
+    Raises:
+        TrainingDataError: If the instants or the rows don't allow it.
+        TrainingFailedError: If the search or the fit breaks down.
+        PromotionConflictError: If somebody else has moved the alias meanwhile.
+    """
+    settings, tell = workspace.settings.training, progress or (lambda _: None)
+    stopwatch = _Stopwatch()
+    with stopwatch.stage("rows"):
+        tell("building the training set")
+        split = _split(workspace, spec, instants_us, validation_us)
+        current = _current(workspace, spec)
+        training_set = build_training_set(
+            spec, workspace.event_log, split, extra=() if current is None else current.extra
+        )
+    training, validation = training_set.training, training_set.validation
+
+    recipe = Recipe.of(spec, seed=settings.seed)
+    with _scratch(workspace) as storage:
+        with stopwatch.stage("search"):
+            sets = drawn_parameters(spec, settings.trials, seed=settings.seed)
+            tell(f"searching: {len(sets)} parameter sets on {len(training):,} rows")
+            trials = search(recipe, make_fold(training_set), sets, settings, storage=storage)
+        with stopwatch.stage("fit"):
+            tell(f"fitting {trials[0].rounds} rounds on {settings.workers} worker(s)")
+            text = fit_final(recipe, training, trials[0], workers=settings.workers, storage=storage)
+
+    with stopwatch.stage("evaluation"):
+        tell(f"judging on {len(validation):,} rows that no step has seen")
+        package = ModelPackage(text, Signature.of(spec), spec.objective)
+        candidate = package.load()
+        scores = candidate.predict(validation.matrix)
+        sorted_by = baseline_feature(spec)
+        column = spec.feature_names.index(sorted_by)
+        slices = default_slices(validation.as_of_us, {sorted_by: validation.matrix[:, column]})
+        rows = Rows(validation.labels, validation.entities, slices)
+        evaluation = evaluate(spec, rows, scores, seed=settings.seed)
+        production = None if current is None else current.on(training_set)
+        gate = judge(
+            spec,
+            rows,
+            scores,
+            evaluation,
+            signature=candidate.signature.names,
+            production=None if production is None else production.scores,
+            incomparable=None if production is None else production.problem,
+            latency_ms=_latency_ms(candidate, validation.matrix),
+            seed=settings.seed,
+        )
+        baseline = _baseline(spec, training_set, rows, scores, column)
+
+    with stopwatch.stage("registry"):
+        package = ModelPackage(
+            text,
+            Signature.of(spec),
+            spec.objective,
+            profile=profile_of(training.matrix, spec.feature_names, candidate.predict(training.matrix))
+            if profile_of is not None
+            else None,
+            metrics={**evaluation.as_dict(), "baseline": baseline.as_dict()},
+            parameters={**recipe.parameters, **trials[0].parameters, "rounds": trials[0].rounds},
+        )
+        version = workspace.models.register(
+            spec,
+            package,
+            lineage=lineage_of(
+                training_set, settings, trials, compared_with=None if production is None else production.version
+            ),
+        ).version
+        workspace.models.record_gate(spec.name, version, gate.as_dict())
+        promoted = promote and gate.passed
+        if promoted:
+            tell(f"promoting version {version}")
+            workspace.promote(
+                spec.name,
+                version,
+                expected_revision=0 if production is None else production.revision,
+                gate=gate.as_dict(),
+                evidence={"evaluation": evaluation.as_dict(), "fingerprint": training_set.fingerprint},
+                reason=reason or "trained, and the gate let it through",
+            )
+    return TrainingReport(
+        model=spec.name,
+        version=version,
+        fingerprint=training_set.fingerprint,
+        split=split,
+        rows=(len(training), len(validation)),
+        trials=trials,
+        evaluation=evaluation,
+        baseline=baseline,
+        gate=gate,
+        compared_with=None if production is None or production.scores is None else production.version,
+        promoted=promoted,
+        seconds=stopwatch.seconds,
+    )
+
+
+def _split(workspace: Workspace, spec: ModelSpec, instants_us: Sequence[int], validation_us: Sequence[int]) -> Split:
+    settings = workspace.settings.training
+    if not instants_us and not validation_us:
+        instants_us = [parse_instant_us(each) for each in settings.instants]
+        validation_us = [parse_instant_us(each) for each in settings.validation_instants]
+    return split_instants(
+        instants_us,
+        validation_us,
+        horizon_us=spec.label.horizon_us,
+        now_us=workspace.clock.now_us(),
+        first_event_us=first_event_us(spec, workspace.event_log),
+        model=spec.name,
+    )
+
+
+# ── Production ──────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Current:
+    """The production version, before its scores are known.
+
+    Attributes:
+        version: Its number.
+        revision: The alias's revision.
+        model: Loaded.
+        extra: Features that it needs.
+        problem: Why it can't be compared; empty if it can.
+    """
+
+    version: int
+    revision: int
+    model: LoadedModel
+    extra: tuple[FeatureRef, ...]
+    problem: str
+
+    def on(self, training_set: TrainingSet) -> Production:
+        """Its scores of the validation rows."""
+        if self.problem:
+            return Production(self.version, self.revision, None, self.problem)
+        matrix = training_set.matrix(self.model.signature.names)[training_set.is_validation]
+        return Production(self.version, self.revision, self.model.predict(matrix))
+
+
+def _current(workspace: Workspace, spec: ModelSpec) -> _Current | None:
+    """The production version, if there is one, and whether today's definitions can still compute its features."""
+    alias = workspace.models.alias(spec.name, PRODUCTION)
+    if alias is None:
+        return None
+    model = workspace.models.load(spec.name, alias.version)
+    registered = workspace.models.get(spec.name, alias.version)
+    try:
+        extra, problem = version_features(registered, workspace.definitions.views), ""
+    except StaleVersionError as error:
+        extra, problem = (), f"its features {', '.join(error.views)} mean something else since it was trained"
+    if registered.lineage.get("label_hash", spec.label.content_hash) != spec.label.content_hash:
+        problem = f"label {spec.label.name!r} means something else since it was trained"
+    return _Current(alias.version, alias.revision, model, () if problem else extra, problem)
+
+
+# ── Judging ─────────────────────────────────────────────────────────────────────────
+
+
+def _baseline(spec: ModelSpec, training_set: TrainingSet, rows: Rows, scores: FloatArray, column: int) -> Baseline:
+    training, validation = training_set.training, training_set.validation
+    feature = spec.feature_names[column]
+    fitted = SingleFeatureBaseline.fit(feature, training.matrix[:, column], training.labels, objective=spec.objective)
+    plain = fitted.score(validation.matrix[:, column])
+    # A single feature ranks, it gives no probabilities: losses can't be compared.
+    metric = spec.metric if spec.objective == "regression" or metric_named(spec.metric).larger_is_better else "auc"
+    return Baseline(
+        feature,
+        metric,
+        measure(metric, rows.labels, plain, clusters=rows.entities),
+        gain(metric, rows.labels, scores, plain, clusters=rows.entities),
+    )
+
+
+def _latency_ms(model: LoadedModel, matrix: FloatArray) -> float:
+    """Median of scoring one row."""
+    taken = []
+    for row in range(min(_LATENCY_ROWS, len(matrix))):
+        begin = time.perf_counter()
+        model.predict(matrix[row : row + 1])
+        taken.append(time.perf_counter() - begin)
+    return float(np.median(taken)) * 1_000
+
+
+# ── Shared ──────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _scratch(workspace: Workspace) -> Iterator[str]:
+    """A folder for what Tune and Train write about their own running; nobody needs it afterwards."""
+    home = workspace.settings.home
+    home.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="training-", dir=home)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begin
