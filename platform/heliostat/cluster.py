@@ -105,11 +105,14 @@ def connect(settings: Settings) -> Iterator[None]:
         yield
         return
     set_environment()
+    own = contextlib.ExitStack()
     address = os.environ.get("RAY_ADDRESS") or head_address(settings.home)
     environment = {"env_vars": settings.environment()}
     if address:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="WARNING")
     else:
+        folder = own.enter_context(tempfile.TemporaryDirectory(prefix="hs-serve-", ignore_cleanup_errors=True))
+        os.environ.update(_ingress_environment(Path(folder)))
         ray.init(
             num_cpus=logical_cpus(settings),
             object_store_memory=settings.ray.object_store_bytes,
@@ -120,11 +123,27 @@ def connect(settings: Settings) -> Iterator[None]:
         )
     # Ray Data tells of every execution, at INFO; importing it sets that, so it is set back here.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Serve tells of every step; its warnings are enough.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         check_storage(settings)
         yield
     finally:
         ray.shutdown()
+        own.close()
+
+
+def _ingress_environment(folder: Path) -> dict[str, str]:
+    """Files and ports of Serve's HAProxy, so that several clusters on one machine keep apart."""
+    metrics_port, stats_port = _free_ports(2)
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+    }
 
 
 def check_storage(settings: Settings) -> None:
@@ -195,7 +214,7 @@ def start_head(settings: Settings) -> str:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **settings.environment(), "HELIOSTAT_HOME": str(settings.home)},
+            env={**os.environ, **_ingress_environment(folder), **settings.environment()},
         )
     head = {
         "pid": process.pid,
