@@ -101,11 +101,12 @@ def main(
 ) -> None:
     """From raw purchases to served and monitored predictions; stops what it starts."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    story = Story(Console())
     _clear(home)
+    story = Story(Console(file=os.fdopen(os.dup(1), "w")))
     settings = load_settings(["configs/local.yaml"], environ=os.environ, home=home, serving={"port": 0})
     story.console.rule("[bold]Heliostat: from raw purchases to predictions you can trust")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet(settings.home / "demo.log"))
         stack.callback(_stop, story, settings)
         workspace = stack.enter_context(Workspace.open(settings))
         try:
@@ -125,6 +126,25 @@ def _clear(home: Path) -> None:
         shutil.rmtree(home)
     home.mkdir(parents=True)
     (home / "demo").touch()
+
+
+@contextlib.contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    """Send what Ray's processes and libraries print to a file for a while."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    with log.open("ab") as file:
+        for number, _ in kept:
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def _stop(story: Story, settings: Settings) -> None:
@@ -299,7 +319,7 @@ def _batch(story: Story, workspace: Workspace) -> None:
         address = cluster.jobs_address(home)
         command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
         command += ["--address", str(address), "--", "python", "jobs/batch_predict.py", "--model", MODEL]
-        environment = {**os.environ, **workspace.settings.environment(), "HELIOSTAT_HOME": str(home)}
+        environment = {**os.environ, **workspace.settings.environment()}
         done = subprocess.run(  # noqa: S603 - our own program
             command, env=environment, capture_output=True, text=True, check=False
         )

@@ -76,6 +76,11 @@ class StorageSettings(_Section):
     options: dict[str, str] = Field(default_factory=dict)
     buckets: Annotated[int, Field(ge=1, le=4096)] = 16
 
+    @field_validator("root")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return value if value is None or "://" in value else str(Path(value).expanduser().absolute())
+
 
 class OnlineSettings(_Section):
     """The online store and the streams: a server that speaks the Redis protocol."""
@@ -262,10 +267,8 @@ class Settings(_Section):
 
     def environment(self) -> dict[str, str]:
         """Environment variables from which `load_settings` makes these settings again in another process."""
-        return {
-            PREFIX + name: text
-            for name, text in _leaves(self.model_dump(mode="json"), Settings().model_dump(mode="json"))
-        }
+        leaves = _leaves(self.model_dump(mode="json"), Settings().model_dump(mode="json"))
+        return {PREFIX + "HOME": str(self.home)} | {PREFIX + name: text for name, text in leaves}
 
 
 def load_settings(
