@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,16 +30,34 @@ _SPOOL_BYTES = 256_000_000
 _THREADS = min(4, os.cpu_count() or 1)
 
 
-class Hashes(Protocol):
-    """Keeps the sorted id hashes of files."""
+class HashCache:
+    """Sorted id hashes of files, which never change; the least used go first.
+
+    Args:
+        limit: How many hashes are kept, 8 bytes each.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._kept: OrderedDict[str, IntArray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, file: str) -> IntArray | None:
         """The hashes of a file, if they are kept."""
-        ...
+        with self._lock:
+            if file in self._kept:
+                self._kept.move_to_end(file)
+            return self._kept.get(file)
 
     def put(self, file: str, hashes: IntArray) -> None:
         """Keep the hashes of a file."""
-        ...
+        with self._lock:
+            if file not in self._kept:
+                self._kept[file] = hashes
+                self._held += len(hashes)
+            while self._held > self._limit:
+                _, dropped = self._kept.popitem(last=False)
+                self._held -= len(dropped)
 
 
 class Spool:
@@ -123,7 +142,7 @@ class EntityAppend:
         event_time: str,
         event_id: str,
         spool: Spool,
-        hashes: Hashes,
+        hashes: HashCache,
         progress: Progress | None,
     ) -> None:
         self._table, self._schema, self._spool = table, schema, spool
@@ -229,7 +248,8 @@ class EntityAppend:
         same = pa.array(hashes[known])
         candidates = self._table.read(table, hit, columns=[self._event_id], where=pc.field(ID_HASH).isin(same))
         stored = pc.is_in(ids.column(self._event_id), value_set=candidates.column(self._event_id).combine_chunks())
-        return known & stored.to_numpy()
+        known &= stored.to_numpy()
+        return known
 
     def _file_hashes(self, table: DeltaTable, path: str) -> IntArray:
         name = f"{self._table.uri}/{path}"

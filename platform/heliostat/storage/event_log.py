@@ -11,8 +11,6 @@ appended between the check and the commit.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 from heliostat.errors import BucketCountError, KeyColumnError, UnknownColumnError
 from heliostat.schema import BUCKET, ID_HASH, INGESTED, TIE, TIMESTAMP, cast_column, conform, hash64, tie48
 from heliostat.storage.delta import Progress, StreamId, Table, absolute_root, joined
-from heliostat.storage.event_append import EntityAppend, Spool, repetitive_columns
+from heliostat.storage.event_append import EntityAppend, HashCache, Spool, repetitive_columns
 
 IntArray = NDArray[np.int64]
 
@@ -211,6 +209,7 @@ class EventLog:
             raise BucketCountError(table.table_uri, created_with, self.n_buckets)
         return table
 
+    @property
     def hashes(self) -> HashCache:
         """Ids' hashes of files that were looked at lately."""
         return self._hashes
@@ -399,42 +398,12 @@ class BulkAppend:
                 event_time=self._source.event_time,
                 event_id=self._source.event_id,
                 spool=self._spools[entity.name],
-                hashes=self._log.hashes(),
+                hashes=self._log.hashes,
                 progress=progress,
             )
             versions[entity.name] = append.commit()
             accepted.append(append.accepted)
         return AppendResult(max(accepted), self.rows - max(accepted), versions)
-
-
-class HashCache:
-    """Sorted id hashes of files, which never change; the least used go first.
-
-    Args:
-        limit: How many hashes are kept, 8 bytes each.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
-        self._kept: OrderedDict[str, IntArray] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, file: str) -> IntArray | None:
-        """The hashes of a file, if they are kept."""
-        with self._lock:
-            if file in self._kept:
-                self._kept.move_to_end(file)
-            return self._kept.get(file)
-
-    def put(self, file: str, hashes: IntArray) -> None:
-        """Keep the hashes of a file."""
-        with self._lock:
-            if file not in self._kept:
-                self._kept[file] = hashes
-                self._held += len(hashes)
-            while self._held > self._limit:
-                _, dropped = self._kept.popitem(last=False)
-                self._held -= len(dropped)
 
 
 def stored_schema(source: SourceLike) -> pa.Schema:
