@@ -30,13 +30,20 @@ from heliostat.clock import US_PER_DAY
 from heliostat.errors import DefinitionError, InvalidValueError
 from heliostat.features.aggregations import IDENTITY, FloatArray, Input, InputValues, State, check_input, evaluate
 from heliostat.features.definitions import EventSource, FeatureView
-from heliostat.features.windows import lower_edge_us, tile_of
+from heliostat.features.timeline import (
+    EventIndex,
+    IntArray,
+    Ranges,
+    Tiles,
+    changes,
+    counted,
+    edges,
+    first_of,
+    running,
+)
+from heliostat.features.windows import lower_edge_us
 from heliostat.schema import INGESTED, TIE, hash64, tie48, times_us
 
-IntArray = NDArray[np.int64]
-
-_LONG_SEGMENT = 48
-_PACKED_BITS = 62
 _UFUNCS: Mapping[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 
@@ -149,124 +156,6 @@ def _known(events: pa.Table, known_at_us: int | None) -> pa.Table:
     return events.filter(pc.less_equal(events.column(INGESTED).cast(pa.int64()), known_at_us))
 
 
-def running(ufunc: np.ufunc, values: FloatArray, starts: IntArray) -> FloatArray:
-    """Accumulate each segment from its beginning, strictly from left to right.
-
-    The order is fixed so that a result's bits depend on its own segment up to there and on
-    nothing else: no pairwise tricks, no total of neighbours.
-
-    Args:
-        ufunc: ``np.add``, ``np.minimum`` or ``np.maximum``.
-        values: Shape ``(n,)``.
-        starts: Where segments begin, ascending; the first is 0.
-
-    Returns:
-        Shape ``(n,)``: at ``i`` the accumulation from its segment's start up to and including ``i``.
-    """
-    result = values.copy()
-    lengths = np.diff(starts, append=len(values))
-    for position in np.flatnonzero(lengths > _LONG_SEGMENT):
-        span = slice(starts[position], starts[position] + lengths[position])
-        ufunc.accumulate(values[span], out=result[span])
-    short = np.flatnonzero((lengths > 1) & (lengths <= _LONG_SEGMENT))
-    if len(short):
-        short = short[np.argsort(-lengths[short], kind="stable")]
-        at, rest = starts[short], lengths[short]
-        for step in range(1, int(rest[0])):
-            at = at[: np.searchsorted(-rest, -step, side="left")] + 1
-            result[at] = ufunc(result[at - 1], result[at])
-    return result
-
-
-@dataclass(frozen=True)
-class _Ranges:
-    """The events that each row's window holds: positions ``[low, high)``, shape ``(m,)`` each."""
-
-    low: IntArray
-    high: IntArray
-
-    @cached_property
-    def empty(self) -> NDArray[np.bool_]:
-        """Rows whose window holds no event."""
-        return self.low >= self.high
-
-
-class _Tiles:
-    """The events of a timeline, cut at the tiles of one hop.
-
-    Args:
-        codes: Entity of each event, shape ``(n,)``, ascending.
-        times: Event times, ascending within an entity.
-        hop_us: Tile length.
-    """
-
-    def __init__(self, codes: IntArray, times: IntArray, hop_us: int) -> None:
-        number = tile_of(times, hop_us)
-        self.starts = np.flatnonzero(_changes(codes, number))
-        self.ends = np.append(self.starts[1:], len(codes))
-        self.codes, self.numbers = codes[self.starts], number[self.starts]
-        self.of_event = np.repeat(np.arange(len(self.starts)), self.ends - self.starts)
-
-    def blocks(self, tiles_a_window: int | None) -> IntArray:
-        """The block of each tile; with no window, one block an entity."""
-        return np.zeros_like(self.numbers) if tiles_a_window is None else self.numbers // tiles_a_window
-
-
-def _changes(*columns: IntArray) -> NDArray[np.bool_]:
-    """Where any column differs from the row before; True at the first row."""
-    changed = np.ones(len(columns[0]), dtype=np.bool_)
-    changed[1:] = False
-    for column in columns:
-        changed[1:] |= column[1:] != column[:-1]
-    return changed
-
-
-class _Index:
-    """Finds events by (entity, instant): both packed into one integer, so that one search answers.
-
-    Args:
-        codes: Entity of each event, ``0 ≤ code < n_codes``, shape ``(n,)``, any order.
-        times: Event times, shape ``(n,)``.
-        ties: What breaks ties, shape ``(n,)``.
-        n_codes: Number of entities.
-    """
-
-    def __init__(self, codes: IntArray, times: IntArray, ties: IntArray, *, n_codes: int) -> None:
-        self._origin_us = int(times.min()) if len(times) else 0
-        self._span_us = int(times.max()) - self._origin_us + 1 if len(times) else 1
-        self._bits = self._span_us.bit_length()
-        self._instants: IntArray | None = None
-        if self._bits + n_codes.bit_length() > _PACKED_BITS:
-            # Too long a time for one integer: the rank of an instant is as good, and shorter.
-            self._instants = np.unique(times)
-            self._bits = len(self._instants).bit_length()
-        packed = self.packed(codes, times)
-        self.order = _ordered(packed, ties)
-        self._packed = packed[self.order]
-        self.begins: IntArray = np.searchsorted(self._packed, np.arange(n_codes) << self._bits)
-
-    def packed(self, codes: IntArray, instants_us: IntArray) -> IntArray:
-        """One integer for each (entity, instant), in the same order; beyond all events is all one."""
-        if self._instants is not None:
-            return (codes << self._bits) | np.searchsorted(self._instants, instants_us)
-        return (codes << self._bits) | np.clip(instants_us - self._origin_us, 0, self._span_us)
-
-    def positions(self, codes: IntArray, instants_us: IntArray) -> IntArray:
-        """The first of the entity's events at or after each instant, as a position in order."""
-        return np.searchsorted(self._packed, self.packed(codes, instants_us))
-
-
-def _ordered(packed: IntArray, ties: IntArray) -> IntArray:
-    """The order of (packed, tie); most are told apart by the first alone."""
-    order = np.argsort(packed)
-    equal = np.diff(packed[order]) == 0
-    if equal.any():
-        tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))
-        members = order[tied]
-        order[tied] = members[np.lexsort((ties[members], packed[members]))]
-    return order
-
-
 @dataclass
 class _Timeline:
     """Events in (entity, event time, tie) order and the rows that ask about them.
@@ -289,12 +178,12 @@ class _Timeline:
     times: IntArray
     ties: IntArray
     inputs: Mapping[str, InputValues]
-    index: _Index
+    index: EventIndex
     row_codes: IntArray
     as_of_us: IntArray
     rows: IntArray
-    _ranges: dict[tuple[int, int] | None, _Ranges] = field(default_factory=dict)
-    _tiles: dict[int, _Tiles] = field(default_factory=dict)
+    _ranges: dict[tuple[int, int] | None, Ranges] = field(default_factory=dict)
+    _tiles: dict[int, Tiles] = field(default_factory=dict)
     _merged: dict[tuple[str, int | None, int], FloatArray] = field(default_factory=dict)
     _running: dict[tuple[str, int], FloatArray] = field(default_factory=dict)
 
@@ -319,7 +208,7 @@ class _Timeline:
             if TIE in events.column_names
             else tie48(hash64(events.column(source.event_id)))
         )
-        index = _Index(event_codes, times, ties, n_codes=len(asked))
+        index = EventIndex(event_codes, times, ties, n_codes=len(asked))
         order = index.order
         wanted = {each.key: each for view in views for each in (*view.inputs, Input(None, view.where))}
         inputs = {
@@ -366,10 +255,10 @@ class _Timeline:
             given = self.inputs[state.source.key]
             match state.op, state.of, state.merge_across:
                 case "add", "one", "add":
-                    merged = _counted(given.used, ranges)
+                    merged = counted(given.used, ranges)
                 case "max", "one", "add":
                     tile = self._tile(hop_us).of_event
-                    merged = _counted(_first_of(tile, given.used), ranges)
+                    merged = counted(first_of(tile, given.used), ranges)
                 case "first" | "last" | "max" | "min", _, _ if state.width == 3 or state.of == "time":
                     merged = self._edge(state, given, ranges)
                 case _:
@@ -381,7 +270,7 @@ class _Timeline:
     def _high(self) -> IntArray:
         return self.index.positions(self.row_codes, self.as_of_us)
 
-    def _range(self, window_us: int | None, hop_us: int) -> _Ranges:
+    def _range(self, window_us: int | None, hop_us: int) -> Ranges:
         key = None if window_us is None else (window_us, hop_us)
         if key not in self._ranges:
             low = (
@@ -389,18 +278,18 @@ class _Timeline:
                 if window_us is None
                 else self.index.positions(self.row_codes, lower_edge_us(self.as_of_us, window_us, hop_us))
             )
-            self._ranges[key] = _Ranges(low, self._high)
+            self._ranges[key] = Ranges(low, self._high)
         return self._ranges[key]
 
-    def _tile(self, hop_us: int) -> _Tiles:
+    def _tile(self, hop_us: int) -> Tiles:
         if hop_us not in self._tiles:
-            self._tiles[hop_us] = _Tiles(self.codes, self.times, hop_us)
+            self._tiles[hop_us] = Tiles(self.codes, self.times, hop_us)
         return self._tiles[hop_us]
 
-    def _edge(self, state: State, given: InputValues, ranges: _Ranges) -> FloatArray:
+    def _edge(self, state: State, given: InputValues, ranges: Ranges) -> FloatArray:
         """The first or last usable event of each window; its time alone, or (time, tie, value)."""
         first = state.op in ("first", "min")
-        position, found = _edges(given.used, ranges, first=first)
+        position, found = edges(given.used, ranges, first=first)
         blank = np.inf if first else -np.inf
         if not len(self.times):
             return (
@@ -413,7 +302,7 @@ class _Timeline:
         return np.column_stack([time, tie, np.where(found, given.values[position], 0.0)])
 
     def _folded(
-        self, state: State, given: InputValues, ranges: _Ranges, window_us: int | None, hop_us: int
+        self, state: State, given: InputValues, ranges: Ranges, window_us: int | None, hop_us: int
     ) -> FloatArray:
         """Merge a sum, minimum or maximum: tile by tile, each window from two blocks of tiles."""
         ufunc, identity = _UFUNCS[state.op], IDENTITY[state.op]
@@ -426,7 +315,7 @@ class _Timeline:
         totals = inside[tiles.ends - 1]
         length = None if window_us is None else window_us // hop_us
         block = tiles.blocks(length)
-        begins = np.flatnonzero(_changes(tiles.codes, block))
+        begins = np.flatnonzero(changes(tiles.codes, block))
         forward = running(ufunc, totals, begins)
 
         last_event = ranges.high[some] - 1
@@ -458,35 +347,6 @@ def _codes(keys: pa.Array, known: pa.Array) -> IntArray:
     """The position of each key among the known ones; -1 where it isn't."""
     found: NDArray[np.int32] = pc.fill_null(pc.index_in(keys, value_set=known), -1).to_numpy()
     return found.astype(np.int64)
-
-
-def _counted(marked: NDArray[np.bool_], ranges: _Ranges) -> FloatArray:
-    """How many marked events each range holds."""
-    total = np.concatenate([[0], np.cumsum(marked)])
-    counts: FloatArray = (total[ranges.high] - total[ranges.low]).astype(np.float64)
-    return counts
-
-
-def _first_of(groups: IntArray, used: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Marks the first usable event of each group; groups ascend."""
-    marked = np.zeros(len(groups), dtype=np.bool_)
-    positions = np.flatnonzero(used)
-    marked[positions[_changes(groups[positions])]] = True
-    return marked
-
-
-def _edges(used: NDArray[np.bool_], ranges: _Ranges, *, first: bool) -> tuple[IntArray, NDArray[np.bool_]]:
-    """The first or last usable event of each range, and whether there is one."""
-    n = len(used)
-    if first:
-        following = np.minimum.accumulate(np.where(used, np.arange(n), n)[::-1])[::-1]
-        position = np.append(following, n)[ranges.low]
-        found = position < ranges.high
-    else:
-        preceding = np.maximum.accumulate(np.where(used, np.arange(n), -1))
-        position = np.insert(preceding, 0, -1)[ranges.high]
-        found = position >= ranges.low
-    return np.where(found, position, 0), found
 
 
 def _blank(part: FloatArray, state: State, rows: NDArray[np.bool_]) -> FloatArray:

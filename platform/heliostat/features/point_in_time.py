@@ -11,25 +11,27 @@ once, for all views of the same source. Memory holds a bucket at a time for each
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import ray
 import ray.data
 from numpy.typing import NDArray
-from ray.exceptions import RayError
+from ray.exceptions import RayTaskError
 
-from heliostat.errors import DuplicateNameError, HeliostatError, SpineError
+from heliostat.errors import HeliostatError, SpineError
 from heliostat.features.aggregations import FloatArray
+from heliostat.features.bucket_join import EntityJoin, check_spine, entity_joins, single_features, spine_instants_us
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
-from heliostat.features.offline import compute_features, earliest_us, needed_columns
-from heliostat.schema import BUCKET, INGESTED, TIE, TIMESTAMP, arrow_type, cast_column, times_us
+from heliostat.features.timeline import IntArray
+from heliostat.schema import BUCKET, TIMESTAMP, arrow_type
 from heliostat.storage.event_log import EventLog
 
-IntArray = NDArray[np.int64]
 Spine = TypeVar("Spine")
 
 AS_OF = "as_of"
@@ -73,8 +75,8 @@ def historical_features(
         SpineError: If the instants are missing, null or of the wrong type, or a column has a feature's name.
         StorageError: If the event log can't be read.
     """
-    joins = _joins(features, event_log, known_at_us)
-    names = [ref.name for ref in _single(features)]
+    joins = entity_joins(features, event_log, known_at_us)
+    names = [ref.name for ref in single_features(features)]
     result: Any
     if isinstance(spine, ray.data.Dataset):
         result = _join_dataset(spine, joins, as_of, concurrency)
@@ -108,7 +110,7 @@ def entities_known(
         StorageError: If the event log can't be read.
     """
     task = _Known(event_log, source, entity, event_log.version(source, entity), as_of_us, known_at_us)
-    return _collected(_bucket_numbers(event_log).map_batches(task, batch_size=None), _key_schema(entity))
+    return _collected(_each_bucket(event_log, task), _key_schema(entity))
 
 
 def snapshot(
@@ -142,9 +144,9 @@ def snapshot(
         return historical_features(
             _at_instant(keys, as_of_us), [view], event_log, known_at_us=known_at_us, concurrency=concurrency
         )
-    join = _joins([view], event_log, known_at_us)[0]
+    join = entity_joins([view], event_log, known_at_us)[0]
     known = _Known(event_log, view.source, view.entity, join.versions[view.source.name], as_of_us, known_at_us)
-    tasks = _bucket_numbers(event_log).map_batches(_Snapshot(join, known), batch_size=None, concurrency=concurrency)
+    tasks = _each_bucket(event_log, _Snapshot(join, known), concurrency)
     features = [(ref.name, pa.float64()) for ref in view]
     return _collected(tasks, pa.schema([*_key_schema(view.entity), (AS_OF, TIMESTAMP), *features]))
 
@@ -153,63 +155,10 @@ def snapshot(
 
 
 @dataclass(frozen=True, eq=False)
-class _Join:
-    """The features of one entity; picklable, and cheap.
-
-    Attributes:
-        entity: By whose key.
-        sources: Its views, those of one source together.
-        names: Qualified names of the features asked for.
-        event_log: Where the events are.
-        versions: The version of each source's log that is read, by name.
-        known_at_us: Only events ingested by then count.
-    """
-
-    entity: Entity
-    sources: tuple[tuple[FeatureView, ...], ...]
-    names: tuple[str, ...]
-    event_log: EventLog
-    versions: Mapping[str, int]
-    known_at_us: int | None
-
-    def columns(self, bucket: int, keys: pa.Array, as_of_us: IntArray) -> dict[str, FloatArray]:
-        """The features of one bucket's rows, shape ``(m,)`` each; each source's events are read once."""
-        columns: dict[str, FloatArray] = {}
-        for views in self.sources:
-            source = views[0].source
-            events = self.event_log.read_bucket(
-                source,
-                self.entity,
-                bucket,
-                columns=[*needed_columns(views), TIE, *(() if self.known_at_us is None else (INGESTED,))],
-                min_time_us=earliest_us(views, as_of_us),
-                max_time_us=int(as_of_us.max()),
-                known_at_us=self.known_at_us,
-                version=_existing(self.versions[source.name]),
-            )
-            columns |= compute_features(
-                views, events, keys, as_of_us, known_at_us=self.known_at_us, deduplicate=False
-            )
-        return {name: columns[name] for name in self.names}
-
-    def all_columns(self, buckets: NDArray[np.int32], keys: pa.Array, as_of_us: IntArray) -> dict[str, FloatArray]:
-        """The same for rows of any buckets, one bucket after the other."""
-        found = np.unique(buckets)
-        if len(found) == 1:
-            return self.columns(int(found[0]), keys, as_of_us)
-        columns = {name: np.full(len(keys), np.nan) for name in self.names}
-        for bucket in found:
-            rows = np.flatnonzero(buckets == bucket)
-            for name, values in self.columns(int(bucket), keys.take(pa.array(rows)), as_of_us[rows]).items():
-                columns[name][rows] = values
-        return columns
-
-
-@dataclass(frozen=True, eq=False)
 class _BucketTask:
     """Computes the features of blocks that hold (bucket, key, instant, row)."""
 
-    join: _Join
+    join: EntityJoin
 
     def __call__(self, block: pa.Table) -> pa.Table:
         columns = self.join.all_columns(
@@ -224,7 +173,7 @@ class _BucketTask:
 class _AppendTask:
     """Appends the features to blocks of a spine."""
 
-    join: _Join
+    join: EntityJoin
     as_of: str
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -232,18 +181,18 @@ class _AppendTask:
             return block  # an empty partition, without a schema
         buckets, rows = block.column(BUCKET).to_numpy(), block.drop_columns([BUCKET])
         keys = self.join.entity.encode(rows, what="the spine")
-        return _with(rows, self.join.all_columns(buckets, keys, _instants(rows, self.as_of)))
+        return _with(rows, self.join.all_columns(buckets, keys, spine_instants_us(rows, self.as_of)))
 
 
 @dataclass(frozen=True, eq=False)
 class _BucketsTask:
     """Appends each row's bucket."""
 
-    join: _Join
+    join: EntityJoin
     as_of: str
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        _instants(block, self.as_of)
+        spine_instants_us(block, self.as_of)
         keys = self.join.entity.encode(block, what="the spine")
         return block.append_column(BUCKET, pa.array(self.join.entity.buckets(keys, self.join.event_log.n_buckets)))
 
@@ -268,7 +217,7 @@ class _Known:
             columns=list(self.entity.key_columns),
             max_time_us=self.as_of_us,
             known_at_us=self.known_at_us,
-            version=_existing(self.version),
+            version=self.version if self.version >= 0 else None,
         )
         return keys.group_by(keys.column_names, use_threads=False).aggregate([]).cast(_key_schema(self.entity))
 
@@ -280,7 +229,7 @@ class _Known:
 class _Snapshot:
     """Computes the features of all known entities of buckets."""
 
-    join: _Join
+    join: EntityJoin
     known: _Known
 
     def __call__(self, numbers: Mapping[str, IntArray]) -> pa.Table:
@@ -297,30 +246,37 @@ class _Snapshot:
 
 
 def _join_frame(
-    spine: pd.DataFrame, joins: Sequence[_Join], names: Sequence[str], as_of: str, concurrency: int | None
+    spine: pd.DataFrame, joins: Sequence[EntityJoin], names: Sequence[str], as_of: str, concurrency: int | None
 ) -> pd.DataFrame:
     """A frame's own columns stay as they are, its index too."""
     columns = [str(name) for name in spine.columns]
-    _check_columns(columns, joins, as_of)
+    check_spine(columns, joins, as_of)
     needed = dict.fromkeys([as_of, *(column for join in joins for column in join.entity.key_columns)])
     present = spine[[name for name in needed if name in columns]]
     found = _joined(pa.Table.from_pandas(present, preserve_index=False), joins, as_of, concurrency)
     return spine.assign(**{name: found[name] for name in names})
 
 
-def _joined(spine: pa.Table, joins: Sequence[_Join], as_of: str, concurrency: int | None) -> dict[str, FloatArray]:
+def _joined(
+    spine: pa.Table, joins: Sequence[EntityJoin], as_of: str, concurrency: int | None
+) -> dict[str, FloatArray]:
     """The features of a table's rows, by name, in its order."""
-    _check_columns(spine.column_names, joins, as_of)
-    as_of_us = _instants(spine, as_of)
+    check_spine(spine.column_names, joins, as_of)
+    as_of_us = spine_instants_us(spine, as_of)
     encoded = [join.entity.encode(spine, what="the spine") for join in joins]
     columns = {name: np.full(spine.num_rows, np.nan) for join in joins for name in join.names}
     if spine.num_rows == 0:
         return columns
     for join, keys in zip(joins, encoded, strict=True):
         blocks = _bucket_blocks(keys, as_of_us, join.entity.buckets(keys, join.event_log.n_buckets))
-        tasks = ray.data.from_arrow(blocks).map_batches(
-            _BucketTask(join), batch_size=None, batch_format="pyarrow", zero_copy_batch=True, concurrency=concurrency
-        )
+        with _own_errors():
+            tasks = ray.data.from_arrow(blocks).map_batches(
+                _BucketTask(join),
+                batch_size=None,
+                batch_format="pyarrow",
+                zero_copy_batch=True,
+                concurrency=concurrency,
+            )
         for batch in _batches(tasks):
             rows = batch.column(_ROW).to_numpy()
             for name in join.names:
@@ -345,13 +301,13 @@ def _bucket_blocks(keys: pa.Array, as_of_us: IntArray, buckets: NDArray[np.int32
 
 
 def _join_dataset(
-    spine: ray.data.Dataset, joins: Sequence[_Join], as_of: str, concurrency: int | None
+    spine: ray.data.Dataset, joins: Sequence[EntityJoin], as_of: str, concurrency: int | None
 ) -> ray.data.Dataset:
     """The same for a Dataset: its rows are shuffled by bucket once for each entity."""
     schema = spine.schema()
     if schema is None:
         raise SpineError("is empty and has no columns", "give a Dataset with rows", ())
-    _check_columns(schema.names, joins, as_of, reserved=(BUCKET,))
+    check_spine(schema.names, joins, as_of, reserved=(BUCKET,))
     result = spine if SPINE_ROW in schema.names else _numbered(spine)
     for join in joins:
         n_blocks = min(join.event_log.n_buckets, 2 * int(ray.cluster_resources().get("CPU", 1)))
@@ -366,13 +322,41 @@ def _join_dataset(
 
 
 def _numbered(spine: ray.data.Dataset) -> ray.data.Dataset:
-    rows = spine.materialize()
-    return rows.zip(ray.data.range(rows.count()).rename_columns({"id": SPINE_ROW}))
+    """The spine with each row's number; its blocks stay in Ray's memory."""
+    blocks = spine.to_arrow_refs()
+    count, number = ray.remote(_count_rows), ray.remote(_number_rows)
+    rows = ray.get([count.remote(block) for block in blocks])
+    starts = np.cumsum([0, *rows[:-1]]).tolist()
+    return ray.data.from_arrow_refs(
+        [number.remote(block, start) for block, start in zip(blocks, starts, strict=True)]
+    )
 
 
-def _bucket_numbers(event_log: EventLog) -> ray.data.Dataset:
-    """One block a bucket, with its number as ``id``."""
-    return ray.data.range(event_log.n_buckets, override_num_blocks=event_log.n_buckets)
+def _count_rows(block: pa.Table) -> int:
+    return int(block.num_rows)
+
+
+def _number_rows(block: pa.Table, start: int) -> pa.Table:
+    return block.append_column(SPINE_ROW, pa.array(np.arange(start, start + block.num_rows)))
+
+
+def _each_bucket(
+    event_log: EventLog, task: Callable[..., pa.Table], concurrency: int | None = None
+) -> ray.data.Dataset:
+    """One task a bucket, given its number as ``id``."""
+    n_buckets = event_log.n_buckets
+    with _own_errors():
+        numbers = ray.data.range(n_buckets, override_num_blocks=n_buckets)
+        return numbers.map_batches(task, batch_size=None, concurrency=concurrency)
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Datasets made inside let errors of tasks through as they are; Ray Data's wrapper loses their kind."""
+    context = ray.data.DataContext.get_current().copy()
+    context.raise_original_map_exception = True
+    with ray.data.DataContext.current(context):
+        yield
 
 
 def _batches(rows: ray.data.Dataset) -> Iterator[pa.Table]:
@@ -381,13 +365,10 @@ def _batches(rows: ray.data.Dataset) -> Iterator[pa.Table]:
         for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
             if batch.num_rows:
                 yield batch
-    except RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, HeliostatError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+    except RayTaskError as error:
+        if isinstance(error.cause, HeliostatError):
+            raise error.cause from None
+        raise
 
 
 def _collected(rows: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
@@ -404,48 +385,6 @@ def _with(rows: pa.Table, columns: Mapping[str, FloatArray]) -> pa.Table:
     return rows
 
 
-# ── What is asked for ───────────────────────────────────────────────────────────────
-
-
-def _single(features: Sequence[FeatureView | FeatureRef]) -> list[FeatureRef]:
-    """Every single feature that is asked for, in order."""
-    refs: list[FeatureRef] = []
-    for each in features:
-        refs.extend(each if isinstance(each, FeatureView) else [each.view[each.feature]])
-    return refs
-
-
-def _joins(features: Sequence[FeatureView | FeatureRef], event_log: EventLog, known_at_us: int | None) -> list[_Join]:
-    """One join for each entity."""
-    asked: dict[str, FeatureView] = {}
-    for ref in _single(features):
-        if ref.name in asked:
-            raise DuplicateNameError("feature", ref.name, "the point-in-time join")
-        asked[ref.name] = ref.view
-    entities = {view.entity.name: view.entity for view in asked.values()}
-    joins: list[_Join] = []
-    for entity in entities.values():
-        own = {name: view for name, view in asked.items() if view.entity.name == entity.name}
-        views = {view.name: view for view in own.values()}.values()
-        sources = {view.source.name: view.source for view in views}
-        joins.append(
-            _Join(
-                entity=entity,
-                sources=tuple(tuple(each for each in views if each.source.name == name) for name in sources),
-                names=tuple(own),
-                event_log=event_log,
-                versions={name: event_log.version(source, entity) for name, source in sources.items()},
-                known_at_us=known_at_us,
-            )
-        )
-    return joins
-
-
-def _existing(version: int) -> int | None:
-    """The version to read; None where there was no log yet."""
-    return version if version >= 0 else None
-
-
 def _key_schema(entity: Entity) -> pa.Schema:
     return pa.schema([(column, arrow_type(dtype)) for column, dtype in entity.keys.items()])
 
@@ -457,34 +396,3 @@ def _has_keys(table: pa.Table, entity: Entity) -> bool:
 def _at_instant(keys: pa.Table, as_of_us: int) -> pa.Table:
     """Keys with a column ``as_of``."""
     return keys.append_column(AS_OF, pa.array(np.full(keys.num_rows, as_of_us), pa.int64()).cast(TIMESTAMP))
-
-
-def _check_columns(
-    columns: Sequence[str], joins: Sequence[_Join], as_of: str, *, reserved: tuple[str, ...] = ()
-) -> None:
-    """Refuse a spine whose columns can't do."""
-    known = tuple(columns)
-    if as_of not in known:
-        raise SpineError(f"has no column {as_of!r} of instants", "add it, or name yours: as_of=…", known)
-    for name in (*reserved, *(each for join in joins for each in join.names)):
-        if name in known:
-            raise SpineError(f"has a column {name!r} already", "drop or rename it", known)
-
-
-def _instants(spine: pa.Table, as_of: str) -> IntArray:
-    """The instants in microseconds, shape ``(n,)``."""
-    column = spine.column(as_of)
-    known = tuple(spine.column_names)
-    if column.null_count:
-        raise SpineError(f"has no instant ({as_of!r} is null) in {column.null_count} rows", "drop these rows", known)
-    is_instant = pa.types.is_timestamp, pa.types.is_integer, pa.types.is_date
-    try:
-        if any(fits(column.type) for fits in is_instant):
-            return times_us(cast_column(column, TIMESTAMP))
-    except pa.ArrowInvalid:
-        pass  # said below
-    raise SpineError(
-        f"has instants {as_of!r} of type {column.type} that aren't whole microseconds",
-        "give timestamps or int64 microseconds, UTC",
-        known,
-    )

@@ -26,7 +26,8 @@ from heliostat.features.aggregations import (
     TimeSinceLast,
 )
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.offline import compute_features, needed_columns, running
+from heliostat.features.offline import compute_features, needed_columns
+from heliostat.features.timeline import running
 from heliostat.schema import TIMESTAMP, hash64, tie48
 
 NOON_US = parse_instant_us("2026-03-10T12:00:00Z")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from heliostat.errors import HeliostatError
 from heliostat.features.definitions import FeatureView
-from heliostat.features.offline import compute_features, earliest_us, needed_columns, running, unique_events
+from heliostat.features.offline import compute_features, earliest_us, needed_columns, unique_events
+from heliostat.features.timeline import running
 from tests.oracles import Oracle, derived
 from tests.strategies import DEVICE, SHOP, SOURCES, USER, event_streams, key_table, spines, views
 

@@ -1,0 +1,168 @@
+"""Events of many entities in one order, and the arithmetic on stretches of it. Arrays only.
+
+The order is (entity, event time, tie). A window is then a range of positions, found by two
+binary searches, and what a window adds up to follows from arrays made once for all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heliostat.features.aggregations import FloatArray
+from heliostat.features.windows import tile_of
+
+IntArray = NDArray[np.int64]
+
+_LONG_SEGMENT = 48
+_PACKED_BITS = 62
+
+
+class EventIndex:
+    """Finds events by (entity, instant): both packed into one integer, so that one search answers.
+
+    Args:
+        codes: Entity of each event, ``0 ≤ code < n_codes``, shape ``(n,)``, any order.
+        times: Event times, shape ``(n,)``.
+        ties: What breaks ties, shape ``(n,)``.
+        n_codes: Number of entities.
+    """
+
+    def __init__(self, codes: IntArray, times: IntArray, ties: IntArray, *, n_codes: int) -> None:
+        self._origin_us = int(times.min()) if len(times) else 0
+        self._span_us = int(times.max()) - self._origin_us + 1 if len(times) else 1
+        self._bits = self._span_us.bit_length()
+        self._instants: IntArray | None = None
+        if self._bits + n_codes.bit_length() > _PACKED_BITS:
+            # Too long a time for one integer: the rank of an instant is as good, and shorter.
+            self._instants = np.unique(times)
+            self._bits = len(self._instants).bit_length()
+        packed = self.packed(codes, times)
+        self.order = _ordered(packed, ties)
+        self._packed = packed[self.order]
+        self.begins: IntArray = np.searchsorted(self._packed, np.arange(n_codes) << self._bits)
+
+    def packed(self, codes: IntArray, instants_us: IntArray) -> IntArray:
+        """One integer for each (entity, instant), in the same order; beyond all events is all one."""
+        if self._instants is not None:
+            return (codes << self._bits) | np.searchsorted(self._instants, instants_us)
+        return (codes << self._bits) | np.clip(instants_us - self._origin_us, 0, self._span_us)
+
+    def positions(self, codes: IntArray, instants_us: IntArray) -> IntArray:
+        """The first of the entity's events at or after each instant, as a position in order."""
+        return np.searchsorted(self._packed, self.packed(codes, instants_us))
+
+
+def _ordered(packed: IntArray, ties: IntArray) -> IntArray:
+    """The order of (packed, tie); most are told apart by the first alone."""
+    order = np.argsort(packed)
+    equal = np.diff(packed[order]) == 0
+    if equal.any():
+        tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))
+        members = order[tied]
+        order[tied] = members[np.lexsort((ties[members], packed[members]))]
+    return order
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The events that each row's window holds: positions ``[low, high)``, shape ``(m,)`` each."""
+
+    low: IntArray
+    high: IntArray
+
+    @cached_property
+    def empty(self) -> NDArray[np.bool_]:
+        """Rows whose window holds no event."""
+        return self.low >= self.high
+
+
+class Tiles:
+    """The events of a timeline, cut at the tiles of one hop.
+
+    Args:
+        codes: Entity of each event, shape ``(n,)``, ascending.
+        times: Event times, ascending within an entity.
+        hop_us: Tile length.
+    """
+
+    def __init__(self, codes: IntArray, times: IntArray, hop_us: int) -> None:
+        number = tile_of(times, hop_us)
+        self.starts = np.flatnonzero(changes(codes, number))
+        self.ends = np.append(self.starts[1:], len(codes))
+        self.codes, self.numbers = codes[self.starts], number[self.starts]
+        self.of_event = np.repeat(np.arange(len(self.starts)), self.ends - self.starts)
+
+    def blocks(self, tiles_a_window: int | None) -> IntArray:
+        """The block of each tile; with no window, one block an entity."""
+        return np.zeros_like(self.numbers) if tiles_a_window is None else self.numbers // tiles_a_window
+
+
+def changes(*columns: IntArray) -> NDArray[np.bool_]:
+    """Where any column differs from the row before; True at the first row."""
+    changed = np.ones(len(columns[0]), dtype=np.bool_)
+    changed[1:] = False
+    for column in columns:
+        changed[1:] |= column[1:] != column[:-1]
+    return changed
+
+
+def running(ufunc: np.ufunc, values: FloatArray, starts: IntArray) -> FloatArray:
+    """Accumulate each segment from its beginning, strictly from left to right.
+
+    The order is fixed so that a result's bits depend on its own segment up to there and on
+    nothing else: no pairwise tricks, no total of neighbours.
+
+    Args:
+        ufunc: ``np.add``, ``np.minimum`` or ``np.maximum``.
+        values: Shape ``(n,)``.
+        starts: Where segments begin, ascending; the first is 0.
+
+    Returns:
+        Shape ``(n,)``: at ``i`` the accumulation from its segment's start up to and including ``i``.
+    """
+    result = values.copy()
+    lengths = np.diff(starts, append=len(values))
+    for position in np.flatnonzero(lengths > _LONG_SEGMENT):
+        span = slice(starts[position], starts[position] + lengths[position])
+        ufunc.accumulate(values[span], out=result[span])
+    short = np.flatnonzero((lengths > 1) & (lengths <= _LONG_SEGMENT))
+    if len(short):
+        short = short[np.argsort(-lengths[short], kind="stable")]
+        at, rest = starts[short], lengths[short]
+        for step in range(1, int(rest[0])):
+            at = at[: np.searchsorted(-rest, -step, side="left")] + 1
+            result[at] = ufunc(result[at - 1], result[at])
+    return result
+
+
+def counted(marked: NDArray[np.bool_], ranges: Ranges) -> FloatArray:
+    """How many marked events each range holds."""
+    total = np.concatenate([[0], np.cumsum(marked)])
+    counts: FloatArray = (total[ranges.high] - total[ranges.low]).astype(np.float64)
+    return counts
+
+
+def first_of(groups: IntArray, used: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Marks the first usable event of each group; groups ascend."""
+    marked = np.zeros(len(groups), dtype=np.bool_)
+    positions = np.flatnonzero(used)
+    marked[positions[changes(groups[positions])]] = True
+    return marked
+
+
+def edges(used: NDArray[np.bool_], ranges: Ranges, *, first: bool) -> tuple[IntArray, NDArray[np.bool_]]:
+    """The first or last usable event of each range, and whether there is one."""
+    n = len(used)
+    if first:
+        following = np.minimum.accumulate(np.where(used, np.arange(n), n)[::-1])[::-1]
+        position = np.append(following, n)[ranges.low]
+        found = position < ranges.high
+    else:
+        preceding = np.maximum.accumulate(np.where(used, np.arange(n), -1))
+        position = np.insert(preceding, 0, -1)[ranges.high]
+        found = position >= ranges.low
+    return np.where(found, position, 0), found

@@ -1,0 +1,138 @@
+"""What a join asks for, and one bucket's answer: no Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from heliostat.clock import US_PER_DAY
+from heliostat.errors import DuplicateNameError, SpineError, UnknownFeatureError
+from heliostat.features.aggregations import Count, Sum
+from heliostat.features.bucket_join import check_spine, entity_joins, single_features, spine_instants_us
+from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
+from heliostat.schema import TIMESTAMP
+from heliostat.storage.event_log import EventLog
+
+DAY_US = 20_000 * US_PER_DAY
+
+USER, SHOP = Entity("user", keys={"user_id": "int64"}), Entity("shop", keys={"shop": "string"})
+SALES = EventSource(
+    "sales",
+    schema=pa.schema(
+        [
+            ("id", pa.int64()),
+            ("user_id", pa.int64()),
+            ("shop", pa.string()),
+            ("at", TIMESTAMP),
+            ("amount", pa.float64()),
+        ]
+    ),
+    entity=(USER, SHOP),
+    event_time="at",
+    event_id="id",
+)
+SPENDING = FeatureView(
+    "spending", version=1, source=SALES, entity=USER, features={"n": Count(), "sum": Sum("amount", window="30d")}
+)
+DEMAND = FeatureView("demand", version=1, source=SALES, entity=SHOP, features={"n": Count()})
+
+
+def sales(first: int, n: int) -> pa.Table:
+    ids = np.arange(first, first + n)
+    return pa.table(
+        {
+            "id": ids,
+            "user_id": ids % 7,
+            "shop": [f"shop {number % 3}" for number in ids],
+            "at": pa.array(DAY_US - US_PER_DAY * (1 + ids % 5)).cast(TIMESTAMP),
+            "amount": ids.astype(float),
+        },
+        schema=SALES.schema,
+    )
+
+
+def test_features_are_grouped_by_entity_and_keep_their_order(tmp_path: Path) -> None:
+    asked = [SPENDING["sum"], DEMAND, SPENDING["n"]]
+    assert [ref.name for ref in single_features(asked)] == ["spending__sum", "demand__n", "spending__n"]
+    joins = entity_joins(asked, EventLog(str(tmp_path), n_buckets=2), None)
+    assert [(join.entity.name, join.names) for join in joins] == [
+        ("user", ("spending__sum", "spending__n")),
+        ("shop", ("demand__n",)),
+    ]
+
+
+def test_a_feature_that_is_unknown_or_asked_for_twice_is_named(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path), n_buckets=2)
+    with pytest.raises(UnknownFeatureError, match="'nope'; it defines: n, sum"):
+        entity_joins([FeatureRef(SPENDING, "nope")], log, None)
+    with pytest.raises(DuplicateNameError, match="spending__n"):
+        entity_joins([SPENDING, SPENDING["n"]], log, None)
+
+
+def test_rows_of_all_buckets_are_answered_from_the_version_the_join_began_with(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path), n_buckets=3)
+    log.append(SALES, sales(0, 70), ingested_us=1)
+    (join,) = entity_joins([SPENDING], log, None)
+    log.append(SALES, sales(70, 70), ingested_us=2)
+    keys = pa.array([*range(7), 99])
+    as_of_us = np.full(8, DAY_US)
+    found = join.all_columns(USER.buckets(keys, 3), keys, as_of_us)
+    amounts = np.bincount(np.arange(70) % 7, weights=np.arange(70.0), minlength=8)
+    assert found["spending__n"].tolist() == [10.0] * 7 + [0.0]
+    assert found["spending__sum"].tolist() == amounts.tolist()
+    (later,) = entity_joins([SPENDING], log, None)
+    assert later.all_columns(USER.buckets(keys, 3), keys, as_of_us)["spending__n"].tolist() == [20.0] * 7 + [0.0]
+    (known,) = entity_joins([SPENDING], log, 1)
+    assert known.all_columns(USER.buckets(keys, 3), keys, as_of_us)["spending__n"].tolist() == [10.0] * 7 + [0.0]
+
+
+def test_a_log_that_does_not_exist_yet_has_no_events(tmp_path: Path) -> None:
+    (join,) = entity_joins([DEMAND], EventLog(str(tmp_path), n_buckets=3), None)
+    keys = pa.array(["shop 1"])
+    assert join.all_columns(SHOP.buckets(keys, 3), keys, np.array([DAY_US]))["demand__n"].tolist() == [0.0]
+
+
+def test_no_rows_give_columns_without_rows(tmp_path: Path) -> None:
+    (join,) = entity_joins([SPENDING], EventLog(str(tmp_path), n_buckets=3), None)
+    none = join.all_columns(np.array([], np.int32), pa.array([], pa.int64()), np.array([], np.int64))
+    assert {name: len(values) for name, values in none.items()} == {"spending__n": 0, "spending__sum": 0}
+
+
+@pytest.mark.parametrize(
+    "instants",
+    [
+        pa.array([DAY_US]),
+        pa.array([DAY_US]).cast(pa.timestamp("us")),
+        pa.array([DAY_US]).cast(pa.timestamp("us")).cast(pa.timestamp("s")),
+        pa.array([DAY_US]).cast(pa.timestamp("us", tz="America/New_York")),
+        pa.array([DAY_US // US_PER_DAY], pa.int32()).cast(pa.date32()),
+    ],
+    ids=str,
+)
+def test_instants_of_every_kind_are_microseconds(instants: pa.Array) -> None:
+    assert spine_instants_us(pa.table({"q": instants}), "q").tolist() == [DAY_US]
+
+
+@pytest.mark.parametrize(
+    ("instants", "problem"),
+    [
+        (pa.array([None], TIMESTAMP), "is null"),
+        (pa.array(["2026-01-01"]), "type string"),
+        (pa.array([1.5]), "type double"),
+        (pa.array([1]).cast(pa.timestamp("ns")), "aren't whole microseconds"),
+    ],
+)
+def test_instants_that_are_none_are_refused(instants: pa.Array, problem: str) -> None:
+    with pytest.raises(SpineError, match=problem):
+        spine_instants_us(pa.table({"q": instants}), "q")
+
+
+def test_a_spine_without_instants_or_with_a_features_name_is_refused(tmp_path: Path) -> None:
+    joins = entity_joins([DEMAND], EventLog(str(tmp_path), n_buckets=3), None)
+    with pytest.raises(SpineError, match="no column 'as_of'.*shop, when"):
+        check_spine(["shop", "when"], joins, "as_of")
+    with pytest.raises(SpineError, match="'demand__n' already"):
+        check_spine(["shop", "as_of", "demand__n"], joins, "as_of")
