@@ -27,7 +27,8 @@ def main(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="With --run: train even if nothing is due.")] = False,
     challenger: Annotated[
-        float | None, typer.Option(help="Let the candidate serve this share in a split, instead of promoting it.")
+        float | None,
+        typer.Option(help="Let it serve this share in a split, instead of promoting it.", min=0.01, max=0.99),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model; needed if several are declared.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision, or what was done, as JSON.")] = False,
