@@ -243,7 +243,8 @@ def search(
         metric="loss",
         mode="min",
         max_t=settings.rounds + 1,
-        grace_period=min(_GRACE_ROUNDS, settings.rounds),
+        # Small steps look bad at first: a third of all rounds is a fair hearing.
+        grace_period=min(max(_GRACE_ROUNDS, settings.rounds // 3), settings.rounds),
     )
     results = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, fold=fold), {"cpu": 1}),

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -80,23 +80,6 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Production:
-    """The version that serves now, as it was when the candidate was compared with it.
-
-    Attributes:
-        version: Its number.
-        revision: The alias's revision.
-        scores: Its scores of the validation rows, shape ``(n,)``; None if it can't be compared.
-        problem: Why it can't.
-    """
-
-    version: int
-    revision: int
-    scores: FloatArray | None
-    problem: str = ""
-
-
-@dataclass(frozen=True)
 class TrainingReport:
     """What a training did.
 
@@ -125,8 +108,8 @@ class TrainingReport:
     baseline: Baseline
     gate: GateReport
     compared_with: int | None
-    promoted: bool
-    seconds: Mapping[str, float]
+    promoted: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -199,12 +182,10 @@ def train(
     with stopwatch.stage("rows"):
         tell("building the training set")
         split = _split(workspace, spec, instants_us, validation_us)
-        current = _current(workspace, spec)
-        training_set = build_training_set(
-            spec, workspace.event_log, split, extra=() if current is None else current.extra
-        )
-    training, validation = training_set.training, training_set.validation
-
+        production = Production.of(workspace, spec)
+        needed = () if production is None else production.features
+        training_set = build_training_set(spec, workspace.event_log, split, extra=needed)
+        training = training_set.training
     recipe = Recipe.of(spec, seed=settings.seed)
     with _scratch(workspace) as storage:
         with stopwatch.stage("search"):
@@ -214,75 +195,100 @@ def train(
         with stopwatch.stage("fit"):
             tell(f"fitting {trials[0].rounds} rounds on {settings.workers} worker(s)")
             text = fit_final(recipe, training, trials[0], workers=settings.workers, storage=storage)
-
-    with stopwatch.stage("evaluation"):
-        tell(f"judging on {len(validation):,} rows that no step has seen")
-        package = ModelPackage(text, Signature.of(spec), spec.objective)
-        candidate = package.load()
-        scores = candidate.predict(validation.matrix)
-        sorted_by = baseline_feature(spec)
-        column = spec.feature_names.index(sorted_by)
-        slices = default_slices(validation.as_of_us, {sorted_by: validation.matrix[:, column]})
-        rows = Rows(validation.labels, validation.entities, slices)
-        evaluation = evaluate(spec, rows, scores, seed=settings.seed)
-        production = None if current is None else current.on(training_set)
-        gate = judge(
-            spec,
-            rows,
-            scores,
-            evaluation,
-            signature=candidate.signature.names,
-            production=None if production is None else production.scores,
-            incomparable=None if production is None else production.problem,
-            latency_ms=_latency_ms(candidate, validation.matrix),
-            seed=settings.seed,
+    with stopwatch.stage("verdict"):
+        tell(f"judging on {len(training_set.validation):,} rows that no step has seen")
+        parameters = {**recipe.parameters, **trials[0].parameters, "rounds": trials[0].rounds}
+        package = ModelPackage(text, Signature.of(spec), spec.objective, parameters=parameters)
+        report = conclude(
+            workspace, spec, training_set, package, trials, production=production, profile_of=profile_of
         )
-        baseline = _baseline(spec, training_set, rows, scores, column)
+        if promote and report.gate.passed:
+            tell(f"promoting version {report.version}")
+            report = promote_candidate(workspace, report, production=production, reason=reason)
+    return replace(report, seconds=stopwatch.seconds)
 
-    with stopwatch.stage("registry"):
-        package = ModelPackage(
-            text,
-            Signature.of(spec),
-            spec.objective,
-            profile=profile_of(training.matrix, spec.feature_names, candidate.predict(training.matrix))
-            if profile_of is not None
-            else None,
-            metrics={**evaluation.as_dict(), "baseline": baseline.as_dict()},
-            parameters={**recipe.parameters, **trials[0].parameters, "rounds": trials[0].rounds},
-        )
-        version = workspace.models.register(
-            spec,
-            package,
-            lineage=lineage_of(
-                training_set, settings, trials, compared_with=None if production is None else production.version
-            ),
-        ).version
-        workspace.models.record_gate(spec.name, version, gate.as_dict())
-        promoted = promote and gate.passed
-        if promoted:
-            tell(f"promoting version {version}")
-            workspace.promote(
-                spec.name,
-                version,
-                expected_revision=0 if production is None else production.revision,
-                gate=gate.as_dict(),
-                evidence={"evaluation": evaluation.as_dict(), "fingerprint": training_set.fingerprint},
-                reason=reason or "trained, and the gate let it through",
-            )
+
+def conclude(
+    workspace: Workspace,
+    spec: ModelSpec,
+    training_set: TrainingSet,
+    package: ModelPackage,
+    trials: Sequence[Trial],
+    *,
+    production: Production | None,
+    profile_of: ProfileOf | None = None,
+) -> TrainingReport:
+    """Judge a fitted model on the validation rows, and register it with its evidence. Needs no Ray.
+
+    Args:
+        workspace: Registry and settings.
+        spec: The model.
+        training_set: What it was fitted on, and is judged by.
+        package: The fitted booster and its parameters.
+        trials: Of the search, best first.
+        production: The version to compare with; None: nothing serves.
+        profile_of: Makes the reference profile.
+    """
+    settings = workspace.settings.training
+    training, validation = training_set.training, training_set.validation
+    candidate = package.load()
+    scores = candidate.predict(validation.matrix)
+    column = spec.feature_names.index(baseline_feature(spec))
+    slices = default_slices(validation.as_of_us, {spec.feature_names[column]: validation.matrix[:, column]})
+    rows = Rows(validation.labels, validation.entities, slices)
+    evaluation = evaluate(spec, rows, scores, seed=settings.seed)
+    gate = judge(
+        spec,
+        rows,
+        scores,
+        evaluation,
+        signature=candidate.signature.names,
+        production=None if production is None else production.scores(training_set),
+        incomparable=None if production is None else production.problem,
+        latency_ms=_latency_ms(candidate, validation.matrix),
+        seed=settings.seed,
+    )
+    baseline = _baseline(spec, training_set, rows, scores, column)
+    compared_with = None if production is None or production.problem else production.version
+    profile = profile_of and profile_of(training.matrix, spec.feature_names, candidate.predict(training.matrix))
+    version = workspace.models.register(
+        spec,
+        replace(package, profile=profile, metrics={**evaluation.as_dict(), "baseline": baseline.as_dict()}),
+        lineage=lineage_of(training_set, settings, trials, compared_with=compared_with),
+    ).version
+    workspace.models.record_gate(spec.name, version, gate.as_dict())
     return TrainingReport(
         model=spec.name,
         version=version,
         fingerprint=training_set.fingerprint,
-        split=split,
+        split=training_set.split,
         rows=(len(training), len(validation)),
-        trials=trials,
+        trials=tuple(trials),
         evaluation=evaluation,
         baseline=baseline,
         gate=gate,
-        compared_with=None if production is None or production.scores is None else production.version,
-        promoted=promoted,
-        seconds=stopwatch.seconds,
+        compared_with=compared_with,
     )
+
+
+def promote_candidate(
+    workspace: Workspace, report: TrainingReport, *, production: Production | None, reason: str = ""
+) -> TrainingReport:
+    """Make a judged candidate the one that serves, if production is still what it was compared with.
+
+    Raises:
+        GateFailedError: If the gate didn't let it through.
+        PromotionConflictError: If somebody else has moved the alias meanwhile.
+    """
+    workspace.promote(
+        report.model,
+        report.version,
+        expected_revision=0 if production is None else production.revision,
+        gate=report.gate.as_dict(),
+        evidence={"evaluation": report.evaluation.as_dict(), "fingerprint": report.fingerprint},
+        reason=reason or "trained, and the gate let it through",
+    )
+    return replace(report, promoted=True)
 
 
 def _split(workspace: Workspace, spec: ModelSpec, instants_us: Sequence[int], validation_us: Sequence[int]) -> Split:
@@ -303,46 +309,46 @@ def _split(workspace: Workspace, spec: ModelSpec, instants_us: Sequence[int], va
 # ── Production ──────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class _Current:
-    """The production version, before its scores are known.
+@dataclass(frozen=True, eq=False)
+class Production:
+    """The version that serves now, to be compared with.
 
     Attributes:
         version: Its number.
-        revision: The alias's revision.
+        revision: The alias's revision: a promotion fails if it has moved since.
         model: Loaded.
-        extra: Features that it needs.
+        features: What it needs, as declared now.
         problem: Why it can't be compared; empty if it can.
     """
 
     version: int
     revision: int
     model: LoadedModel
-    extra: tuple[FeatureRef, ...]
+    features: tuple[FeatureRef, ...]
     problem: str
 
-    def on(self, training_set: TrainingSet) -> Production:
-        """Its scores of the validation rows."""
+    @classmethod
+    def of(cls, workspace: Workspace, spec: ModelSpec) -> Production | None:
+        """The production version of a model; None if nothing serves."""
+        alias = workspace.models.alias(spec.name, PRODUCTION)
+        if alias is None:
+            return None
+        registered, problem = workspace.models.get(spec.name, alias.version), ""
+        features: tuple[FeatureRef, ...] = ()
+        try:
+            features = version_features(registered, workspace.definitions.views)
+        except StaleVersionError as error:
+            problem = f"its features of {', '.join(error.views)} mean something else since it was trained"
+        if registered.lineage.get("label_hash", spec.label.content_hash) != spec.label.content_hash:
+            problem = f"label {spec.label.name!r} means something else since it was trained"
+        model = workspace.models.load(spec.name, alias.version)
+        return cls(alias.version, alias.revision, model, features, problem)
+
+    def scores(self, training_set: TrainingSet) -> FloatArray | None:
+        """Its scores of the validation rows, shape ``(n,)``; None if it can't be compared."""
         if self.problem:
-            return Production(self.version, self.revision, None, self.problem)
-        matrix = training_set.matrix(self.model.signature.names)[training_set.is_validation]
-        return Production(self.version, self.revision, self.model.predict(matrix))
-
-
-def _current(workspace: Workspace, spec: ModelSpec) -> _Current | None:
-    """The production version, if there is one, and whether today's definitions can still compute its features."""
-    alias = workspace.models.alias(spec.name, PRODUCTION)
-    if alias is None:
-        return None
-    model = workspace.models.load(spec.name, alias.version)
-    registered = workspace.models.get(spec.name, alias.version)
-    try:
-        extra, problem = version_features(registered, workspace.definitions.views), ""
-    except StaleVersionError as error:
-        extra, problem = (), f"its features {', '.join(error.views)} mean something else since it was trained"
-    if registered.lineage.get("label_hash", spec.label.content_hash) != spec.label.content_hash:
-        problem = f"label {spec.label.name!r} means something else since it was trained"
-    return _Current(alias.version, alias.revision, model, () if problem else extra, problem)
+            return None
+        return self.model.predict(training_set.matrix(self.model.signature.names)[training_set.is_validation])
 
 
 # ── Judging ─────────────────────────────────────────────────────────────────────────
