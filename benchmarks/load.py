@@ -1,0 +1,155 @@
+"""A load generator for one loopback address: bounded in time and number, one line of JSON out.
+
+    python benchmarks/load.py http://127.0.0.1:8000/predict --entities 100 --concurrency 16 --seconds 2
+
+Keeps ``concurrency`` connections busy: each sends a request, waits for its answer, sends the
+next. Nothing but the standard library, so that the client costs the server as little of the
+machine as it can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from urllib.parse import urlsplit
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_SECONDS = 60.0
+MOST_REQUESTS = 500_000
+MOST_CONNECTIONS = 256
+_ANSWER_LIMIT_S = 15.0
+_BODIES = 512
+
+
+@dataclass
+class Outcome:
+    """What a run has shown.
+
+    Attributes:
+        requests: Answers with status 200.
+        failed: Other answers, broken connections and missing answers.
+        seconds: How long it took.
+        latencies_ms: One an answer, milliseconds.
+        first_failure: What the first failed one was.
+    """
+
+    requests: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    latencies_ms: list[float] = field(default_factory=list)
+    first_failure: str = ""
+
+    def summary(self) -> dict[str, float | int | str]:
+        """Figures, without the single latencies."""
+        found = asdict(self)
+        ordered = sorted(found.pop("latencies_ms")) or [float("nan")]
+        found["requests_per_s"] = self.requests / self.seconds if self.seconds else 0.0
+        for name, share in (("p50_ms", 0.5), ("p99_ms", 0.99)):
+            found[name] = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return found
+
+
+def bodies(entities: int, population: int, *, seed: int) -> list[bytes]:
+    """Request bodies that ask for random entities ``1 … population``."""
+    rng = random.Random(seed)
+    return [
+        json.dumps({"entity_ids": [rng.randint(1, population) for _ in range(entities)]}).encode()
+        for _ in range(_BODIES)
+    ]
+
+
+async def generate(url: str, requests: list[bytes], *, concurrency: int, seconds: float, most: int) -> Outcome:
+    """Send requests for a while.
+
+    Args:
+        url: Of this machine.
+        requests: Bodies, sent in turn.
+        concurrency: Connections.
+        seconds: How long.
+        most: Requests at most.
+
+    Raises:
+        ValueError: If the address isn't this machine's, or a bound is exceeded.
+    """
+    parts = urlsplit(url)
+    if parts.hostname not in LOOPBACK or parts.port is None:
+        raise ValueError(f"{url!r}: only a loopback address with a port may be loaded")
+    if not (0 < seconds <= MOST_SECONDS and 0 < most <= MOST_REQUESTS and 0 < concurrency <= MOST_CONNECTIONS):
+        raise ValueError(f"at most {MOST_SECONDS:g} s, {MOST_REQUESTS} requests, {MOST_CONNECTIONS} connections")
+    head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+    payloads = [f"{head}Content-Length: {len(each)}\r\n\r\n".encode() + each for each in requests]
+    outcome = Outcome()
+    begin = time.perf_counter()
+    turns = iter(range(most))
+    end = begin + seconds
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrency):
+            group.create_task(_client(parts.hostname, parts.port, payloads, turns, end, outcome))
+    outcome.seconds = time.perf_counter() - begin
+    return outcome
+
+
+async def _client(host: str, port: int, payloads: list[bytes], turns: object, end: float, outcome: Outcome) -> None:
+    writer: asyncio.StreamWriter | None = None
+    for turn in turns:  # type: ignore[attr-defined] # an iterator that all clients share
+        if time.perf_counter() >= end:
+            break
+        try:
+            if writer is None:
+                reader, writer = await asyncio.open_connection(host, port)
+            begin = time.perf_counter()
+            writer.write(payloads[turn % len(payloads)])
+            async with asyncio.timeout(_ANSWER_LIMIT_S):
+                status, closes = await _read_answer(reader)
+            outcome.latencies_ms.append((time.perf_counter() - begin) * 1e3)
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:  # TimeoutError is an OSError
+            status, closes = f"{type(error).__name__}: {error}", True
+        if status == "200":
+            outcome.requests += 1
+        else:
+            outcome.failed += 1
+            outcome.first_failure = outcome.first_failure or status
+        if closes and writer is not None:
+            writer.close()
+            writer = None
+    if writer is not None:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _read_answer(reader: asyncio.StreamReader) -> tuple[str, bool]:
+    """Status, and whether the connection is closed after it."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    status = head.split(" ", 2)[1]
+    length = int(head.partition("content-length:")[2].partition("\r\n")[0])
+    await reader.readexactly(length)
+    return status, "connection: close" in head
+
+
+def main() -> int:
+    """Run as a program; exit code 1 if no request succeeded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url", help="http://127.0.0.1:PORT/predict")
+    parser.add_argument("--entities", type=int, default=1, help="entities a request")
+    parser.add_argument("--population", type=int, default=2_000, help="entity ids are 1 to this")
+    parser.add_argument("--concurrency", type=int, default=16, help="connections")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long")
+    parser.add_argument("--most", type=int, default=100_000, help="requests at most")
+    parser.add_argument("--seed", type=int, default=1, help="which entities")
+    given = parser.parse_args()
+    asked = bodies(given.entities, given.population, seed=given.seed)
+    run = generate(given.url, asked, concurrency=given.concurrency, seconds=given.seconds, most=given.most)
+    outcome = asyncio.run(run)
+    print(json.dumps(outcome.summary()))
+    return 0 if outcome.requests else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
