@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig, HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -42,6 +43,9 @@ APP_NAME = "heliostat"
 _CPUS = 0.1
 # Calls that a stage works on at a time: the gateway's batches, not requests.
 _CALLS_A_STAGE = 64
+_LOOPBACK = ("127.0.0.1", "localhost")
+_ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104 - compared with
+_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 _logger = logging.getLogger("heliostat.gateway")
@@ -156,7 +160,8 @@ def build(arguments: GraphArguments) -> Application:
     settings = load_settings(arguments.config, environ=os.environ)
     given = arguments.model_dump(exclude={"config"}, exclude_none=True)
     serving = settings.serving.model_copy(update=given)
-    return graph(Workspace.open(settings.model_copy(update={"serving": serving})).settings)
+    with Workspace.open(settings.model_copy(update={"serving": serving})) as workspace:
+        return graph(workspace.settings)
 
 
 def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
@@ -173,13 +178,19 @@ def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
         DeploymentFailedError: If it doesn't come up; with Serve's reason.
     """
     serving = settings.serving
-    port = serving.port or _free_port(serving.host)
-    serve.start(http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(
+        http_options=HTTPOptions(host=serving.host, port=serving.port or _free_ports(serving.host, 1)[0]),
+        controller_options={"runtime_env": {"env_vars": _own_ports(serving.host)}},
+        logging_config=_LOGGING,
+    )
     try:
         serve.run(graph(settings), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         raise DeploymentFailedError(APP_NAME, _reason(error)) from error
-    url = f"http://{serving.host}:{port}"
+    # A Serve that ran already keeps its port, whatever was asked for; nothing public tells which that is.
+    ingress = _get_global_client().http_config
+    url = f"http://{'127.0.0.1' if ingress.host in _ALL_INTERFACES else ingress.host}:{ingress.port}"
     _wait_for(f"{url}/healthz", timeout_s)
     return url
 
@@ -214,7 +225,21 @@ def _wait_for(url: str, timeout_s: float) -> None:
     raise DeploymentFailedError(APP_NAME, f"{url} doesn't answer: {last}")
 
 
-def _free_port(host: str) -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def _own_ports(host: str) -> dict[str, str]:
+    """Ports of the ingress beside the one for requests, so that a machine can have several ingresses.
+
+    Only where the ingress is this machine's alone: on a cluster they are what Prometheus and firewalls
+    were told. What the environment says already is kept.
+    """
+    if host not in _LOOPBACK:
+        return {}
+    names = [name for name in _PORTS if name not in os.environ]
+    return {name: str(port) for name, port in zip(names, _free_ports(host, len(names)), strict=True)}
+
+
+def _free_ports(host: str, count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]

@@ -49,9 +49,7 @@ AnswerT = TypeVar("AnswerT")
 def feature_readers(workspace: Workspace) -> FeatureReaders:
     """Plans of what is read of the online store."""
     settings = workspace.settings
-    limits = RingLimits(
-        lateness_us=settings.ingestion.lateness_us, future_tolerance_us=settings.ingestion.future_tolerance_us
-    )
+    limits = RingLimits.of(settings.ingestion)
     keys = workspace.online_config.keys
     return FeatureReaders(workspace.definitions, keys=keys, n_buckets=settings.storage.buckets, limits=limits)
 

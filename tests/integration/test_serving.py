@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,13 +12,16 @@ import lightgbm as lgb
 import numpy as np
 import orjson
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
+from deployments import graph
 from deployments.gateway import build_app
 from deployments.stages import gateway_parts
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.monitoring.profile import Profile
 from heliostat.serving.requests import PredictAnswer
-from heliostat.settings import OnlineSettings, ServingSettings, Settings
+from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.workspace import Workspace
 
 
@@ -403,3 +407,129 @@ def test_a_broken_artifact_is_answered_by_the_mean_prediction_of_training(shop: 
         assert answer["entities"][0]["fallback"] == "other_version"
 
     shop.run(scenario)
+
+
+# ── On Ray Serve ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def shop_on_serve(session_home: Path, valkey: str, ray_local: None) -> Iterator[Shop]:  # noqa: ARG001 - it must run
+    settings = Settings(
+        project="on-serve",
+        home=session_home / "on-serve",
+        online=OnlineSettings(url=valkey),
+        clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
+        serving=ServingSettings(port=0),
+    )
+    with Workspace.open(settings) as workspace:
+        yield Shop(workspace)
+    graph.undeploy()
+
+
+def deployed(shop: Shop, **changes: object) -> str:
+    settings = shop.workspace.settings
+    return graph.deploy(settings.model_copy(update={"serving": settings.serving.model_copy(update=changes)}))
+
+
+def test_on_serve_a_promotion_under_load_drops_no_request_and_mixes_no_versions(shop_on_serve: Shop) -> None:
+    shop_on_serve.workspace.rollout.serve("churn", 1, reason="the first one")
+    url = deployed(shop_on_serve)
+
+    async def scenario() -> None:
+        async with Client(base_url=url, timeout=20) as client:
+            versions: list[int] = []
+            warm, promoted = asyncio.Event(), asyncio.Event()
+
+            async def ask() -> None:
+                for _ in range(40):
+                    expected = promoted.is_set()
+                    reply = await client.post("/predict", json={"entity_ids": [1, 2, 3]})
+                    assert reply.status_code == 200, reply.text
+                    version = reply.json()["model_version"]
+                    assert {each["model_version"] for each in reply.json()["entities"]} == {version}
+                    assert version == 2 or not expected, "a request after the promotion got the old version"
+                    versions.append(version)
+                    if len(versions) == 80:
+                        warm.set()
+
+            async def promote() -> None:
+                await warm.wait()
+                await asyncio.to_thread(shop_on_serve.workspace.rollout.serve, "churn", 2, reason="better")
+                promoted.set()
+
+            await asyncio.gather(promote(), *(ask() for _ in range(8)))
+            assert set(versions) == {1, 2}
+            assert len(versions) == 320
+
+    asyncio.run(scenario())
+
+
+def test_on_serve_clients_who_hang_up_leave_everybody_else_served(shop_on_serve: Shop) -> None:
+    url = deployed(shop_on_serve)
+    host, port = url.removeprefix("http://").split(":")
+    body = orjson.dumps({"entity_ids": list(range(50))})
+    head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+
+    async def rude(pause_s: float) -> None:
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head + body)
+        await writer.drain()
+        await asyncio.sleep(pause_s)
+        writer.transport.abort()
+
+    async def scenario() -> None:
+        async with Client(base_url=url, timeout=20) as client:
+
+            async def ask() -> None:
+                for _ in range(20):
+                    reply = await client.post("/predict", json={"entity_ids": [1]})
+                    assert reply.status_code == 200, reply.text
+
+            await asyncio.gather(*(rude(n % 20 / 1_000) for n in range(100)), ask(), ask())
+            assert (await client.get("/readyz")).json() == {"status": "ready"}
+
+    asyncio.run(scenario())
+
+
+def test_on_serve_errors_keep_their_status_and_their_document(shop_on_serve: Shop) -> None:
+    url = deployed(shop_on_serve)
+    with httpx.Client(base_url=url) as client:
+        reply = client.post("/predict", content=b"{not json")
+        assert (reply.status_code, reply.json()["error"]) == (400, "malformed_body")
+        reply = client.post("/predict", content=b" " * 1_100_000)
+        assert (reply.status_code, reply.json()["error"]) == (413, "body_too_large")
+        reply = client.get("/nope")
+        assert (reply.status_code, reply.json()["error"]) == (404, "unknown_path")
+
+
+def test_the_distributed_graph_says_what_the_fused_one_says_and_marks_what_fails(shop_on_serve: Shop) -> None:
+    workspace = shop_on_serve.workspace
+    workspace.rollout.serve("churn", 1, reason="back to the first one")
+    asked = {"entity_ids": list(range(1, 41)), "features": {"3": {"count_30d": 7}}}
+    with httpx.Client(base_url=deployed(shop_on_serve), timeout=20) as client:
+        events = [purchase(n, 1 + n % 9, "1998-06-20") for n in range(40)]
+        assert client.post("/events", json={"source": "purchases", "events": events}).status_code == 200
+        workspace.rollout.start_split("churn", experiment="placements", control=1, challenger=2, weight=0.5)
+        fused = client.post("/predict", json=asked).json()
+    with httpx.Client(base_url=deployed(shop_on_serve, placement="distributed"), timeout=20) as client:
+        spread = client.post("/predict", json=asked).json()
+        assert spread["predictions"] == fused["predictions"]
+        for left, right in zip(fused["entities"], spread["entities"], strict=True):
+            assert {**left, "prediction_id": ""} == {**right, "prediction_id": ""}
+        assert {each["variant"] for each in spread["entities"]} == {"control", "challenger"}
+        folder = workspace.settings.home / "data" / "artifacts"
+        third = register(workspace, 3)
+        (folder / workspace.models.get("churn", third).artifact / "model.txt").write_text("broken")
+        workspace.rollout.stop("churn", reason="enough")
+        workspace.rollout.serve("churn", third, reason="broken on purpose")
+        answer = client.post("/predict", json=asked).json()
+        assert {each["fallback"] for each in answer["entities"]} == {"other_version"}
+
+
+def test_the_deploy_file_fits_serve_and_the_graphs_arguments() -> None:
+    document = yaml.safe_load(Path("configs/serve.yaml").read_text())
+    (application,) = ServeDeploySchema.model_validate(document).applications
+    assert application.import_path == "deployments.graph:build"
+    assert graph.GraphArguments.model_validate(application.args).placement == "distributed"
+    with pytest.raises(ValueError, match="extra"):
+        graph.GraphArguments.model_validate({"colour": "blue"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -42,8 +42,7 @@ class PredictRequest:
     overrides: Overrides = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class EntityAnswer:
+class EntityAnswer(NamedTuple):
     """The prediction for one entity.
 
     Attributes:
