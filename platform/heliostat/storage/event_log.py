@@ -30,6 +30,9 @@ from heliostat.storage.event_append import EntityAppend, HashCache, Spool, repet
 IntArray = NDArray[np.int64]
 
 _CONFIGURED_BUCKETS = "heliostat.buckets"
+NO_VERSION = -1
+"""The version of a log before its first append."""
+
 _CACHED_HASHES = 16_000_000
 _SMALL_FILE_ROWS = 100_000
 
@@ -239,7 +242,7 @@ class EventLog:
             min_time_us: Only events at or after this instant.
             max_time_us: Only events before this instant.
             known_at_us: Only events ingested at or before this instant.
-            version: As the log was at this version.
+            version: As the log was at this version, as `version` gave it.
 
         Raises:
             UnknownColumnError: If a column doesn't exist.
@@ -280,7 +283,7 @@ class EventLog:
         # The tie is part of the hash; it isn't stored twice.
         stored = tuple(dict.fromkeys(ID_HASH if name == TIE else name for name in wanted))
         place = self.table(source, entity)
-        table = place.open(version)
+        table = None if version == NO_VERSION else place.open(version)
         if table is None:
             found = pa.schema([stored_schema(source).field(name) for name in stored]).empty_table()
         else:
@@ -296,7 +299,7 @@ class EventLog:
     def version(self, source: SourceLike, entity: EntityLike) -> int:
         """The current version of a table; -1 when there is none yet."""
         table = self.table(source, entity).open()
-        return -1 if table is None else table.version()
+        return NO_VERSION if table is None else table.version()
 
     def progress(self, source: SourceLike, entity: EntityLike, streams: Sequence[str]) -> dict[str, StreamId | None]:
         """The last entry of each stream that is in a table; None where nothing is."""
@@ -308,7 +311,7 @@ class EventLog:
         place = self.table(source, entity)
         table = place.open()
         if table is None:
-            return LogStatistics(-1, 0, 0, 0, None, None, {})
+            return LogStatistics(NO_VERSION, 0, 0, 0, None, None, {})
         files = place.files(table)
         if files.num_rows == 0:
             return LogStatistics(table.version(), 0, 0, 0, None, None, {})

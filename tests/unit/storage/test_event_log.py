@@ -252,6 +252,12 @@ def test_read_of_a_version_shows_the_log_as_it_was(log: EventLog) -> None:
     assert log.read(SALES, USER, version=version).column("event_id").to_pylist() == ["a"]
 
 
+def test_read_of_the_version_before_the_first_append_is_empty(log: EventLog) -> None:
+    before = log.version(SALES, USER)
+    log.append(SALES, events((1, "a", 1)), ingested_us=0)
+    assert log.read(SALES, USER, version=before).num_rows == 0
+
+
 def test_unknown_column_is_refused_with_those_that_exist(log: EventLog) -> None:
     with pytest.raises(UnknownColumnError, match="amount"):
         log.read_bucket(SALES, USER, 0, columns=["price"])
