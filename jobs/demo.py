@@ -324,7 +324,7 @@ def _batch(story: Story, workspace: Workspace) -> None:
             command, env=environment, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise DemoError(f"the batch job failed:\n{(done.stdout + done.stderr)[-2000:]}")
+            raise DemoError(f"the batch job failed:\n{(done.stderr + done.stdout)[-2000:]}")
         results = workspace.offline_store.read_batch(MODEL)
         step.say(f"{results.num_rows:,} customers scored by version {results.column('model_version')[0]}")
         story.facts["batch"] = f"{results.num_rows:,} customers, in a Delta table"

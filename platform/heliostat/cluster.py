@@ -214,7 +214,7 @@ def start_head(settings: Settings) -> str:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **_ingress_environment(folder), **settings.environment()},
+            env={**os.environ, **_ingress_environment(folder), **settings.environment(), "PATH": _path()},
         )
     head = {
         "pid": process.pid,
@@ -233,6 +233,11 @@ def start_head(settings: Settings) -> str:
     return str(head["address"])
 
 
+def _path() -> str:
+    """So that a job's ``python`` is this one, also where its environment isn't activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
 def stop_head(home: Path) -> bool:
     """Stop the head of this home and all its processes, and remove its files; whether there was one."""
     head = _read_head(home, alive=False)
@@ -243,13 +248,13 @@ def stop_head(home: Path) -> bool:
     if _alive(pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        _wait_gone([pid], 20.0)
+        _wait_gone([pid], 4.0)
     for last in (signal.SIGTERM, signal.SIGKILL):
         left = [each for each in members if _alive(each)]
         for each in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, last)
-        _wait_gone(left, 5.0)
+        _wait_gone(left, 3.0)
     shutil.rmtree(str(head["folder"]), ignore_errors=True)
     (home / _HEAD_FILE).unlink(missing_ok=True)
     return True
