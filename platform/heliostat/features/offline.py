@@ -81,8 +81,9 @@ def compute_features(
         events = unique_events(view.source, events)
     timeline = _Timeline.of(views, events, keys, as_of_us)
     columns: dict[str, FloatArray] = {}
-    for each in views:
-        columns.update({f"{each.name}__{name}": values for name, values in timeline.features(each).items()})
+    with np.errstate(over="ignore", invalid="ignore"):  # sums beyond 1e308 are infinite, silently
+        for each in views:
+            columns.update({f"{each.name}__{name}": values for name, values in timeline.features(each).items()})
     return columns
 
 
@@ -210,7 +211,8 @@ class _Timeline:
         )
         index = EventIndex(event_codes, times, ties, n_codes=len(asked))
         order = index.order
-        wanted = {each.key: each for view in views for each in (*view.inputs, Input(None, view.where))}
+        alive = [Input(None, view.where) for view in views if view.ttl_us is not None]
+        wanted = {each.key: each for each in (*(each for view in views for each in view.inputs), *alive)}
         inputs = {
             key: InputValues(np.where(each.used, each.values, 0.0)[order] + 0.0, each.used[order])
             for key, each in evaluate(events, wanted.values()).items()
@@ -313,8 +315,7 @@ class _Timeline:
         tiles = self._tile(hop_us)
         inside = self._running_of(state, given, hop_us)
         totals = inside[tiles.ends - 1]
-        length = None if window_us is None else window_us // hop_us
-        block = tiles.blocks(length)
+        block = tiles.blocks(None if window_us is None else window_us // hop_us)
         begins = np.flatnonzero(changes(tiles.codes, block))
         forward = running(ufunc, totals, begins)
 
@@ -324,11 +325,11 @@ class _Timeline:
         opens[begins] = True
         before = np.where(opens[last], identity, forward[last - 1])
         merged = ufunc(before, inside[last_event])
-        if length is not None:
+        if window_us is not None:
             ends = len(totals) - np.append(begins[1:], len(totals))[::-1]
             backward = running(ufunc, totals[::-1].copy(), ends)[::-1]
             first = tiles.of_event[ranges.low[some]]
-            lowest = np.floor_divide(self.as_of_us[some] - window_us, hop_us) // length  # type: ignore[operator]
+            lowest = lower_edge_us(self.as_of_us[some], window_us, hop_us) // window_us
             tail = np.where(block[first] == lowest, backward[first], identity)
             merged = np.where(block[last] == lowest, tail, ufunc(tail, merged))
         result[some] = merged
@@ -338,8 +339,7 @@ class _Timeline:
         key = (state.key, hop_us)
         if key not in self._running:
             padded = np.where(given.used, given.values, IDENTITY[state.op])
-            with np.errstate(over="ignore"):
-                self._running[key] = running(_UFUNCS[state.op], padded, self._tile(hop_us).starts)
+            self._running[key] = running(_UFUNCS[state.op], padded, self._tile(hop_us).starts)
         return self._running[key]
 
 

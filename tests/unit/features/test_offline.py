@@ -239,3 +239,11 @@ def test_needed_columns_are_those_of_keys_time_inputs_and_conditions() -> None:
 
 def test_running_of_nothing_is_nothing() -> None:
     assert len(running(np.add, np.array([]), np.array([], dtype=np.int64))) == 0
+
+
+def test_a_sum_beyond_all_numbers_is_infinite_and_others_are_not_touched() -> None:
+    huge = events((NOON_US - 2, 1.5e308), (NOON_US - 1, 1.5e308), user=2)
+    table = pa.concat_tables([huge, events((NOON_US - 1, 0.25))])
+    asked = view(ever=Sum("amount"), recent=Sum("amount", window="30d"))
+    found = compute_features([asked], table, pa.array([1, 2]), np.array([NOON_US, NOON_US]))
+    assert found["v__ever"].tolist() == found["v__recent"].tolist() == [0.25, math.inf]
