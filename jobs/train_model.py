@@ -39,9 +39,7 @@ def main(
     validation: Annotated[
         str, typer.Option(help="Validation instants. Default: training.validation_instants, or the last instant.")
     ] = "",
-    trials: Annotated[
-        int | None, typer.Option(help="Parameter sets. Default: training.trials.", min=0)
-    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Parameter sets. Default: training.trials.", min=0)] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Promote it if the gate lets it through.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     config: ConfigOption = None,

@@ -54,7 +54,7 @@ def write_parquet(target: Path) -> int:
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, target)
-    return table.num_rows
+    return int(table.num_rows)
 
 
 if __name__ == "__main__":

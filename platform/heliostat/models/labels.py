@@ -56,10 +56,10 @@ def label_values(label: Label, entity: Entity, events: pa.Table, keys: pa.Array,
         return found.astype(np.int64, copy=False)
 
     low, high = edge(as_of_us), edge(as_of_us + label.horizon_us)
-    if label.kind == "none":
-        return (high == low).astype(np.float64)
-    if label.kind == "any":
-        return (high > low).astype(np.float64)
+    if label.kind in ("none", "any"):
+        happened = high > low
+        values: FloatArray = np.where(happened if label.kind == "any" else ~happened, 1.0, 0.0)
+        return values
     return _sums(given.values[order], low, high)
 
 

@@ -1,0 +1,87 @@
+"""A cluster of several nodes, and a head that outlives its starter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from heliostat import cluster
+from heliostat.settings import RaySettings, Settings
+
+ROOT = Path(__file__).parents[2]
+
+SEVERAL_NODES = """
+import os, sys
+from heliostat import cluster
+cluster.set_environment()
+from ray.cluster_utils import Cluster
+from heliostat.errors import StorageNotSharedError
+from heliostat.settings import OnlineSettings, CatalogSettings, Settings, StorageSettings
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+nodes.add_node(num_cpus=1)
+os.environ["RAY_ADDRESS"] = nodes.address
+home = sys.argv[1]
+try:
+    with cluster.connect(Settings(home=home)):
+        print("accepted")
+except StorageNotSharedError as error:
+    print(f"refused: {error}")
+shared = Settings(
+    home=home, storage=StorageSettings(shared=True),
+    online=OnlineSettings(url="redis://127.0.0.1:1/0"), catalog=CatalogSettings(url="postgresql://nobody@127.0.0.1/x"),
+)
+with cluster.connect(shared):
+    print("accepted")
+nodes.shutdown()
+"""
+
+
+def test_several_nodes_with_storage_that_one_alone_sees_are_refused(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL_NODES, str(home)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    refused, accepted = (line for line in done.stdout.splitlines() if line.startswith(("refused", "accepted")))
+    assert refused.startswith("refused: the Ray cluster has 2 nodes")
+    for name in ("storage.root", "online.url", "catalog.url", "s3://", "PostgreSQL"):
+        assert name in refused
+    assert accepted == "accepted"
+
+
+def test_a_head_is_found_again_and_leaves_nothing_behind(home: Path) -> None:
+    settings = Settings(home=home, ray=RaySettings(cpus=2, object_store_bytes=100_000_000))
+    before = {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - shared memory, not a scratch folder
+    address = cluster.start_head(settings)
+    try:
+        assert cluster.head_address(home) == address == cluster.start_head(settings)
+        head = cluster._read_head(home)
+        assert head is not None
+        members = [int(head["pid"]), *cluster._session_members(int(head["pid"]))]
+        assert len(members) > 3
+    finally:
+        assert cluster.stop_head(home)
+    assert not [pid for pid in members if cluster._alive(pid)]
+    assert cluster.head_address(home) is None
+    assert not cluster.stop_head(home)
+    assert not Path(head["folder"]).exists()
+    assert {path.name for path in Path("/dev/shm").iterdir()} <= before  # noqa: S108 - as above
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes")
+def test_a_crashed_head_is_noticed(home: Path) -> None:
+    (home / "ray-head.json").write_text('{"pid": 999999999, "folder": "/nowhere", "address": "a", "jobs": "b"}')
+    assert cluster.head_address(home) is None
+    assert cluster.jobs_address(home) is None
+    assert cluster.stop_head(home)
+    assert not (home / "ray-head.json").exists()
+
+
+def test_the_environment_of_the_user_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_NBTHREAD", "3")
+    cluster.set_environment()
+    assert os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] == "3"
+    assert os.environ["RAY_AUTH_MODE"] == "token"
