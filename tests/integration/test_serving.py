@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from benchmarks import load
 from deployments import graph
 from deployments.gateway import build_app
 from deployments.stages import gateway_parts
@@ -409,6 +412,17 @@ def test_a_broken_artifact_is_answered_by_the_mean_prediction_of_training(shop: 
     shop.run(scenario)
 
 
+def test_more_requests_than_may_wait_are_told_when_to_come_back(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        replies = await asyncio.gather(*(client.post("/predict", json={"entity_ids": [1]}) for _ in range(30)))
+        refused = [reply for reply in replies if reply.status_code != 200]
+        assert 0 < len(refused) < 30
+        assert {(each.status_code, each.json()["error"]) for each in refused} == {(503, "overloaded")}
+        assert {each.headers["retry-after"] for each in refused} == {"1"}
+
+    shop.run(scenario, serving=shop.serving(max_ongoing_requests=2))
+
+
 # ── On Ray Serve ────────────────────────────────────────────────────────────────────
 
 
@@ -426,17 +440,18 @@ def shop_on_serve(session_home: Path, valkey: str, ray_local: None) -> Iterator[
     graph.undeploy()
 
 
-def deployed(shop: Shop, **changes: object) -> str:
-    settings = shop.workspace.settings
-    return graph.deploy(settings.model_copy(update={"serving": settings.serving.model_copy(update=changes)}))
+@pytest.fixture(scope="module")
+def fused_url(shop_on_serve: Shop) -> str:
+    return graph.deploy(shop_on_serve.workspace.settings)
 
 
-def test_on_serve_a_promotion_under_load_drops_no_request_and_mixes_no_versions(shop_on_serve: Shop) -> None:
+def test_on_serve_a_promotion_under_load_drops_no_request_and_mixes_no_versions(
+    shop_on_serve: Shop, fused_url: str
+) -> None:
     shop_on_serve.workspace.rollout.serve("churn", 1, reason="the first one")
-    url = deployed(shop_on_serve)
 
     async def scenario() -> None:
-        async with Client(base_url=url, timeout=20) as client:
+        async with Client(base_url=fused_url, timeout=20) as client:
             versions: list[int] = []
             warm, promoted = asyncio.Event(), asyncio.Event()
 
@@ -464,9 +479,8 @@ def test_on_serve_a_promotion_under_load_drops_no_request_and_mixes_no_versions(
     asyncio.run(scenario())
 
 
-def test_on_serve_clients_who_hang_up_leave_everybody_else_served(shop_on_serve: Shop) -> None:
-    url = deployed(shop_on_serve)
-    host, port = url.removeprefix("http://").split(":")
+def test_on_serve_clients_who_hang_up_leave_everybody_else_served(fused_url: str) -> None:
+    host, port = fused_url.removeprefix("http://").split(":")
     body = orjson.dumps({"entity_ids": list(range(50))})
     head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
 
@@ -478,7 +492,7 @@ def test_on_serve_clients_who_hang_up_leave_everybody_else_served(shop_on_serve:
         writer.transport.abort()
 
     async def scenario() -> None:
-        async with Client(base_url=url, timeout=20) as client:
+        async with Client(base_url=fused_url, timeout=20) as client:
 
             async def ask() -> None:
                 for _ in range(20):
@@ -491,9 +505,8 @@ def test_on_serve_clients_who_hang_up_leave_everybody_else_served(shop_on_serve:
     asyncio.run(scenario())
 
 
-def test_on_serve_errors_keep_their_status_and_their_document(shop_on_serve: Shop) -> None:
-    url = deployed(shop_on_serve)
-    with httpx.Client(base_url=url) as client:
+def test_on_serve_errors_keep_their_status_and_their_document(fused_url: str) -> None:
+    with httpx.Client(base_url=fused_url) as client:
         reply = client.post("/predict", content=b"{not json")
         assert (reply.status_code, reply.json()["error"]) == (400, "malformed_body")
         reply = client.post("/predict", content=b" " * 1_100_000)
@@ -502,16 +515,19 @@ def test_on_serve_errors_keep_their_status_and_their_document(shop_on_serve: Sho
         assert (reply.status_code, reply.json()["error"]) == (404, "unknown_path")
 
 
-def test_the_distributed_graph_says_what_the_fused_one_says_and_marks_what_fails(shop_on_serve: Shop) -> None:
+def test_the_distributed_graph_says_what_the_fused_one_says_and_marks_what_fails(
+    shop_on_serve: Shop, fused_url: str
+) -> None:
     workspace = shop_on_serve.workspace
     workspace.rollout.serve("churn", 1, reason="back to the first one")
     asked = {"entity_ids": list(range(1, 41)), "features": {"3": {"count_30d": 7}}}
-    with httpx.Client(base_url=deployed(shop_on_serve), timeout=20) as client:
+    with httpx.Client(base_url=fused_url, timeout=20) as client:
         events = [purchase(n, 1 + n % 9, "1998-06-20") for n in range(40)]
         assert client.post("/events", json={"source": "purchases", "events": events}).status_code == 200
         workspace.rollout.start_split("churn", experiment="placements", control=1, challenger=2, weight=0.5)
         fused = client.post("/predict", json=asked).json()
-    with httpx.Client(base_url=deployed(shop_on_serve, placement="distributed"), timeout=20) as client:
+    distributed = workspace.settings.model_copy(update={"serving": shop_on_serve.serving(placement="distributed")})
+    with httpx.Client(base_url=graph.deploy(distributed), timeout=20) as client:
         spread = client.post("/predict", json=asked).json()
         assert spread["predictions"] == fused["predictions"]
         for left, right in zip(fused["entities"], spread["entities"], strict=True):
@@ -533,3 +549,18 @@ def test_the_deploy_file_fits_serve_and_the_graphs_arguments() -> None:
     assert graph.GraphArguments.model_validate(application.args).placement == "distributed"
     with pytest.raises(ValueError, match="extra"):
         graph.GraphArguments.model_validate({"colour": "blue"})
+
+
+def test_a_server_that_isnt_there_is_counted_and_named() -> None:
+    outcome = asyncio.run(load.generate("http://127.0.0.1:1/predict", [b"{}"], concurrency=2, seconds=1, most=6))
+    assert (outcome.requests, outcome.failed) == (0, 6)
+    assert "ConnectionRefusedError" in outcome.first_failure
+
+
+@pytest.mark.slow
+def test_the_serving_benchmark_runs_and_both_servers_say_the_same() -> None:
+    command = [sys.executable, "benchmarks/serving.py", "--smoke"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "req/s ratio" in done.stdout
+    assert "Failed requests: Heliostat 0, plain 0." in done.stdout
