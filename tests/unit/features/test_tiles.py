@@ -209,6 +209,13 @@ def test_a_negative_zero_is_zero_as_it_is_offline() -> None:
     assert not np.signbit([found["last"][0], found["max"][0]]).any()
 
 
+def test_a_base_counts_for_a_reader_whose_clock_is_days_behind_as_well() -> None:
+    layout = ring_layout(view_of({"n": Count()}), LIMITS)
+    rings = {group.label: parse_rings(group, [None]).copy() for group in layout.groups}
+    rings["life"][0, 0] = [NOW_US // US_PER_DAY, 5.0]
+    assert features_of(layout, rings, NOW_US - 3 * US_PER_DAY)["n"].tolist() == [5.0]
+
+
 def test_missing_rings_read_as_no_events_at_all() -> None:
     view = view_of(
         {"n": Count(window="30d"), "s": Sum("amount"), "l": Last("amount", window="30d"), "t": TimeSinceLast()}
