@@ -337,7 +337,8 @@ def _watch(story: Story, workspace: Workspace) -> None:
         parity, *others = run_checks(workspace, workspace.settings, ["parity", "drift", "quality"], model=MODEL)
         for verdict in (parity, *others):
             step.say(_headline(verdict))
-        story.facts["parity"] = _headline(parity)
+        step.say("the drift is real: the customers of 1997 have fallen silent by the summer of 1998")
+        story.facts["parity"] = f"{_headline(parity)}: what was served is what the log gives"
         if parity.status is not Severity.OK:
             raise DemoError("served vectors differ from the log's:\n" + "\n".join(parity.lines()))
     with story.step("Decide whether to train again") as step:
