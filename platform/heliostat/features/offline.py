@@ -35,11 +35,9 @@ from heliostat.features.timeline import (
     IntArray,
     Ranges,
     Tiles,
-    changes,
     counted,
     edges,
     first_of,
-    running,
 )
 from heliostat.features.windows import lower_edge_us
 from heliostat.schema import INGESTED, TIE, hash64, tie48, times_us
@@ -202,21 +200,20 @@ class _Timeline:
                 seen &= times >= since_us
         else:
             seen = np.zeros(len(times), dtype=np.bool_)
-        if not seen.all():
-            events, event_codes, times = events.filter(pa.array(seen)), event_codes[seen], times[seen]
+        kept = np.flatnonzero(seen)
+        if 2 * len(kept) < len(seen):
+            events, event_codes, times = events.take(pa.array(kept)), event_codes[kept], times[kept]
+            kept = np.arange(len(kept))
         ties = (
             times_us(events.column(TIE))
             if TIE in events.column_names
             else tie48(hash64(events.column(source.event_id)))
         )
-        index = EventIndex(event_codes, times, ties, n_codes=len(asked))
-        order = index.order
+        index = EventIndex(event_codes[kept], times[kept], ties[kept], n_codes=len(asked))
+        order = kept[index.order]
         alive = [Input(None, view.where) for view in views if view.ttl_us is not None]
         wanted = {each.key: each for each in (*(each for view in views for each in view.inputs), *alive)}
-        inputs = {
-            key: InputValues(np.where(each.used, each.values, 0.0)[order] + 0.0, each.used[order])
-            for key, each in evaluate(events, wanted.values()).items()
-        }
+        inputs = {key: _in_order(each, order) for key, each in evaluate(events, wanted.values()).items()}
         row_codes = _codes(keys, asked)
         rows = np.argsort(index.packed(row_codes, as_of_us), kind="stable")
         return cls(
@@ -313,25 +310,21 @@ class _Timeline:
         if not len(some):
             return result
         tiles = self._tile(hop_us)
+        blocks = tiles.blocks(None if window_us is None else window_us // hop_us)
         inside = self._running_of(state, given, hop_us)
-        totals = inside[tiles.ends - 1]
-        block = tiles.blocks(None if window_us is None else window_us // hop_us)
-        begins = np.flatnonzero(changes(tiles.codes, block))
-        forward = running(ufunc, totals, begins)
+        totals = inside[tiles.events.ends - 1]
+        forward = blocks.tiles.running(ufunc, totals)
 
         last_event = ranges.high[some] - 1
         last = tiles.of_event[last_event]
-        opens = np.zeros(len(block), dtype=np.bool_)
-        opens[begins] = True
-        before = np.where(opens[last], identity, forward[last - 1])
+        before = np.where(blocks.opens[last], identity, forward[last - 1])
         merged = ufunc(before, inside[last_event])
         if window_us is not None:
-            ends = len(totals) - np.append(begins[1:], len(totals))[::-1]
-            backward = running(ufunc, totals[::-1].copy(), ends)[::-1]
+            backward = blocks.tiles.running(ufunc, totals, backwards=True)
             first = tiles.of_event[ranges.low[some]]
             lowest = lower_edge_us(self.as_of_us[some], window_us, hop_us) // window_us
-            tail = np.where(block[first] == lowest, backward[first], identity)
-            merged = np.where(block[last] == lowest, tail, ufunc(tail, merged))
+            tail = np.where(blocks.number[first] == lowest, backward[first], identity)
+            merged = np.where(blocks.number[last] == lowest, tail, ufunc(tail, merged))
         result[some] = merged
         return result
 
@@ -339,7 +332,7 @@ class _Timeline:
         key = (state.key, hop_us)
         if key not in self._running:
             padded = np.where(given.used, given.values, IDENTITY[state.op])
-            self._running[key] = running(_UFUNCS[state.op], padded, self._tile(hop_us).starts)
+            self._running[key] = self._tile(hop_us).events.running(_UFUNCS[state.op], padded)
         return self._running[key]
 
 
@@ -347,6 +340,15 @@ def _codes(keys: pa.Array, known: pa.Array) -> IntArray:
     """The position of each key among the known ones; -1 where it isn't."""
     found: NDArray[np.int32] = pc.fill_null(pc.index_in(keys, value_set=known), -1).to_numpy()
     return found.astype(np.int64)
+
+
+def _in_order(given: InputValues, order: IntArray) -> InputValues:
+    """An input in the order of events; 0 where unused, and no negative zero: its bits would tell who came first."""
+    used = given.used[order]
+    values = given.values[order]
+    values[~used] = 0.0
+    values += 0.0
+    return InputValues(values, used)
 
 
 def _blank(part: FloatArray, state: State, rows: NDArray[np.bool_]) -> FloatArray:

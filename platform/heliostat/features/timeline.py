@@ -6,6 +6,7 @@ binary searches, and what a window adds up to follows from arrays made once for 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,7 +82,7 @@ class Ranges:
 
 
 class Tiles:
-    """The events of a timeline, cut at the tiles of one hop.
+    """Events in order, cut at the tiles of one hop.
 
     Args:
         codes: Entity of each event, shape ``(n,)``, ascending.
@@ -91,14 +92,32 @@ class Tiles:
 
     def __init__(self, codes: IntArray, times: IntArray, hop_us: int) -> None:
         number = tile_of(times, hop_us)
-        self.starts = np.flatnonzero(changes(codes, number))
-        self.ends = np.append(self.starts[1:], len(codes))
-        self.codes, self.numbers = codes[self.starts], number[self.starts]
-        self.of_event = np.repeat(np.arange(len(self.starts)), self.ends - self.starts)
+        self.events = Segments(np.flatnonzero(changes(codes, number)), len(codes))
+        starts = self.events.starts
+        self._codes, self._numbers = codes[starts], number[starts]
+        self.of_event = np.repeat(np.arange(len(starts)), self.events.ends - starts)
+        self._blocks: dict[int | None, Blocks] = {}
 
-    def blocks(self, tiles_a_window: int | None) -> IntArray:
-        """The block of each tile; with no window, one block an entity."""
-        return np.zeros_like(self.numbers) if tiles_a_window is None else self.numbers // tiles_a_window
+    def blocks(self, tiles_a_window: int | None) -> Blocks:
+        """The tiles in blocks as long as a window; without one, in one block an entity."""
+        if tiles_a_window not in self._blocks:
+            number = np.zeros_like(self._numbers) if tiles_a_window is None else self._numbers // tiles_a_window
+            self._blocks[tiles_a_window] = Blocks(self._codes, number)
+        return self._blocks[tiles_a_window]
+
+
+class Blocks:
+    """Tiles, cut at blocks.
+
+    Args:
+        codes: Entity of each tile, ascending.
+        number: Block of each tile, ascending within an entity.
+    """
+
+    def __init__(self, codes: IntArray, number: IntArray) -> None:
+        self.number = number
+        self.opens = changes(codes, number)
+        self.tiles = Segments(np.flatnonzero(self.opens), len(codes))
 
 
 def changes(*columns: IntArray) -> NDArray[np.bool_]:
@@ -110,33 +129,67 @@ def changes(*columns: IntArray) -> NDArray[np.bool_]:
     return changed
 
 
-def running(ufunc: np.ufunc, values: FloatArray, starts: IntArray) -> FloatArray:
-    """Accumulate each segment from its beginning, strictly from left to right.
+class Segments:
+    """Neighbouring stretches of an array, each accumulated by itself, strictly in order.
 
     The order is fixed so that a result's bits depend on its own segment up to there and on
-    nothing else: no pairwise tricks, no total of neighbours.
+    nothing else: no pairwise tricks, no total of neighbours. Short segments are accumulated
+    side by side, all first elements, all second ones, and so on.
 
     Args:
-        ufunc: ``np.add``, ``np.minimum`` or ``np.maximum``.
-        values: Shape ``(n,)``.
         starts: Where segments begin, ascending; the first is 0.
-
-    Returns:
-        Shape ``(n,)``: at ``i`` the accumulation from its segment's start up to and including ``i``.
+        n: Length of the array.
     """
-    result = values.copy()
-    lengths = np.diff(starts, append=len(values))
-    for position in np.flatnonzero(lengths > _LONG_SEGMENT):
-        span = slice(starts[position], starts[position] + lengths[position])
-        ufunc.accumulate(values[span], out=result[span])
-    short = np.flatnonzero((lengths > 1) & (lengths <= _LONG_SEGMENT))
-    if len(short):
-        short = short[np.argsort(-lengths[short], kind="stable")]
-        at, rest = starts[short], lengths[short]
-        for step in range(1, int(rest[0])):
-            at = at[: np.searchsorted(-rest, -step, side="left")] + 1
-            result[at] = ufunc(result[at - 1], result[at])
-    return result
+
+    def __init__(self, starts: IntArray, n: int) -> None:
+        self.starts, self.ends = starts, np.append(starts[1:], n)
+        lengths = self.ends - starts
+        self._long = np.flatnonzero(lengths > _LONG_SEGMENT)
+        short = np.flatnonzero((lengths > 1) & (lengths <= _LONG_SEGMENT))
+        self._short = short[np.argsort(-lengths[short], kind="stable")]
+        # How many short segments have a first element, a second one, …
+        reach = np.cumsum(np.bincount(lengths[self._short], minlength=1)[::-1])[::-1]
+        self._counts: list[int] = reach[1:].tolist()
+
+    @cached_property
+    def _forwards(self) -> IntArray:
+        return self._steps(self.starts[self._short], 1)
+
+    @cached_property
+    def _backwards(self) -> IntArray:
+        return self._steps(self.ends[self._short] - 1, -1)
+
+    def _steps(self, first: IntArray, step: int) -> IntArray:
+        """Positions of all first elements, then of all second ones, and so on."""
+        steps = [first[:count] + step * number for number, count in enumerate(self._counts)]
+        return np.concatenate(steps) if steps else first
+
+    def running(self, ufunc: np.ufunc, values: FloatArray, *, backwards: bool = False) -> FloatArray:
+        """Accumulate each segment from its beginning, or from its end.
+
+        Args:
+            ufunc: ``np.add``, ``np.minimum`` or ``np.maximum``.
+            values: Shape ``(n,)``.
+            backwards: From the end.
+
+        Returns:
+            Shape ``(n,)``: at ``i`` the accumulation from its segment's start (or end) up to and including ``i``.
+        """
+        result = values.copy()
+        direction = -1 if backwards else 1
+        for segment in self._long:
+            span = slice(self.starts[segment], self.ends[segment])
+            ufunc.accumulate(values[span][::direction], out=result[span][::direction])
+        if self._counts:
+            at = self._backwards if backwards else self._forwards
+            stepped = values[at]
+            begin = 0
+            for before, count in itertools.pairwise(self._counts):
+                following = stepped[begin + before : begin + before + count]
+                ufunc(stepped[begin : begin + count], following, out=following)
+                begin += before
+            result[at] = stepped
+        return result
 
 
 def counted(marked: NDArray[np.bool_], ranges: Ranges) -> FloatArray:

@@ -27,7 +27,7 @@ from heliostat.features.aggregations import (
 )
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.offline import compute_features, needed_columns
-from heliostat.features.timeline import running
+from heliostat.features.timeline import Segments
 from heliostat.schema import TIMESTAMP, hash64, tie48
 
 NOON_US = parse_instant_us("2026-03-10T12:00:00Z")
@@ -238,7 +238,7 @@ def test_needed_columns_are_those_of_keys_time_inputs_and_conditions() -> None:
 
 
 def test_running_of_nothing_is_nothing() -> None:
-    assert len(running(np.add, np.array([]), np.array([], dtype=np.int64))) == 0
+    assert len(Segments(np.array([], dtype=np.int64), 0).running(np.add, np.array([]))) == 0
 
 
 def test_a_sum_beyond_all_numbers_is_infinite_and_others_are_not_touched() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from heliostat.errors import HeliostatError
 from heliostat.features.definitions import FeatureView
 from heliostat.features.offline import compute_features, earliest_us, needed_columns, unique_events
-from heliostat.features.timeline import running
+from heliostat.features.timeline import Segments
 from tests.oracles import Oracle, derived
 from tests.strategies import DEVICE, SHOP, SOURCES, USER, event_streams, key_table, spines, views
 
@@ -145,13 +146,13 @@ def test_events_before_the_earliest_instant_are_never_seen(data: st.DataObject) 
     name=st.sampled_from(["add", "minimum", "maximum"]),
     seed=seeds,
 )
-def test_running_accumulates_each_segment_strictly_from_the_left(lengths: list[int], name: str, seed: int) -> None:
+def test_segments_are_accumulated_by_themselves_strictly_in_order(lengths: list[int], name: str, seed: int) -> None:
     ufunc = getattr(np, name)
     values = np.random.default_rng(seed).normal(size=sum(lengths)) * 10.0 ** (seed % 20)
     starts = np.cumsum([0, *lengths])[:-1].astype(np.int64)
-    found = running(ufunc, values, starts)
+    segments = Segments(starts, len(values))
+    forwards, backwards = segments.running(ufunc, values), segments.running(ufunc, values, backwards=True)
     for start, length in zip(starts, lengths, strict=True):
-        total = values[start]
-        for position in range(start, start + length):
-            total = values[position] if position == start else ufunc(total, values[position])
-            assert found[position] == total
+        own = values[start : start + length]
+        assert forwards[start : start + length].tolist() == list(itertools.accumulate(own, ufunc))
+        assert backwards[start : start + length].tolist() == list(itertools.accumulate(own[::-1], ufunc))[::-1]
