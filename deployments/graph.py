@@ -19,7 +19,6 @@ import time
 from typing import Any, Literal
 
 import httpx
-from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
@@ -27,11 +26,12 @@ from ray.serve.config import BackpressureConfig, HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp
 
 from deployments.gateway import build_app
 from deployments.http import RETRY_AFTER_S
 from deployments.meter import ServeMeter
-from deployments.stages import ABRouterReplica, FeatureLookupReplica, ModelReplica, gateway_parts
+from deployments.stages import ABRouterReplica, FeatureLookupReplica, ModelReplica, gateway_parts, waiting_limit
 from heliostat.errors import DeploymentFailedError, UnknownAliasError
 from heliostat.settings import Settings, load_settings
 from heliostat.telemetry import configure_logging
@@ -98,7 +98,7 @@ class Gateway:
             except UnknownAliasError:
                 _logger.warning("no version of model %s serves yet", model)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application: Serve asks for it once the replica is made."""
         return build_app(self._parts)
 
@@ -140,7 +140,9 @@ def graph(settings: Settings) -> Application:
     gateway = serve.deployment(
         Gateway,
         name="Gateway",
-        max_ongoing_requests=serving.max_ongoing_requests,
+        # Requests wait in the predictor, where they are coalesced and have a deadline, and where too many
+        # are refused with a document that says so. What Serve refuses is what gets even past that.
+        max_ongoing_requests=serving.max_ongoing_requests + waiting_limit(settings),
         max_queued_requests=serving.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
         **shared,

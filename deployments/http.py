@@ -11,7 +11,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
 
 from heliostat.errors import BodyTooLargeError, HeliostatError
 from heliostat.serving.requests import PredictAnswer
@@ -45,23 +46,27 @@ def json_response(document: Any, status: int = 200, headers: dict[str, str] | No
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     """A request's body, given up as soon as it is larger than allowed, whatever its headers say.
 
     Raises:
         BodyTooLargeError: If it is larger than the limit.
+        ClientDisconnect: If the client has gone.
     """
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit_bytes:
-        raise BodyTooLargeError(limit_bytes)
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
+            raise BodyTooLargeError(limit_bytes)
     chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk, more = message.get("body", b""), message.get("more_body", False)
         size += len(chunk)
         if size > limit_bytes:
             raise BodyTooLargeError(limit_bytes)
-        if chunk:
-            chunks.append(chunk)
+        chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
@@ -80,21 +85,25 @@ def error_document(error: HeliostatError) -> dict[str, Any]:
     return document
 
 
-def error_response(error: HeliostatError) -> Response:
-    """An error as an HTTP answer."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else None
-    return json_response(error_document(error), error.http_status, headers)
+def answer_to(error: Exception) -> Response:
+    """What a request that raised an error is answered."""
+    if isinstance(error, HeliostatError):
+        if error.http_status >= 500:
+            _logger.warning("answered %d: %s", error.http_status, error)
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else None
+        return json_response(error_document(error), error.http_status, headers)
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it; the meter counts it
+    _logger.error("unexpected error", exc_info=error)
+    message = f"unexpected {type(error).__name__}; the gateway's log has the details"
+    return json_response({"error": "internal", "message": message, "fix": "report it with the log"}, 500)
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Let every error of an app leave as a document, also those that no route of ours raised."""
 
-    async def expected(_: Request, error: Exception) -> Response:
-        if not isinstance(error, HeliostatError):
-            raise error
-        if error.http_status >= 500:
-            _logger.warning("answered %d: %s", error.http_status, error)
-        return error_response(error)
+    async def raised(_: Request, error: Exception) -> Response:
+        return answer_to(error)
 
     async def http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
@@ -109,45 +118,8 @@ def install_error_handlers(app: FastAPI) -> None:
         message = f"{place or 'the request'}: {first.get('msg', 'is invalid')}"
         return json_response({"error": "invalid_field", "message": message, "fix": "see /docs"}, 422)
 
-    async def unexpected(_: Request, error: Exception) -> Response:
-        _logger.error("unexpected error", exc_info=error)
-        message = f"unexpected {type(error).__name__}; the gateway's log has the details"
-        return json_response({"error": "internal", "message": message, "fix": "report it with the log"}, 500)
-
-    app.add_exception_handler(HeliostatError, expected)
+    app.add_exception_handler(HeliostatError, raised)
+    app.add_exception_handler(ClientDisconnect, raised)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, unexpected)
-
-
-class Metered:
-    """Counts every request of an app, with its route, status and time.
-
-    Args:
-        app: What answers.
-        meter: What counts.
-        now_ms: A monotonic clock, milliseconds.
-    """
-
-    def __init__(self, app: ASGIApp, meter: Meter, now_ms: Any) -> None:  # noqa: ANN401 - a plain function
-        self._app, self._meter, self._now_ms = app, meter, now_ms
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request and count it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begin = self._now_ms()
-        status = 500
-
-        async def counting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, counting)
-        finally:
-            route = getattr(scope.get("route"), "path", "(unknown)")
-            self._meter.answered(route, status, self._now_ms() - begin)
+    app.add_exception_handler(Exception, raised)

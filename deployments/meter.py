@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter as Tally
 from typing import Any
 
@@ -10,36 +11,53 @@ from ray.serve import metrics
 from heliostat.serving.requests import PredictAnswer
 from heliostat.telemetry import METRICS, Metric
 
+_FLUSH_EVERY_S = 1.0
 _LATENCY_BOUNDS_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000]
 
 
 class ServeMeter:
-    """Counts in a replica; the replica's name goes along as a tag."""
+    """Counts in a replica; the replica's name goes along as a tag.
+
+    Counters are added up here and handed to Ray once a second: a count costs Ray ten times of what
+    it costs a dictionary. To be used on one event loop.
+    """
 
     def __init__(self) -> None:
         self._metrics = {metric.name: _made(metric) for metric in METRICS}
+        self._labels = {metric.name: metric.labels for metric in METRICS}
+        self._pending: Tally[tuple[str, ...]] = Tally()
 
     def answered(self, route: str, status: int, latency_ms: float) -> None:
         """Count a request."""
-        self._metrics["heliostat_requests_total"].inc(1, {"route": route, "status": str(status)})
+        self._count(1, "heliostat_requests_total", route, str(status))
         self._metrics["heliostat_request_latency_ms"].observe(latency_ms, {"route": route})
 
     def predicted(self, answer: PredictAnswer) -> None:
         """Count what it predicted."""
         model = answer.model
-        for (version, variant), number in Tally((each.version, each.variant) for each in answer.entities).items():
-            tags = {"model": model, "version": str(version), "variant": variant}
-            self._metrics["heliostat_predictions_total"].inc(number, tags)
-        for reason, number in Tally(each.fallback for each in answer.entities if each.fallback).items():
-            self._metrics["heliostat_fallbacks_total"].inc(number, {"model": model, "reason": str(reason)})
+        for (version, variant, fallback), number in Tally(
+            (each.version, each.variant, each.fallback) for each in answer.entities
+        ).items():
+            self._count(number, "heliostat_predictions_total", model, str(version), variant)
+            if fallback is not None:
+                self._count(number, "heliostat_fallbacks_total", model, str(fallback))
         missing = sum(len(each.missing) for each in answer.entities)
         if missing:
-            self._metrics["heliostat_missing_features_total"].inc(missing, {"model": model})
+            self._count(missing, "heliostat_missing_features_total", model)
 
     def took_in(self, source: str, outcome: str, events: int) -> None:
         """Count events."""
-        if events:
-            self._metrics["heliostat_events_total"].inc(events, {"source": source, "outcome": outcome})
+        self._count(events, "heliostat_events_total", source, outcome)
+
+    def _count(self, number: int, *key: str) -> None:
+        if not self._pending:
+            asyncio.get_running_loop().call_later(_FLUSH_EVERY_S, self._flush)
+        self._pending[key] += number
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, Tally()
+        for (name, *values), number in pending.items():
+            self._metrics[name].inc(number, dict(zip(self._labels[name], values, strict=True)))
 
 
 def _made(metric: Metric) -> Any:  # noqa: ANN401 - Ray's metrics share no type

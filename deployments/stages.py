@@ -39,6 +39,8 @@ from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams
 from heliostat.workspace import Workspace
 
+_NO_LIMIT = 1_000_000
+
 QueryT = TypeVar("QueryT")
 AnswerT = TypeVar("AnswerT")
 
@@ -88,6 +90,12 @@ def _mean_prediction(workspace: Workspace, model: str, version: int) -> float | 
     return None if scores is None or not math.isfinite(scores.mean) else scores.mean
 
 
+def waiting_limit(settings: Settings) -> int:
+    """How many prediction requests may wait for their turn in a replica."""
+    queued = settings.serving.max_queued_requests
+    return _NO_LIMIT if queued < 0 else max(1, queued)
+
+
 def gateway_parts(
     workspace: Workspace,
     meter: Meter,
@@ -123,7 +131,7 @@ def gateway_parts(
         workspace.clock,
         deadline_ms=settings.serving.deadline_ms,
         max_batch_entities=settings.serving.batch_max_entities,
-        max_waiting=settings.serving.max_ongoing_requests,
+        max_waiting=waiting_limit(settings),
     )
     intake = Intake(
         store,

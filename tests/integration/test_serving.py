@@ -420,7 +420,7 @@ def test_more_requests_than_may_wait_are_told_when_to_come_back(shop: Shop) -> N
         assert {(each.status_code, each.json()["error"]) for each in refused} == {(503, "overloaded")}
         assert {each.headers["retry-after"] for each in refused} == {"1"}
 
-    shop.run(scenario, serving=shop.serving(max_ongoing_requests=2))
+    shop.run(scenario, serving=shop.serving(max_queued_requests=2))
 
 
 # ── On Ray Serve ────────────────────────────────────────────────────────────────────

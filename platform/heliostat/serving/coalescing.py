@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from heliostat.errors import BatchResultError, OverloadedError, ShuttingDownError
 
@@ -74,14 +75,19 @@ class Coalescer(Generic[ItemT, ResultT]):
         """Calls under way."""
         return len(self._running)
 
-    async def submit(self, item: ItemT) -> ResultT:
+    async def submit(self, item: ItemT, *, until: float = math.inf) -> ResultT:
         """Wait for one item's result.
 
         Cancelling the wait is safe at any time: an item that no call has taken yet is dropped.
 
+        Args:
+            item: Goes into a call.
+            until: When to stop waiting, on the event loop's clock, seconds.
+
         Raises:
             OverloadedError: If too many wait already.
             ShuttingDownError: After `close`.
+            TimeoutError: If there is no result in time.
             Exception: Whatever the call raised, or gave as this item's result.
         """
         if self._closed:
@@ -95,7 +101,14 @@ class Coalescer(Generic[ItemT, ResultT]):
         waiter = _Waiter[ItemT, ResultT](item, weight, loop.create_future())
         self._waiting.append(waiter)
         self._start_soon(loop)
-        return await waiter.future
+        if until == math.inf:
+            return await waiter.future
+        # A timer on the future alone: asyncio.timeout would cancel the task, at several times the price.
+        timer = loop.call_at(until, _expire, waiter.future)
+        try:
+            return await waiter.future
+        finally:
+            timer.cancel()
 
     async def close(self) -> None:
         """Refuse new items and wait until the accepted ones are answered."""
@@ -164,3 +177,8 @@ class Coalescer(Generic[ItemT, ResultT]):
                 waiter.future.set_exception(result)
             else:
                 waiter.future.set_result(result)
+
+
+def _expire(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import uuid
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
@@ -217,8 +217,7 @@ class Predictor:
             )
         deadline = asyncio.get_running_loop().time() + self._deadline_ms / 1e3
         try:
-            async with asyncio.timeout_at(deadline):
-                return await queue.submit(_Waiting(request, deadline))
+            return await queue.submit(_Waiting(request, deadline), until=deadline)
         except TimeoutError:
             raise DeadlineError(self._deadline_ms) from None
 
@@ -385,7 +384,7 @@ def _answers(batch: _Batch, scores: _Scores, *, variant: str | None = None) -> l
     answers: list[PredictAnswer] = []
     first = 0
     for request in batch.requests:
-        request_id = uuid.uuid4().hex
+        request_id = secrets.token_hex(16)
         last = first + len(request.entities)
         entities = tuple(
             EntityAnswer(
