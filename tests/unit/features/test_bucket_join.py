@@ -89,6 +89,17 @@ def test_rows_of_all_buckets_are_answered_from_the_version_the_join_began_with(t
     assert known.all_columns(USER.buckets(keys, 3), keys, as_of_us)["spending__n"].tolist() == [10.0] * 7 + [0.0]
 
 
+def test_each_row_is_answered_as_of_its_own_instant(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path), n_buckets=3)
+    log.append(SALES, sales(0, 70), ingested_us=1)
+    (join,) = entity_joins([DEMAND], log, None)
+    keys, as_of_us = pa.array(["shop 1"] * 3), DAY_US - US_PER_DAY * np.array([0, 5, 2])
+    found = join.all_columns(SHOP.buckets(keys, 3), keys, as_of_us)
+    ids = np.arange(70)[np.arange(70) % 3 == 1]
+    expected = [int(np.sum(1 + ids % 5 > back)) for back in (0, 5, 2)]
+    assert found["demand__n"].tolist() == expected
+
+
 def test_a_log_that_does_not_exist_yet_has_no_events(tmp_path: Path) -> None:
     (join,) = entity_joins([DEMAND], EventLog(str(tmp_path), n_buckets=3), None)
     keys = pa.array(["shop 1"])

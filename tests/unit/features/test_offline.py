@@ -247,3 +247,10 @@ def test_a_sum_beyond_all_numbers_is_infinite_and_others_are_not_touched() -> No
     asked = view(ever=Sum("amount"), recent=Sum("amount", window="30d"))
     found = compute_features([asked], table, pa.array([1, 2]), np.array([NOON_US, NOON_US]))
     assert found["v__ever"].tolist() == found["v__recent"].tolist() == [0.25, math.inf]
+
+
+def test_zero_has_one_sign() -> None:
+    table = events((NOON_US - 2, -0.0), (NOON_US - 1, 0.0))
+    for function in (Min, Max, Sum, First, Last):
+        for rows in (table, table.slice(0, 1)):
+            assert math.copysign(1.0, value_of(function("amount", window="30d"), rows)) == 1.0
