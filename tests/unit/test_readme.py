@@ -42,4 +42,4 @@ def test_every_file_that_the_docs_name_exists() -> None:
         for target in re.findall(
             r"\b((?:jobs|deployments|configs|benchmarks|tests)/[\w/.-]+\.(?:py|yaml))\b", page.read_text()
         ):
-            assert (ROOT / target).exists(), f"{page.name} names {target}"
+            assert "/yours/" in target or (ROOT / target).exists(), f"{page.name} names {target}"
