@@ -79,7 +79,7 @@ def test_ranges_are_drawn_inside_their_ends_and_on_their_scale() -> None:
         "learning_rate": (0.001, 1.0),
         "num_leaves": (4, 64),
         "lambda_l1": (0.0, 2.0),
-        "boosting": ("gbdt", "dart"),
+        "boosting": ("a", "b"),
     }
     sets = drawn_parameters(_spec(search_space=space), 400, seed=0)[1:]
     rates = np.array([each["learning_rate"] for each in sets])
