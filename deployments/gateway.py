@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -81,7 +81,8 @@ class Api:
         self._parts = parts
         self._limits = parts.settings.serving
         self._overridable: dict[str, frozenset[str]] = {}
-        self._checked_at = -np.inf
+        self._checked_at = -math.inf
+        self._checking = asyncio.Lock()
         self._problems: dict[str, str] = {}
 
     async def predict(self, request: Request) -> Response:
@@ -201,10 +202,10 @@ class Api:
 
     async def readyz(self) -> Response:
         """Whether requests can be answered the normal way: the stores answer, and what serves can be asked."""
-        now = time.monotonic()
-        if now > self._checked_at + _READY_FOR_S:
-            self._checked_at = now
-            self._problems = await self._look_for_problems()
+        async with self._checking:
+            if time.monotonic() > self._checked_at + _READY_FOR_S:
+                self._problems = await self._look_for_problems()
+                self._checked_at = time.monotonic()
         if self._problems:
             return json_response({"status": "not ready", "problems": self._problems}, 503, {"Retry-After": "1"})
         return json_response({"status": "ready"})
