@@ -18,7 +18,7 @@ from rich.table import Table
 
 from heliostat import cluster
 from heliostat.clock import format_instant
-from heliostat.errors import HeliostatError, ServingUnavailableError
+from heliostat.errors import DataError, HeliostatError, ServingUnavailableError
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import ingest_files
@@ -237,7 +237,7 @@ def ingest(
     config: ConfigOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
-) -> None:
+) -> int:
     """Take files of events into the event log; repeating it changes nothing."""
     with Workspace.open(shell_settings(config, home)) as workspace:
         report = ingest_files(paths, workspace.definitions.source(source), workspace=workspace)
@@ -245,6 +245,7 @@ def ingest(
         _print_json(report.to_document())
     else:
         console.print(str(report), highlight=False)
+    return DataError.exit_code if report.nothing_fits else 0
 
 
 @features_app.command("list")
