@@ -239,7 +239,7 @@ def test_events_from_the_future_and_without_keys_are_kept_as_dead_letters(helios
     assert '"accepted": 1' in outcome.said
     assert '"rejected": 2' in outcome.said
     assert "by more than 1m" in outcome.said
-    assert "null" in outcome.said
+    assert "customer_id is missing" in outcome.said
 
 
 @pytest.mark.parametrize(
