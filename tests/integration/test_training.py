@@ -17,6 +17,7 @@ import pytest
 
 from configs.churn.cdnow import write_parquet
 from configs.churn.definitions import churn, purchases, recent_purchases
+from heliostat.clock import parse_instant_us
 from heliostat.errors import GateFailedError, PromotionConflictError
 from heliostat.features.aggregations import Count, FloatArray
 from heliostat.features.definitions import FeatureView
@@ -75,8 +76,6 @@ def _without_ray(rows: ModelRows) -> pa.Table:
 
 
 def _set(workspace: Workspace, spec: ModelSpec = churn, production: Production | None = None) -> TrainingSet:
-    from heliostat.clock import parse_instant_us
-
     split = split_instants(
         [parse_instant_us(each) for each in TRAINING.instants],
         [parse_instant_us(each) for each in TRAINING.validation_instants],
