@@ -20,7 +20,7 @@ from tests.oracles import Oracle, derived
 from tests.strategies import DEVICE, SHOP, SOURCES, USER, event_streams, key_table, spines, views
 
 thorough = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-exhaustive = settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+exhaustive = settings(max_examples=5_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def rows_of(
