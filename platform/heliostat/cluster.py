@@ -39,6 +39,8 @@ RAY_ENVIRONMENT = {
     "RAY_num_workers_soft_limit": "8",
     # The V2 Parquet reader starts 32 actors a read.
     "RAY_DATA_USE_DATASOURCE_V2": "0",
+    # Or its wrapper loses what an error of ours says, and the exit code with it.
+    "RAY_DATA_RAISE_ORIGINAL_MAP_EXCEPTION": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     # Tune's new output prints boxes however quiet it is asked to be.
     "RAY_AIR_NEW_OUTPUT": "0",

@@ -47,6 +47,7 @@ def environment(session_home: Path) -> Iterator[dict[str, str]]:
     shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_every_command_of_the_quickstart_works_in_its_order(environment: dict[str, str], tmp_path: Path) -> None:
     if shutil.which("curl") is None:
