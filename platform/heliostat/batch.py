@@ -20,13 +20,11 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
-import ray
-import ray.data
 from deltalake.transaction import AddAction
 
 from heliostat.clock import US_PER_S, format_instant, parse_duration_us
-from heliostat.cluster import cpus_a_task
 from heliostat.errors import InvalidValueError
+from heliostat.features.bucket_tasks import over_buckets
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.packaging import LoadedModel, ModelPackage
 from heliostat.models.registry import PRODUCTION, Selector
@@ -133,23 +131,20 @@ class BucketScorer:
         kept = [rows.column(column) for column in (*spec.entity.key_columns, AS_OF)]
         return pa.table([*kept, versions, scores], schema=output_schema(spec))
 
-    def __call__(self, buckets: pa.Table) -> pa.Table:
-        """Score, write and cache: rows of bucket numbers in, one row a bucket out."""
-        done = [self._run(bucket) for bucket in buckets.column("id").to_pylist()]
-        return pa.Table.from_pylist(done, schema=_DONE)
-
-    def _run(self, bucket: int) -> dict[str, Any]:
+    def run(self, bucket: int) -> pa.Table:
+        """Score, write and cache one bucket; returns one row that says what was done."""
         found = self.score(bucket)
         instant_us = self.rows.instants_us[0]
         name = self.rows.spec.name
         written = self.offline.write_batch_part(name, instant_us, found) if found.num_rows else None
         scores = found.column(SCORE).to_numpy()
-        return {
+        done = {
             "entities": found.num_rows,
             "total": float(scores.sum()),
             "cached": self._cached(found),
             "part": b"" if written is None else orjson.dumps(asdict(written)),
         }
+        return pa.Table.from_pylist([done], schema=_DONE)
 
     def _cached(self, found: pa.Table) -> int:
         if self.cache is None:
@@ -208,12 +203,7 @@ def predict_all(
         cache_above=cache_above,
         cache_ttl_s=cache_ttl_s,
     )
-    n_buckets = scorer.rows.event_log.n_buckets
-    done = (
-        ray.data.range(n_buckets, override_num_blocks=n_buckets)
-        .map_batches(scorer, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=cpus_a_task())
-        .take_all()
-    )
+    done = pa.concat_tables(over_buckets(scorer.run, scorer.rows.event_log.n_buckets)).to_pylist()
     instant_us = scorer.rows.instants_us[0]
     parts = [AddAction(**orjson.loads(each["part"])) for each in done if each["part"]]
     entities = sum(int(each["entities"]) for each in done)

@@ -19,6 +19,7 @@ from heliostat.batch import SCORE, VERSION, BatchReport, predict_all, scorer_of
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import InvalidValueError, StaleVersionError, UnknownAliasError, UnknownVersionError
 from heliostat.features.aggregations import Count
+from heliostat.features.bucket_tasks import over_buckets
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.offline import compute_features
 from heliostat.models.definitions import Definitions, Label, ModelSpec
@@ -131,6 +132,19 @@ def test_running_it_again_changes_no_row_and_another_version_replaces_them(
     assert workspace.offline_store.read_batch("churn", JULY).sort_by(order).equals(before)
 
 
+def _refuse(bucket: int) -> pa.Table:
+    if bucket == 2:
+        raise InvalidValueError("bucket", str(bucket), "another one")
+    return pa.table({"id": [bucket]})
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_error_of_a_bucket_comes_out_as_itself() -> None:
+    with pytest.raises(InvalidValueError, match="'2' isn't usable; expected another one"):
+        list(over_buckets(_refuse, 3))
+    assert sorted(each["id"][0].as_py() for each in over_buckets(_refuse, 2)) == [0, 1]
+
+
 def test_what_does_not_exist_and_what_is_not_known_yet_is_refused(workspace: Workspace) -> None:
     with pytest.raises(UnknownVersionError, match="it has: 1, 2"):
         scorer_of(workspace, churn, version=9)
@@ -168,7 +182,7 @@ def test_entities_with_several_text_keys_are_scored_and_cached_by_their_text(hom
         workspace.event_log.append(sales, events, ingested_us=0)
         workspace.models.register(spec, _package(spec), lineage={})
         scorer = scorer_of(workspace, spec, version=1, as_of_us=3 * US_PER_DAY, cache_above=0.0)
-        done = scorer(pa.table({"id": list(workspace.event_log.buckets)})).to_pylist()
+        done = [scorer.run(bucket).to_pylist()[0] for bucket in workspace.event_log.buckets]
         assert sum(each["entities"] for each in done) == sum(each["cached"] for each in done) == 2
         for key in ({"country": "fr", "street": "Rue|1"}, {"country": "de", "street": "Weg 2"}):
             name = workspace.online.keys.batch("closes", shop.text(key))

@@ -17,14 +17,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.data
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, format_duration, format_instant
-from heliostat.cluster import cpus_a_task
 from heliostat.errors import TrainingDataError
 from heliostat.features.aggregations import FloatArray
+from heliostat.features.bucket_tasks import over_buckets
 from heliostat.features.definitions import FeatureRef, content_hash
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.rows import AS_OF, LABEL, ModelRows, model_sources
@@ -281,16 +279,7 @@ def build_training_set(
 
 def rows_with_ray(rows: ModelRows) -> pa.Table:
     """The rows of all buckets, one Ray task each, in no order."""
-    n_buckets = rows.event_log.n_buckets
-
-    def bucket_rows(buckets: pa.Table) -> pa.Table:
-        return pa.concat_tables([rows.table(bucket) for bucket in buckets.column("id").to_pylist()])
-
-    found = ray.data.range(n_buckets, override_num_blocks=n_buckets).map_batches(
-        bucket_rows, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=cpus_a_task()
-    )
-    parts = [part for part in ray.get(found.to_arrow_refs()) if part.num_rows]
-    return pa.concat_tables(parts) if parts else rows.schema.empty_table()
+    return pa.concat_tables([rows.schema.empty_table(), *over_buckets(rows.table, rows.event_log.n_buckets)])
 
 
 def first_event_us(spec: ModelSpec, event_log: EventLog) -> int:
