@@ -7,7 +7,6 @@ window is exact: ``q ≤ event_time < q + horizon``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +17,7 @@ from heliostat.features.aggregations import FloatArray, evaluate
 from heliostat.features.definitions import Entity
 from heliostat.models.definitions import Label
 from heliostat.schema import TIE, times_us
-
-if TYPE_CHECKING:
-    from heliostat.storage.event_log import EventLog
+from heliostat.storage.event_log import EventLog
 
 IntArray = NDArray[np.int64]
 

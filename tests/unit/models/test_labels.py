@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from heliostat.clock import US_PER_DAY
 from heliostat.features.definitions import Entity, EventSource
 from heliostat.models.definitions import Label
-from heliostat.models.labels import label_values
+from heliostat.models.labels import label_values, labels_from_log
+from heliostat.storage.event_log import EventLog
 
 USER = Entity("user", keys={"user_id": "int64"})
 SCHEMA = pa.schema(
@@ -88,3 +90,16 @@ def test_order_of_events_changes_no_bit_of_a_sum() -> None:
 def test_no_events_at_all_is_an_answer(kind: Any, value: float) -> None:
     label = Label("y", ORDERS, kind=kind, within="1d")
     assert _values(label, SCHEMA.empty_table(), [(7, 3), (8, 3)]).tolist() == [value, value]
+
+
+def test_labels_off_the_log_are_those_of_all_events_whatever_the_bucket(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    rows = list(zip(rng.integers(0, 40, 300).tolist(), rng.integers(0, 60, 300).tolist(), [1.0] * 300, strict=True))
+    log = EventLog(str(tmp_path), n_buckets=8)
+    log.append(ORDERS, _events(rows), ingested_us=0)
+    label = Label.sum_within("spend", ORDERS, "amount", "5d")
+    asked = list(zip(rng.integers(0, 50, 200).tolist(), rng.integers(0, 60, 200).tolist(), strict=True))
+    keys = pa.array([user for user, _ in asked], pa.int64())
+    found = labels_from_log(log, label, USER)(keys, np.array([day * US_PER_DAY for _, day in asked]))
+    assert np.array_equal(found, _values(label, _events(rows), asked))
+    assert found.max() > 1
