@@ -190,7 +190,8 @@ def train(
     with _scratch(workspace) as storage:
         with stopwatch.stage("search"):
             sets = drawn_parameters(spec, settings.trials, seed=settings.seed)
-            tell(f"searching: {len(sets)} parameter sets on {len(training):,} rows")
+            what = f"{len(sets)} parameter sets" if len(sets) > 1 else "the declared parameters"
+            tell(f"trying {what} on {len(training):,} rows")
             trials = search(recipe, make_fold(training_set), sets, settings, storage=storage)
         with stopwatch.stage("fit"):
             tell(f"fitting {trials[0].rounds} rounds on {settings.workers} worker(s)")
