@@ -126,6 +126,8 @@ def graph(settings: Settings) -> Application:
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": 5,
         "max_constructor_retry_count": 3,
+        # Old replicas go on until new ones are ready, and stay if those never are.
+        "max_surge_percent": 100,
     }
     stages: list[Any] = []
     if serving.placement == "distributed":
@@ -181,16 +183,17 @@ def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
     """
     serving = settings.serving
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(
-        http_options=HTTPOptions(host=serving.host, port=serving.port or _free_ports(serving.host, 1)[0]),
-        controller_options={"runtime_env": {"env_vars": _own_ports(serving.host)}},
-        logging_config=_LOGGING,
-    )
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        serve.start(
+            http_options=HTTPOptions(host=serving.host, port=serving.port or _free_ports(serving.host, 1)[0]),
+            controller_options={"runtime_env": {"env_vars": _own_ports(serving.host)}},
+            logging_config=_LOGGING,
+        )
     try:
         serve.run(graph(settings), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         raise DeploymentFailedError(APP_NAME, _reason(error)) from error
-    # A Serve that ran already keeps its port, whatever was asked for; nothing public tells which that is.
+    # A Serve that ran already has its port, whatever was asked for; nothing public tells which that is.
     ingress = _get_global_client().http_config
     url = f"http://{'127.0.0.1' if ingress.host in _ALL_INTERFACES else ingress.host}:{ingress.port}"
     _wait_for(f"{url}/healthz", timeout_s)
@@ -205,10 +208,12 @@ def undeploy() -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """Serve's own words on why the application isn't running."""
+    """Why the application isn't running: our own error if there is one in what Serve says, else all of that."""
     found = serve.status().applications.get(APP_NAME)
-    told = [] if found is None else [found.message, *(each.message for each in found.deployments.values())]
-    return " ".join(text.strip() for text in told if text) or str(error)
+    told = [str(error)] if found is None else [found.message, *(each.message for each in found.deployments.values())]
+    lines = [line.strip() for text in told for line in text.splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("heliostat.errors.")]
+    return ours[-1].partition(": ")[2] if ours else " ".join(lines)
 
 
 def _wait_for(url: str, timeout_s: float) -> None:

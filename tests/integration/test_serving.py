@@ -21,6 +21,7 @@ from benchmarks import load
 from deployments import graph
 from deployments.gateway import build_app
 from deployments.stages import gateway_parts
+from heliostat.errors import DeploymentFailedError
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.monitoring.profile import Profile
 from heliostat.serving.requests import PredictAnswer
@@ -513,6 +514,23 @@ def test_on_serve_errors_keep_their_status_and_their_document(fused_url: str) ->
         assert (reply.status_code, reply.json()["error"]) == (413, "body_too_large")
         reply = client.get("/nope")
         assert (reply.status_code, reply.json()["error"]) == (404, "unknown_path")
+
+
+@pytest.mark.slow
+def test_a_deployment_that_cant_load_what_serves_is_refused_and_the_replicas_before_it_go_on(
+    shop_on_serve: Shop, fused_url: str
+) -> None:
+    workspace = shop_on_serve.workspace
+    workspace.rollout.serve("churn", 1, reason="the first one", end_split=True)
+    files = workspace.settings.home / "data" / "artifacts" / workspace.models.get("churn", 1).artifact
+    content = (files / "model.txt").read_bytes()
+    with httpx.Client(base_url=fused_url, timeout=20) as client:
+        assert client.post("/predict", json={"entity_ids": [1]}).json()["entities"][0]["source"] == "model"
+        (files / "model.txt").write_text("broken")
+        with pytest.raises(DeploymentFailedError, match=r"file 'model\.txt' was changed"):
+            graph.deploy(workspace.settings.model_copy(update={"serving": shop_on_serve.serving(deadline_ms=900)}))
+        assert client.post("/predict", json={"entity_ids": [1]}).json()["entities"][0]["source"] == "model"
+    (files / "model.txt").write_bytes(content)
 
 
 def test_the_distributed_graph_says_what_the_fused_one_says_and_marks_what_fails(
