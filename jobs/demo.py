@@ -40,7 +40,6 @@ from heliostat.ingestion.intake import ingest_files
 from heliostat.ingestion.sink import Sink
 from heliostat.models.definitions import ModelSpec
 from heliostat.monitoring.checks import run_checks
-from heliostat.monitoring.profile import Profile
 from heliostat.monitoring.verdict import Severity, Verdict
 from heliostat.retraining import decide, state_of
 from heliostat.settings import Settings, load_settings
@@ -238,7 +237,6 @@ def _trained(workspace: Workspace, spec: ModelSpec, step: Step, *, promote: bool
         workspace,
         spec,
         promote=promote,
-        profile_of=lambda matrix, names, scores: Profile.of(matrix, names, scores).to_document(),
         progress=step.now,
     )
 

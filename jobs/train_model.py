@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,15 +19,8 @@ from heliostat import cluster
 from heliostat.cli import ConfigOption, HomeOption, run_job, shell_settings
 from heliostat.clock import parse_instant_us
 from heliostat.errors import ConflictError
-from heliostat.features.aggregations import FloatArray
-from heliostat.monitoring.profile import Profile
 from heliostat.training.trainer import train
 from heliostat.workspace import Workspace
-
-
-def reference_profile(matrix: FloatArray, names: Sequence[str], scores: FloatArray) -> Mapping[str, Any]:
-    """What drift is measured against: the training rows, counted."""
-    return Profile.of(matrix, names, scores).to_document()
 
 
 def main(
@@ -58,7 +50,6 @@ def main(
                 instants_us=_instants(instants),
                 validation_us=_instants(validation),
                 promote=promote,
-                profile_of=reference_profile,
                 progress=logging.getLogger("heliostat.train").info,
             )
     print(json.dumps(report.as_dict(), indent=2) if as_json else "\n".join(report.lines()))

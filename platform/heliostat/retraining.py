@@ -18,7 +18,6 @@ from heliostat.clock import US_PER_DAY, format_duration, format_instant, parse_d
 from heliostat.errors import GateFailedError, RolloutError
 from heliostat.models.definitions import ModelSpec
 from heliostat.monitoring.performance import watermark_us
-from heliostat.monitoring.profile import Profile
 from heliostat.monitoring.verdict import Severity, Verdict, latest
 from heliostat.settings import RetrainingSettings
 from heliostat.workspace import Workspace
@@ -326,7 +325,6 @@ def _retrain(
         validation_us=() if serving is None else (_newest_labels_us(workspace, spec),),
         promote=not as_challenger,
         reason=reason,
-        profile_of=lambda matrix, names, scores: Profile.of(matrix, names, scores).to_document(),
         progress=progress,
     )
     if not trained.gate.passed:

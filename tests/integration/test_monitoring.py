@@ -26,10 +26,10 @@ from heliostat.features.offline import compute_features
 from heliostat.models.labels import label_values
 from heliostat.models.metrics import measure
 from heliostat.models.packaging import ModelPackage, Signature
+from heliostat.models.profile import Profile
 from heliostat.models.registry import ModelRegistry
 from heliostat.monitoring.checks import run_checks
 from heliostat.monitoring.exposures import analyze_split
-from heliostat.monitoring.profile import Profile
 from heliostat.monitoring.verdict import ATTENTION_EXIT_CODE, Severity, latest
 from heliostat.retraining import DUE_EXIT_CODE, decide, state_of
 from heliostat.schema import TIMESTAMP

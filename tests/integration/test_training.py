@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from configs.churn.cdnow import write_parquet
 from configs.churn.definitions import churn, purchases, recent_purchases
 from heliostat.clock import parse_instant_us
 from heliostat.errors import GateFailedError, PromotionConflictError
-from heliostat.features.aggregations import Count, FloatArray
+from heliostat.features.aggregations import Count
 from heliostat.features.definitions import FeatureView
 from heliostat.models.definitions import Definitions, Gate, ModelSpec
 from heliostat.models.metrics import auc
 from heliostat.models.packaging import ModelPackage, Signature
+from heliostat.models.profile import Profile
 from heliostat.models.rows import ModelRows
-from heliostat.monitoring.profile import Profile
 from heliostat.settings import ClockSettings, OnlineSettings, Settings, StorageSettings, TrainingSettings
 from heliostat.training.dataset import TrainingSet, build_training_set, split_instants
 from heliostat.training.fitting import Recipe, Trial, fit_final
@@ -112,14 +112,10 @@ def _checks(report: TrainingReport) -> dict[str, bool]:
 # ── With Ray ────────────────────────────────────────────────────────────────────────
 
 
-def _profile(matrix: FloatArray, names: Sequence[str], scores: FloatArray) -> Mapping[str, Any]:
-    return Profile.of(matrix, names, scores).to_document()
-
-
 @pytest.mark.usefixtures("ray_local")
 def test_one_call_leads_from_declarations_to_a_version_in_production(workspace: Workspace) -> None:
     told: list[str] = []
-    report = train(workspace, churn, promote=True, profile_of=_profile, progress=told.append)
+    report = train(workspace, churn, promote=True, progress=told.append)
 
     assert report.promoted
     assert report.gate.passed

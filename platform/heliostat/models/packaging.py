@@ -7,7 +7,7 @@
 
 The files say the same things the same way each time, so that the same model has the same
 digest (see `heliostat.storage.artifact_store`). The profile is any JSON document here: what
-it means is `heliostat.monitoring.profile`'s.
+it means is `heliostat.models.profile`'s.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from heliostat.errors import MonitoringDataError
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.estimates import Estimate
 from heliostat.models.labels import labels_from_log
+from heliostat.models.profile import Profile
 from heliostat.models.registry import PRODUCTION, ModelVersion, Selector
 from heliostat.models.rows import model_sources
 from heliostat.monitoring.drift import DriftPolicy, drift_findings
 from heliostat.monitoring.parity import Served, compare, parity_findings, recompute_from_log
 from heliostat.monitoring.performance import mature, performance_finding, watermark_us
-from heliostat.monitoring.profile import Profile
 from heliostat.monitoring.quality import QualityPolicy, freshness_finding, profile_findings
 from heliostat.monitoring.served import ServedRows, read_served, reported_labels
 from heliostat.monitoring.verdict import CHECKS, Finding, Severity, Verdict, record

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, US_PER_MINUTE, US_PER_S, format_instant
+from heliostat.models.profile import PREDICTION, Profile
 from heliostat.monitoring.drift import benjamini_hochberg
-from heliostat.monitoring.profile import PREDICTION, Profile
 from heliostat.monitoring.verdict import Finding, Severity, tail
 
 

@@ -23,6 +23,7 @@ from heliostat.features.definitions import FeatureRef
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.metrics import Estimate, FloatArray, gain, measure, metric_named
 from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
+from heliostat.models.profile import Profile
 from heliostat.models.registry import PRODUCTION
 from heliostat.models.rows import version_features
 from heliostat.training.dataset import (
@@ -46,7 +47,6 @@ from heliostat.training.fitting import Recipe, Trial, drawn_parameters, fit_fina
 from heliostat.training.lineage import lineage_of
 from heliostat.workspace import Workspace
 
-ProfileOf = Callable[[FloatArray, Sequence[str], FloatArray], Mapping[str, Any]]
 """A reference profile from the training rows' features, their names and their scores."""
 Progress = Callable[[str], None]
 
@@ -155,7 +155,6 @@ def train(
     validation_us: Sequence[int] = (),
     promote: bool = False,
     reason: str = "",
-    profile_of: ProfileOf | None = None,
     progress: Progress | None = None,
 ) -> TrainingReport:
     """Build the training set, search, fit, judge, register, and promote if asked and let through.
@@ -169,7 +168,6 @@ def train(
         validation_us: Validation instants; by default the settings' if ``instants_us`` aren't given either.
         promote: Make the candidate production if the gate lets it through.
         reason: Why it is promoted; a sentence for the record.
-        profile_of: Makes the reference profile that drift is measured against.
         progress: Told what happens next.
 
     Raises:
@@ -200,9 +198,7 @@ def train(
         tell(f"judging on {len(training_set.validation):,} rows that no step has seen")
         parameters = {**recipe.parameters, **trials[0].parameters, "rounds": trials[0].rounds}
         package = ModelPackage(text, Signature.of(spec), spec.objective, parameters=parameters)
-        report = conclude(
-            workspace, spec, training_set, package, trials, production=production, profile_of=profile_of
-        )
+        report = conclude(workspace, spec, training_set, package, trials, production=production)
         if promote and report.gate.passed:
             tell(f"promoting version {report.version}")
             report = promote_candidate(workspace, report, production=production, reason=reason)
@@ -217,7 +213,6 @@ def conclude(
     trials: Sequence[Trial],
     *,
     production: Production | None,
-    profile_of: ProfileOf | None = None,
 ) -> TrainingReport:
     """Judge a fitted model on the validation rows, and register it with its evidence. Needs no Ray.
 
@@ -228,7 +223,6 @@ def conclude(
         package: The fitted booster and its parameters.
         trials: Of the search, best first.
         production: The version to compare with; None: nothing serves.
-        profile_of: Makes the reference profile.
     """
     settings = workspace.settings.training
     training, validation = training_set.training, training_set.validation
@@ -251,7 +245,7 @@ def conclude(
     )
     baseline = _baseline(spec, training_set, rows, scores, column)
     compared_with = None if production is None or production.problem else production.version
-    profile = profile_of and profile_of(training.matrix, spec.feature_names, candidate.predict(training.matrix))
+    profile = Profile.of(training.matrix, spec.feature_names, candidate.predict(training.matrix)).to_document()
     version = workspace.models.register(
         spec,
         replace(package, profile=profile, metrics={**evaluation.as_dict(), "baseline": baseline.as_dict()}),

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, US_PER_S
-from heliostat.monitoring.profile import Profile
+from heliostat.models.profile import Profile
 from heliostat.monitoring.quality import (
     QualityPolicy,
     Rate,

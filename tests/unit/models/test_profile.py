@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from heliostat.errors import MonitoringDataError
-from heliostat.monitoring.profile import Bins, ColumnProfile, Profile
+from heliostat.models.profile import Bins, ColumnProfile, Profile
 
 FloatArray = NDArray[np.float64]
 
