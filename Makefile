@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench clean lock
+.PHONY: help setup demo test test-slow test-all check format bench clean lock
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,8 +28,10 @@ demo: $(READY) ## From raw purchases to served predictions, on real data, in a f
 test: $(READY) ## All tests but the slow ones
 	@exec $(BIN)/python -m pytest -m "not slow" -q
 
-test-all: $(READY) ## All tests
-	@exec $(BIN)/python -m pytest -q
+test-slow: $(READY) ## The slow tests alone
+	@exec $(BIN)/python -m pytest -m slow -q
+
+test-all: test test-slow ## All tests
 
 check: $(READY) ## Formatting, lint, types, import contracts
 	$(BIN)/ruff format --check .
