@@ -20,7 +20,7 @@ from deployments.http import Meter
 from heliostat.errors import HeliostatError
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
-from heliostat.monitoring.profile import Profile
+from heliostat.models.profile import Profile
 from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
 from heliostat.serving.stages import (

@@ -23,7 +23,7 @@ from deployments.gateway import build_app
 from deployments.stages import gateway_parts
 from heliostat.errors import DeploymentFailedError
 from heliostat.models.packaging import ModelPackage, Signature
-from heliostat.monitoring.profile import Profile
+from heliostat.models.profile import Profile
 from heliostat.serving.requests import PredictAnswer
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.workspace import Workspace
