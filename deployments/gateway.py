@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments import documentation
 from deployments.http import Meter, answer_to, install_error_handlers, json_response, read_body
 from heliostat.clock import Clock, format_instant
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, TooManyEventsError
 from heliostat.experiments.assignment import RoutingDocument
-from heliostat.ingestion.intake import Intake
+from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.models.registry import ModelRegistry, ModelVersion
 from heliostat.serving.predictor import Predictor
@@ -35,6 +35,8 @@ from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams, actual_record
 
 _READY_FOR_S = 1.0
+# Checking events is work for the processor: predictions get their turn between two parts of a large request.
+_EVENTS_AT_ONCE = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,12 @@ class Api:
     async def events(self, request: Request) -> Response:
         """Take events in; the online features of their entities change at once. Wrong ones don't stop the others."""
         source, events = parse_events(await self._body(request))
-        results = await self._parts.intake.asubmit(source, events)
+        limit = self._parts.settings.ingestion.max_events_per_request
+        if len(events) > limit:
+            raise TooManyEventsError(len(events), limit)
+        results: list[EventResult] = []
+        for first in range(0, len(events), _EVENTS_AT_ONCE):
+            results += await self._parts.intake.asubmit(source, events[first : first + _EVENTS_AT_ONCE])
         counts = Counter(each.status for each in results)
         for status, number in counts.items():
             self._parts.meter.took_in(source, status, number)

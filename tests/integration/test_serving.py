@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import lightgbm as lgb
 import numpy as np
 import orjson
 import pytest
+import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
@@ -26,6 +28,7 @@ from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.profile import Profile
 from heliostat.serving.requests import PredictAnswer
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
+from heliostat.telemetry import METRICS
 from heliostat.workspace import Workspace
 
 
@@ -88,7 +91,7 @@ class Shop:
 
     def run(self, scenario: Callable[[Client], Awaitable[None]], **changes: object) -> None:
         """Send requests to a gateway with some settings changed."""
-        settings = self.workspace.settings.model_copy(update=changes)
+        settings = self.workspace.settings.model_copy(update={"serving": self.serving(), **changes})
 
         async def main() -> None:
             parts = gateway_parts(Workspace.open(settings), self.tally)
@@ -100,8 +103,8 @@ class Shop:
         asyncio.run(main())
 
     def serving(self, **changes: object) -> ServingSettings:
-        """The serving settings with some changed."""
-        return self.workspace.settings.serving.model_copy(update=changes)
+        """The serving settings with some changed; nobody is in a hurry, however busy the machine is."""
+        return self.workspace.settings.serving.model_copy(update={"deadline_ms": 20_000.0, **changes})
 
 
 @pytest.fixture
@@ -170,6 +173,21 @@ def test_wrong_events_are_refused_one_by_one_with_reasons_and_the_right_ones_tak
         all_wrong = await client.post("/events", json={"source": "purchases", "events": {"event_id": 1}})
         assert all_wrong.status_code == 422
         assert all_wrong.json()["rejected"] == 1
+
+    shop.run(scenario)
+
+
+def test_a_large_batch_of_events_is_taken_in_parts_and_too_large_a_one_not_at_all(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        events = [purchase(n, n % 7, "1998-06-01") for n in range(251)]
+        document = (await client.post("/events", json={"source": "purchases", "events": events})).json()
+        assert (document["accepted"], len(document["results"])) == (251, 251)
+        assert [each["event_id"] for each in document["results"]] == list(range(251))
+        many = [purchase(n, n % 7, "1998-06-02") for n in range(1_000, 2_001)]
+        reply = await client.post("/events", json={"source": "purchases", "events": many})
+        assert (reply.status_code, reply.json()["error"]) == (413, "too_many_events")
+        features = (await client.get("/features/recent_purchases/0")).json()["features"]
+        assert features["count_90d"] == 36.0
 
     shop.run(scenario)
 
@@ -443,7 +461,7 @@ def shop_on_serve(session_home: Path, valkey: str, ray_local: None) -> Iterator[
 
 @pytest.fixture(scope="module")
 def fused_url(shop_on_serve: Shop) -> str:
-    return graph.deploy(shop_on_serve.workspace.settings)
+    return graph.deploy(shop_on_serve.workspace.settings.model_copy(update={"serving": shop_on_serve.serving()}))
 
 
 def test_on_serve_a_promotion_under_load_drops_no_request_and_mixes_no_versions(
@@ -514,6 +532,23 @@ def test_on_serve_errors_keep_their_status_and_their_document(fused_url: str) ->
         assert (reply.status_code, reply.json()["error"]) == (413, "body_too_large")
         reply = client.get("/nope")
         assert (reply.status_code, reply.json()["error"]) == (404, "unknown_path")
+
+
+@pytest.mark.slow
+def test_what_is_counted_is_there_for_prometheus(fused_url: str) -> None:
+    with httpx.Client(base_url=fused_url) as client:
+        client.post("/predict", json={"entity_ids": [1, 2]})
+        client.get("/nope")
+        limit = time.monotonic() + 40
+        port = ray.nodes()[0]["MetricsExportPort"]
+        wanted = [f"ray_{metric.name}" for metric in METRICS if metric.name.split("_")[1] in ("requests", "request")]
+        wanted += ["ray_heliostat_predictions_total", 'route="/predict"', 'status="404"']
+        while time.monotonic() < limit:
+            shown = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+            if all(each in shown for each in wanted):
+                return
+            time.sleep(0.5)
+    raise AssertionError([each for each in wanted if each not in shown])
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def test_without_the_store_the_model_sees_the_requests_features_and_nulls_and_th
 
 
 def test_a_store_that_hangs_costs_half_of_the_deadline_and_not_the_answer() -> None:
-    house = House(deadline_ms=200)
+    house = House(deadline_ms=600)
 
     async def scenario() -> None:
         await house.predictor.predict(request(1))
@@ -211,7 +211,7 @@ def test_a_store_that_hangs_costs_half_of_the_deadline_and_not_the_answer() -> N
         begin = loop.time()
         answer = await house.predictor.predict(request(1))
         assert answer.entities[0].fallback == "stored_features_unavailable"
-        assert loop.time() - begin < 0.2
+        assert loop.time() - begin < 0.6
 
     asyncio.run(scenario())
 
@@ -308,7 +308,7 @@ def test_an_emptied_store_is_answered_by_the_catalogs_route() -> None:
 
 
 def test_a_request_whose_turn_doesnt_come_in_time_is_refused_and_those_after_it_are_served() -> None:
-    house = House(deadline_ms=200, when_log_fails="answer")
+    house = House(deadline_ms=300, when_log_fails="answer")
 
     async def scenario() -> None:
         await house.predictor.predict(request(1))
