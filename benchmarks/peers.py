@@ -75,18 +75,21 @@ class PeakMemory:
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, pid: int | None = None, *, every_s: float = 0.1) -> Iterator[PeakMemory]:
+    def of(
+        cls, pid: int | None = None, *, without: Sequence[int] = (), every_s: float = 0.05
+    ) -> Iterator[PeakMemory]:
         """Watch a process tree from a thread until the block ends.
 
         Args:
             pid: The root; this process by default.
+            without: Processes that aren't counted, nor what is below them.
             every_s: Pause between two looks, seconds.
         """
         peak, ended = cls(), threading.Event()
 
         def watch() -> None:
             while True:
-                peak.peak_bytes = max(peak.peak_bytes, tree_bytes(pid))
+                peak.peak_bytes = max(peak.peak_bytes, tree_bytes(pid, without=without))
                 if ended.wait(every_s):
                     return
 
@@ -99,11 +102,12 @@ class PeakMemory:
             thread.join()
 
 
-def tree_bytes(pid: int | None = None) -> int:
+def tree_bytes(pid: int | None = None, *, without: Sequence[int] = ()) -> int:
     """The memory that a process and all below it hold now, shared pages counted once, in bytes.
 
     Args:
         pid: The root; this process by default.
+        without: Processes that aren't counted, nor what is below them.
     """
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
@@ -113,6 +117,8 @@ def tree_bytes(pid: int | None = None) -> int:
     total, waiting = 0, [os.getpid() if pid is None else pid]
     while waiting:
         process = waiting.pop()
+        if process in without:
+            continue
         waiting.extend(children.get(process, ()))
         total += _pss_bytes(process)
     return total
@@ -129,13 +135,30 @@ def _pss_bytes(pid: int) -> int:
 # ── Turns ───────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True)
+class Contender:
+    """One of those that take turns.
+
+    Attributes:
+        work: Does the work once and says how many seconds of it count.
+        runs: How many timed runs it gets.
+        pid: The root of its processes; None: this process.
+        without: Processes below that root that belong to others.
+    """
+
+    work: Callable[[], float]
+    runs: int = 3
+    pid: int | None = None
+    without: tuple[int, ...] = ()
+
+
 @dataclass
 class Turns:
     """What one contender needed.
 
     Attributes:
         seconds: One figure a timed run.
-        peak_bytes: Peak memory, seen during the warm-up; 0 if nobody looked.
+        peak_bytes: Peak memory of its processes together, during the warm-up.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -147,34 +170,28 @@ class Turns:
         return statistics.median(self.seconds)
 
 
-def interleaved(
-    contenders: Mapping[str, Callable[[], float]], runs: Mapping[str, int], *, progress: bool = True
-) -> dict[str, Turns]:
+def interleaved(contenders: Mapping[str, Contender]) -> dict[str, Turns]:
     """Let contenders take turns, A B A B, so that a machine's slow minute hits all of them.
 
-    Each warms up once first; its memory is looked at then, when no clock is running.
+    Each warms up once first; its memory is looked at then, when no clock is running. Progress is printed.
 
     Args:
-        contenders: By name; each does its work once and says how many seconds of it count.
-        runs: Timed runs of each.
-        progress: Whether to print each run.
+        contenders: By name.
 
     Returns:
         By name, in the order given.
     """
     turns = {name: Turns() for name in contenders}
-    for name, work in contenders.items():
-        with PeakMemory.of() as memory:
-            spent_s = work()
+    for name, contender in contenders.items():
+        with PeakMemory.of(contender.pid, without=contender.without) as memory:
+            spent_s = contender.work()
         turns[name].peak_bytes = memory.peak_bytes
-        if progress:
-            print(f"  {name}: warm-up {spent_s:.2f} s, peak {memory.peak_bytes / 2**30:.2f} GiB", flush=True)
-    for turn in range(max(runs[name] for name in contenders)):
-        for name, work in contenders.items():
-            if turn < runs[name]:
-                turns[name].seconds.append(work())
-                if progress:
-                    print(f"  {name}: run {turn + 1}, {turns[name].seconds[-1]:.2f} s", flush=True)
+        print(f"  {name}: warm-up {spent_s:.2f} s, peak {memory.peak_bytes / 2**30:.2f} GiB", flush=True)
+    for turn in range(max(contender.runs for contender in contenders.values())):
+        for name, contender in contenders.items():
+            if turn < contender.runs:
+                turns[name].seconds.append(contender.work())
+                print(f"  {name}: run {turn + 1}, {turns[name].seconds[-1]:.2f} s", flush=True)
     return turns
 
 

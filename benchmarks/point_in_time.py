@@ -1,0 +1,432 @@
+"""The point-in-time join, side by side with DuckDB's range join and Ray Data's own group-by.
+
+    python benchmarks/point_in_time.py
+    python benchmarks/point_in_time.py --events 200000 --rows 20000 --runs 1 --skip duckdb
+
+All contenders answer the same question: for each row (user, instant) of a spine, five features
+of the user's 30 days before the instant. Each starts from files in the layout it likes best and ends
+with a Parquet file; the answers are compared on all rows before a ratio is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from numpy.typing import NDArray
+
+from benchmarks import activities, duckdb_join, ray_data_join
+from benchmarks.peers import ROOT, Contender, Report, Turns, facts, interleaved, python_of, timed, tree_bytes
+from heliostat import cluster
+from heliostat.features.point_in_time import historical_features
+from heliostat.settings import RaySettings, Settings
+from heliostat.storage.event_log import EventLog
+
+OURS, RAY_DATA = "Heliostat", "Ray Data"
+DUCKDB, DUCKDB_SORTED = "DuckDB", "DuckDB, sorted"
+DUCKDB_REQUIREMENTS = ("duckdb>=1.5",)
+TARGETS = {DUCKDB: 0.5, DUCKDB_SORTED: 0.5, RAY_DATA: 0.1}
+FULL_EVENTS = 10_000_000
+
+FEATURES = ("activity_count", "avg_session_duration", "days_since_last", "active_days", "activity_score")
+EXACT = frozenset({"activity_count", "active_days"})
+TOLERANCE = 1e-9
+_CORES = os.cpu_count() or 1
+_SLOW_RUNS = 2
+_OBJECT_STORE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        events: Number of events.
+        rows: Number of spine rows.
+        users: Number of users.
+        runs: Timed runs of each contender; Ray Data's path gets at most two.
+        seed: Of the generator.
+        buckets: The event log's.
+        partitions: Of Ray Data's shuffle.
+    """
+
+    events: int
+    rows: int
+    users: int
+    runs: int
+    seed: int
+    buckets: int
+    partitions: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's files are.
+
+    Attributes:
+        folder: A temporary folder.
+    """
+
+    folder: Path
+
+    @property
+    def events(self) -> Path:
+        """The events as one Parquet file, in order of time."""
+        return self.folder / "events.parquet"
+
+    @property
+    def sorted_events(self) -> Path:
+        """The same in order of user and time."""
+        return self.folder / "events-by-user.parquet"
+
+    @property
+    def spine(self) -> Path:
+        """The spine as one Parquet file: row, user, instant."""
+        return self.folder / "spine.parquet"
+
+    def result(self, contender: str) -> Path:
+        """Where a contender writes its answer: a file, or a folder of files."""
+        return self.folder / f"result of {contender}.parquet"
+
+    def event_log(self, buckets: int) -> EventLog:
+        """The events as Heliostat keeps them."""
+        return EventLog(str(self.folder / "log"), n_buckets=buckets)
+
+
+# ── Data at rest ────────────────────────────────────────────────────────────────────
+
+
+def prepare(place: Place, plan: Plan) -> dict[str, float]:
+    """Generate the events and the spine, and put them to rest for everybody.
+
+    Args:
+        place: Where.
+        plan: How many.
+
+    Returns:
+        Seconds: ``"parquet"``, writing the events for the peers; ``"event log"``, appending them to ours,
+        which includes their validation, deduplication and shuffle.
+    """
+    events = activities.events(plan.events, plan.users, plan.seed)
+    spine = activities.spine(plan.rows, plan.users, plan.seed)
+    pq.write_table(spine.add_column(0, "row", pa.array(np.arange(plan.rows))), place.spine)
+    log = place.event_log(plan.buckets)
+    step = 1_000_000
+
+    def append() -> None:
+        with log.bulk(activities.user_activities, ingested_us=activities.START_US) as bulk:
+            for first in range(0, plan.events, step):
+                bulk.add(events.slice(first, step))
+            bulk.commit()
+
+    return {
+        "parquet": timed(lambda: pq.write_table(events, place.events, compression="zstd")),
+        "event log": timed(append),
+    }
+
+
+# ── Heliostat ───────────────────────────────────────────────────────────────────────
+
+
+def heliostat_join(place: Place, event_log: EventLog) -> None:
+    """The spine's file -> the join -> a result file.
+
+    Args:
+        place: Where the files are.
+        event_log: The events.
+    """
+    spine = pq.read_table(place.spine)
+    view = activities.user_features
+    joined = historical_features(spine, [view[name] for name in FEATURES], event_log)
+    names = ["row", *FEATURES]
+    result = joined.select(["row", *(view[name].name for name in FEATURES)]).rename_columns(names)
+    pq.write_table(result, place.result(OURS))
+
+
+# ── DuckDB ──────────────────────────────────────────────────────────────────────────
+
+
+class DuckDBPeer:
+    """A DuckDB process that answers queries one after the other.
+
+    Attributes:
+        pid: The process's id.
+        version: DuckDB's.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.pid = process.pid
+        self.version: str = self._answer()["version"]
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls) -> Iterator[DuckDBPeer]:
+        """Start the process, in DuckDB's own environment; ended with the block."""
+        command = [str(python_of("duckdb", DUCKDB_REQUIREMENTS)), str(Path(duckdb_join.__file__))]
+        process = subprocess.Popen(
+            [*command, f"--threads={_CORES}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            yield cls(process)
+        finally:
+            process.communicate()
+
+    def seconds(self, query: str, place: Place, *, events: Path, out: Path) -> float:
+        """Run a formulation.
+
+        Args:
+            query: Its name in `duckdb_join.QUERIES`, or ``sort``.
+            place: Has the spine.
+            events: Parquet file.
+            out: Parquet file.
+
+        Returns:
+            How long it took, as DuckDB's process saw it.
+        """
+        asked = {"query": query, "spine": str(place.spine), "events": str(events), "out": str(out)}
+        self._process.stdin.write(json.dumps(asked) + "\n")  # type: ignore[union-attr]  # it is a pipe
+        self._process.stdin.flush()  # type: ignore[union-attr]
+        return float(self._answer()["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise RuntimeError(f"DuckDB's process ended with exit code {self._process.wait()}; see its message above")
+        return dict(json.loads(line))
+
+
+@dataclass(frozen=True)
+class DuckDBChoice:
+    """How DuckDB answers quickest on this machine, from one layout of the events.
+
+    Attributes:
+        events: The events' file.
+        query: Name of the formulation.
+        seconds: What each formulation took, by name.
+    """
+
+    events: Path
+    query: str
+    seconds: dict[str, float]
+
+    @classmethod
+    def of(cls, peer: DuckDBPeer, place: Place, events: Path, name: str) -> DuckDBChoice:
+        """Try all formulations once."""
+        found = {}
+        for query in duckdb_join.QUERIES:
+            found[query] = peer.seconds(query, place, events=events, out=place.result(name))
+            print(f"  {name}: {query}, {found[query]:.2f} s", flush=True)
+        return cls(events, min(found, key=found.__getitem__), found)
+
+
+# ── Side by side ────────────────────────────────────────────────────────────────────
+
+
+def disagreements(place: Place, contenders: Sequence[str]) -> list[str]:
+    """Compare all answers with the first contender's, on all rows.
+
+    Counts must be equal, floats within `TOLERANCE` of each other; null is null.
+
+    Args:
+        place: Where the answers are.
+        contenders: At least one.
+
+    Returns:
+        What differs, in words; nothing if nothing does.
+    """
+    first, *others = (_answer(place, name) for name in contenders)
+    found = []
+    for name, answer in zip(contenders[1:], others, strict=True):
+        for feature in ("row", *FEATURES):
+            ours, theirs = first[feature], answer[feature]
+            if len(ours) != len(theirs):
+                found.append(f"{name} has {len(theirs):,} rows, {contenders[0]} has {len(ours):,}")
+                break
+            bound = 0.0 if feature in EXACT or feature == "row" else TOLERANCE
+            same = np.isclose(ours, theirs, rtol=bound, atol=0.0, equal_nan=True)
+            if not same.all():
+                at = int(np.flatnonzero(~same)[0])
+                found.append(
+                    f"{name}'s {feature} differs in {int((~same).sum()):,} rows; in row {at}: "
+                    f"{theirs[at]!r}, {contenders[0]} has {ours[at]!r}"
+                )
+    return found
+
+
+def _answer(place: Place, contender: str) -> dict[str, NDArray[np.float64]]:
+    table = pq.read_table(place.result(contender)).sort_by("row")
+    return {name: table.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False) for name in ("row", *FEATURES)}
+
+
+@dataclass
+class Outcome:
+    """What a run found.
+
+    Attributes:
+        turns: What each contender needed, by name.
+        layouts: Seconds that putting the events to rest took, by layout.
+        choices: DuckDB's formulations, by contender.
+        idle_bytes: What Ray held before any work.
+        differences: Where answers differ, in words.
+        duckdb: DuckDB's version.
+    """
+
+    turns: dict[str, Turns] = field(default_factory=dict)
+    layouts: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, DuckDBChoice] = field(default_factory=dict)
+    idle_bytes: int = 0
+    differences: list[str] = field(default_factory=list)
+    duckdb: str = "skipped"
+
+
+def run(plan: Plan, place: Place, skip: Sequence[str] = ()) -> Outcome:
+    """All contenders, in turns.
+
+    Args:
+        plan: How much.
+        place: An empty folder.
+        skip: ``duckdb``, ``ray-data``.
+    """
+    outcome = Outcome()
+    print(
+        f"{plan.events:,} events of {plan.users:,} users, {plan.rows:,} spine rows; putting them to rest …",
+        flush=True,
+    )
+    # In a process of its own, so that its memory isn't counted as anybody's.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
+        outcome.layouts = aside.submit(prepare, place, plan).result()
+    log = place.event_log(plan.buckets)
+    with contextlib.ExitStack() as stack:
+        peers: dict[str, DuckDBPeer] = {}
+        if "duckdb" not in skip:
+            with DuckDBPeer.started() as peer:
+                outcome.duckdb = peer.version
+                files = {DUCKDB: place.events, DUCKDB_SORTED: place.sorted_events}
+                outcome.layouts[DUCKDB_SORTED] = peer.seconds(
+                    "sort", place, events=place.events, out=place.sorted_events
+                )
+                outcome.choices = {name: DuckDBChoice.of(peer, place, file, name) for name, file in files.items()}
+            # Fresh ones, whose memory is that of the chosen query alone.
+            peers = {name: stack.enter_context(DuckDBPeer.started()) for name in outcome.choices}
+        apart = tuple(peer.pid for peer in peers.values())
+        settings = Settings(home=place.folder, ray=RaySettings(object_store_bytes=_OBJECT_STORE_BYTES))
+        stack.enter_context(cluster.connect(settings))
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        outcome.idle_bytes = tree_bytes(without=apart)
+        contenders = {
+            OURS: Contender(lambda: timed(lambda: heliostat_join(place, log)), plan.runs, without=apart),
+            **{
+                name: Contender(_asking(peer, place, outcome.choices[name], name), plan.runs, peer.pid)
+                for name, peer in peers.items()
+            },
+        }
+        if "ray-data" not in skip:
+            work = partial(ray_data_join.join, place.events, place.spine, place.result(RAY_DATA), plan.partitions)
+            contenders[RAY_DATA] = Contender(lambda: timed(work), min(plan.runs, _SLOW_RUNS), without=apart)
+        print("in turns:", flush=True)
+        outcome.turns = interleaved(contenders)
+    outcome.differences = disagreements(place, list(outcome.turns))
+    return outcome
+
+
+def _asking(peer: DuckDBPeer, place: Place, choice: DuckDBChoice, name: str) -> Callable[[], float]:
+    return lambda: peer.seconds(choice.query, place, events=choice.events, out=place.result(name))
+
+
+def report(plan: Plan, outcome: Outcome) -> Report:
+    """The table, and what a reader must know of it."""
+    ours = outcome.turns[OURS].median_s
+    rests = {
+        OURS: "event log, bucketed by user",
+        DUCKDB: "Parquet, in order of time",
+        DUCKDB_SORTED: "Parquet, sorted by user",
+        RAY_DATA: "Parquet, in order of time",
+    }
+    rows: list[list[object]] = []
+    for name, turns in outcome.turns.items():
+        ratio: object = "1" if name == OURS else ours / turns.median_s
+        target = f"≤ {TARGETS[name]}" if name in TARGETS else ""
+        rows.append([name, rests[name], turns.median_s, ratio, target, turns.peak_bytes / 2**30])
+    idle = f"{outcome.idle_bytes / 2**30:.2f}"
+    sorting = outcome.layouts.get(DUCKDB_SORTED)
+    at_rest = (
+        f"appending to the event log (validation, deduplication, shuffle) {outcome.layouts['event log']:.1f} s",
+        f"writing Parquet in order of time {outcome.layouts['parquet']:.1f} s",
+        *([] if sorting is None else [f"DuckDB sorting it by user {sorting:.1f} s"]),
+    )
+    notes = [
+        "Timed, warm: from events and spine at rest on disk to a Parquet file with the features.",
+        f"Medians of {plan.runs} runs in turns after a warm-up each; of Ray Data's path at most {_SLOW_RUNS}.",
+        "Ratio: Heliostat's time over the contender's.",
+        f"Peak memory: of all its processes together, shared pages counted once; Ray alone, idle, holds {idle} GiB.",
+        f"Once, before: {'; '.join(at_rest)}.",
+        "Window: 30 days, rounded down to the day at its lower edge, for all.",
+    ]
+    for name, choice in outcome.choices.items():
+        tried = ", ".join(f"{query} {seconds:.1f} s" for query, seconds in choice.seconds.items())
+        notes.append(f"{name} runs its quickest formulation here, “{choice.query}”. Tried once each: {tried}.")
+    same = f"counts exactly, floats to {TOLERANCE:g}"
+    notes.append(
+        f"Answers DIFFER: {'; '.join(outcome.differences)}."
+        if outcome.differences
+        else f"All answers agree on all {plan.rows:,} rows: {same}."
+    )
+    return Report(
+        title=f"Point-in-time join: {plan.events:,} events × {plan.rows:,} spine rows",
+        columns=("contender", "events at rest", "seconds", "ratio", "target", "peak GiB"),
+        rows=rows,
+        notes=notes,
+        facts=facts("ray", "pyarrow", "numpy", duckdb=outcome.duckdb, users=plan.users, buckets=plan.buckets),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program.
+
+    Returns:
+        1 if the answers differ, otherwise 0, whoever was quicker.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--events", type=int, default=FULL_EVENTS)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of the spine")
+    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--runs", type=int, default=5, help="timed ones of each contender")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator")
+    parser.add_argument("--buckets", type=int, default=16, help="of the event log")
+    parser.add_argument("--partitions", type=int, default=8, help="of Ray Data's shuffle")
+    parser.add_argument("--skip", action="append", choices=["duckdb", "ray-data"], default=[])
+    given = vars(parser.parse_args(arguments))
+    skip = given.pop("skip")
+    plan = Plan(**given)
+    folder = Path(tempfile.mkdtemp(prefix="hs-bench-"))
+    try:
+        outcome = run(plan, Place(folder), skip)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    found = report(plan, outcome)
+    print(found.markdown())
+    if plan.events >= FULL_EVENTS and not skip:
+        print(f"written to {found.write('point_in_time').relative_to(ROOT)}")
+    return 1 if outcome.differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
