@@ -1,7 +1,7 @@
 """Logging, and the catalogue of metrics.
 
 Names in `METRICS` are the only ones that the product exports; the deployments publish them
-through Ray Serve's metrics, under the names that Prometheus shows.
+through Ray Serve's metrics, and Prometheus shows them with Ray's prefix: ``ray_heliostat_…``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Metric:
     """One exported metric.
 
     Attributes:
-        name: As Prometheus shows it.
+        name: As declared; Prometheus shows it behind ``ray_``.
         kind: Counter, gauge or histogram.
         unit: Of its values.
         labels: Tag keys.
