@@ -195,7 +195,7 @@ def start_head(settings: Settings) -> str:
     settings.home.mkdir(parents=True, exist_ok=True)
     # Ray puts unix sockets below this folder, and their paths may have 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="hs-ray-"))
-    port, jobs_port, client_port = _free_ports(3)
+    port, jobs_port, client_port, agent_port = _free_ports(4)
     log = settings.home / "ray-head.log"
     command = [
         str(Path(sys.executable).with_name("ray")),
@@ -208,6 +208,8 @@ def start_head(settings: Settings) -> str:
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={jobs_port}",
         f"--ray-client-server-port={client_port}",
+        # Its default is one number for all clusters of a machine, and without an agent no job is taken.
+        f"--dashboard-agent-listen-port={agent_port}",
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - our own program and numbers
@@ -226,7 +228,7 @@ def start_head(settings: Settings) -> str:
     }
     (settings.home / _HEAD_FILE).write_text(json.dumps(head))
     limit = time.monotonic() + _START_LIMIT_S
-    while not (_listens(port) and _listens(jobs_port)):
+    while not (_listens(port) and _listens(jobs_port) and _listens(agent_port)):
         if process.poll() is not None or time.monotonic() > limit:
             stop_head(settings.home)
             last = log.read_text(errors="replace")[-800:]
@@ -246,7 +248,7 @@ def stop_head(home: Path) -> bool:
     if head is None:
         return False
     pid = int(head["pid"])
-    members = _session_members(pid)
+    members = _members(Path(head["folder"]))
     if _alive(pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -286,19 +288,28 @@ def _signals(pid: int) -> bool:
     return True
 
 
-def _session_members(leader: int) -> list[int]:
-    """Every process below a leader, found while it still lives."""
-    parents: dict[int, list[int]] = {}
+def _members(folder: Path) -> list[int]:
+    """Every process that a head started, however far down, also where those between have gone.
+
+    They are told by their environment, in which the head's folder stands, and by their parents: a
+    process that has changed its title may have overwritten the one, an orphan has lost the other.
+    """
+    mark = f"RAY_SERVE_HAPROXY_SERVER_STATE_BASE={folder}".encode()
+    children: dict[int, list[int]] = {}
+    waiting: list[int] = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(entry.name))
-    found, waiting = [], [leader]
+            children.setdefault(parent, []).append(int(entry.name))
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                waiting.append(int(entry.name))
+    found: set[int] = set()
     while waiting:
-        children = parents.get(waiting.pop(), [])
-        found.extend(children)
-        waiting.extend(children)
-    return found
+        pid = waiting.pop()
+        if pid not in found:
+            found.add(pid)
+            waiting.extend(children.get(pid, ()))
+    return sorted(found)
 
 
 def _wait_gone(pids: list[int], limit_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -33,7 +34,8 @@ def test_an_interrupted_demo_leaves_nothing_running(home: Path, last_step: str) 
         told += line
         if last_step in line:
             break
-    started = cluster._session_members(demo.pid)
+    head = json.loads((home / "demo" / "ray-head.json").read_bytes())
+    started = cluster._members(Path(head["folder"]))
     assert len(started) > 3, told
     demo.send_signal(signal.SIGINT)
     rest, _ = demo.communicate(timeout=60)
