@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import ray.data
+from ray.data import DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import RayTaskError
 
 from heliostat.cluster import cpus_a_task
 from heliostat.errors import HeliostatError
 
 
-def over_buckets(task: Callable[[int], pa.Table], n_buckets: int) -> Iterator[pa.Table]:
+def over_buckets(
+    task: Callable[[int], pa.Table], n_buckets: int, *, concurrency: int | None = None
+) -> Iterator[pa.Table]:
     """Run a task for each bucket on the connected Ray; tables come as they are done, in no order.
 
     Args:
         task: Picklable; takes a bucket's number.
         n_buckets: Of the event log.
+        concurrency: Most at a time; None: as many as there are cores.
 
     Yields:
         What the tasks gave; tables without rows are left out.
@@ -25,21 +30,66 @@ def over_buckets(task: Callable[[int], pa.Table], n_buckets: int) -> Iterator[pa
     Raises:
         HeliostatError: What a task raised, as itself.
     """
-    context = ray.data.DataContext.get_current().copy()
-    # Ray Data's own wrapper would lose the error's kind.
-    context.raise_original_map_exception = True
-    with ray.data.DataContext.current(context):
-        done = ray.data.range(n_buckets, override_num_blocks=n_buckets).map_batches(
-            _OfBuckets(task), batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=cpus_a_task()
-        )
+    with _context():
+        numbers = ray.data.range(n_buckets, override_num_blocks=n_buckets)
+        done = _mapped(numbers, _OfBuckets(task), concurrency)
+    yield from _batches(done)
+
+
+def over_blocks(
+    task: Callable[[pa.Table], pa.Table], blocks: Sequence[pa.Table], *, concurrency: int | None = None
+) -> Iterator[pa.Table]:
+    """The same for a table of rows a bucket.
+
+    Args:
+        task: Picklable; takes one of the tables.
+        blocks: At least one; they go to the tasks through Ray's memory.
+        concurrency: Most at a time; None: as many as there are cores.
+
+    Yields:
+        What the tasks gave; tables without rows are left out.
+
+    Raises:
+        HeliostatError: What a task raised, as itself.
+    """
+    with _context():
+        done = _mapped(ray.data.from_arrow(list(blocks)), task, concurrency)
+    yield from _batches(done)
+
+
+def _batches(rows: Dataset) -> Iterator[pa.Table]:
+    """A Dataset's blocks, to the end; an error of ours inside a task comes out as itself."""
     try:
-        for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-            if table.num_rows:
-                yield table
+        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if batch.num_rows:
+                yield batch
     except RayTaskError as error:
         if isinstance(error.cause, HeliostatError):
             raise error.cause from None
         raise
+
+
+@contextlib.contextmanager
+def _context() -> Iterator[None]:
+    """How Datasets made inside are run."""
+    context = DataContext.get_current().copy()
+    # Ray Data's own wrapper would lose the error's kind.
+    context.raise_original_map_exception = True
+    # It would keep half of the cores free for operators that these pipelines don't have.
+    context.op_resource_reservation_enabled = False
+    with DataContext.current(context):
+        yield
+
+
+def _mapped(rows: Dataset, task: Callable[[pa.Table], pa.Table], concurrency: int | None) -> Dataset:
+    return rows.map_batches(
+        task,
+        batch_format="pyarrow",
+        batch_size=None,
+        zero_copy_batch=True,
+        num_cpus=cpus_a_task(),
+        compute=TaskPoolStrategy(size=concurrency),
+    )
 
 
 class _OfBuckets:

@@ -11,8 +11,7 @@ once, for all views of the same source. Memory holds a bucket at a time for each
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -22,11 +21,11 @@ import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
-from ray.exceptions import RayTaskError
 
-from heliostat.errors import HeliostatError, SpineError
+from heliostat.errors import SpineError
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.bucket_join import EntityJoin, check_spine, entity_joins, single_features, spine_instants_us
+from heliostat.features.bucket_tasks import over_blocks, over_buckets
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
 from heliostat.features.timeline import IntArray
 from heliostat.schema import BUCKET, TIMESTAMP, arrow_type
@@ -110,7 +109,7 @@ def entities_known(
         StorageError: If the event log can't be read.
     """
     task = _Known(event_log, source, entity, event_log.version(source, entity), as_of_us, known_at_us)
-    return _collected(_each_bucket(event_log, task), _key_schema(entity))
+    return _collected(over_buckets(task, event_log.n_buckets), _key_schema(entity))
 
 
 def snapshot(
@@ -146,7 +145,7 @@ def snapshot(
         )
     join = entity_joins([view], event_log, known_at_us)[0]
     known = _Known(event_log, view.source, view.entity, join.versions[view.source.name], as_of_us, known_at_us)
-    tasks = _each_bucket(event_log, _Snapshot(join, known), concurrency)
+    tasks = over_buckets(_Snapshot(join, known), event_log.n_buckets, concurrency=concurrency)
     features = [(ref.name, pa.float64()) for ref in view]
     return _collected(tasks, pa.schema([*_key_schema(view.entity), (AS_OF, TIMESTAMP), *features]))
 
@@ -208,7 +207,7 @@ class _Known:
     as_of_us: int
     known_at_us: int | None
 
-    def bucket(self, bucket: int) -> pa.Table:
+    def __call__(self, bucket: int) -> pa.Table:
         """Key columns of one bucket's entities."""
         keys = self.event_log.read_bucket(
             self.source,
@@ -221,9 +220,6 @@ class _Known:
         )
         return keys.group_by(keys.column_names, use_threads=False).aggregate([]).cast(_key_schema(self.entity))
 
-    def __call__(self, numbers: Mapping[str, IntArray]) -> pa.Table:
-        return pa.concat_tables([self.bucket(int(number)) for number in numbers["id"]])
-
 
 @dataclass(frozen=True, eq=False)
 class _Snapshot:
@@ -232,11 +228,8 @@ class _Snapshot:
     join: EntityJoin
     known: _Known
 
-    def __call__(self, numbers: Mapping[str, IntArray]) -> pa.Table:
-        return pa.concat_tables([self._bucket(int(number)) for number in numbers["id"]])
-
-    def _bucket(self, bucket: int) -> pa.Table:
-        rows = _at_instant(self.known.bucket(bucket), self.known.as_of_us)
+    def __call__(self, bucket: int) -> pa.Table:
+        rows = _at_instant(self.known(bucket), self.known.as_of_us)
         keys = self.join.entity.encode(rows, what="known entities")
         buckets = np.full(rows.num_rows, bucket, dtype=np.int32)
         return _with(rows, self.join.all_columns(buckets, keys, np.full(rows.num_rows, self.known.as_of_us)))
@@ -269,15 +262,7 @@ def _joined(
         return columns
     for join, keys in zip(joins, encoded, strict=True):
         blocks = _bucket_blocks(keys, as_of_us, join.entity.buckets(keys, join.event_log.n_buckets))
-        with _own_errors():
-            tasks = ray.data.from_arrow(blocks).map_batches(
-                _BucketTask(join),
-                batch_size=None,
-                batch_format="pyarrow",
-                zero_copy_batch=True,
-                concurrency=concurrency,
-            )
-        for batch in _batches(tasks):
+        for batch in over_blocks(_BucketTask(join), blocks, concurrency=concurrency):
             rows = batch.column(_ROW).to_numpy()
             for name in join.names:
                 columns[name][rows] = batch.column(name).to_numpy()
@@ -309,14 +294,13 @@ def _join_dataset(
         raise SpineError("is empty and has no columns", "give a Dataset with rows", ())
     check_spine(schema.names, joins, as_of, reserved=(BUCKET,))
     result = spine if SPINE_ROW in schema.names else _numbered(spine)
+    tasks = ray.data.TaskPoolStrategy(size=concurrency)
     for join in joins:
         n_blocks = min(join.event_log.n_buckets, 2 * int(ray.cluster_resources().get("CPU", 1)))
         result = (
-            result.map_batches(
-                _BucketsTask(join, as_of), batch_size=None, batch_format="pyarrow", concurrency=concurrency
-            )
+            result.map_batches(_BucketsTask(join, as_of), batch_size=None, batch_format="pyarrow", compute=tasks)
             .repartition(n_blocks, keys=[BUCKET])
-            .map_batches(_AppendTask(join, as_of), batch_size=None, batch_format="pyarrow", concurrency=concurrency)
+            .map_batches(_AppendTask(join, as_of), batch_size=None, batch_format="pyarrow", compute=tasks)
         )
     return result
 
@@ -340,42 +324,9 @@ def _number_rows(block: pa.Table, start: int) -> pa.Table:
     return block.append_column(SPINE_ROW, pa.array(np.arange(start, start + block.num_rows)))
 
 
-def _each_bucket(
-    event_log: EventLog, task: Callable[..., pa.Table], concurrency: int | None = None
-) -> ray.data.Dataset:
-    """One task a bucket, given its number as ``id``."""
-    n_buckets = event_log.n_buckets
-    with _own_errors():
-        numbers = ray.data.range(n_buckets, override_num_blocks=n_buckets)
-        return numbers.map_batches(task, batch_size=None, concurrency=concurrency)
-
-
-@contextlib.contextmanager
-def _own_errors() -> Iterator[None]:
-    """Datasets made inside let errors of tasks through as they are; Ray Data's wrapper loses their kind."""
-    context = ray.data.DataContext.get_current().copy()
-    context.raise_original_map_exception = True
-    with ray.data.DataContext.current(context):
-        yield
-
-
-def _batches(rows: ray.data.Dataset) -> Iterator[pa.Table]:
-    """A Dataset's blocks, to the end; an error of ours inside a task comes out as itself."""
-    try:
-        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            if batch.num_rows:
-                yield batch
-    except RayTaskError as error:
-        if isinstance(error.cause, HeliostatError):
-            raise error.cause from None
-        raise
-
-
-def _collected(rows: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
-    """All rows of a Dataset."""
-    return pa.concat_tables(
-        [schema.empty_table(), *(batch.select(schema.names).cast(schema) for batch in _batches(rows))]
-    )
+def _collected(parts: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+    """All rows of tasks' tables."""
+    return pa.concat_tables([schema.empty_table(), *(part.select(schema.names).cast(schema) for part in parts)])
 
 
 def _with(rows: pa.Table, columns: Mapping[str, FloatArray]) -> pa.Table:
