@@ -156,6 +156,29 @@ def _known(events: pa.Table, known_at_us: int | None) -> pa.Table:
 
 
 @dataclass
+class _OrderedInput:
+    """An input in the order of events; brought into it when somebody looks.
+
+    Attributes:
+        given: As the events were given.
+        order: Where each event was among them, shape ``(n,)``.
+    """
+
+    given: InputValues
+    order: IntArray
+
+    @cached_property
+    def values(self) -> FloatArray:
+        """Shape ``(n,)``, without negative zeros: which one a minimum keeps is a matter of place."""
+        return self.given.values[self.order] + 0.0
+
+    @cached_property
+    def used(self) -> NDArray[np.bool_]:
+        """Shape ``(n,)``."""
+        return self.given.used[self.order]
+
+
+@dataclass
 class _Timeline:
     """Events in (entity, event time, tie) order and the rows that ask about them.
 
@@ -165,8 +188,9 @@ class _Timeline:
     Attributes:
         codes: Entity of each event, shape ``(n,)``, ascending.
         times: Event times, shape ``(n,)``.
-        ties: What breaks ties, shape ``(n,)``.
-        inputs: What the views look at, in the events' order.
+        order: Where each event was among those given, shape ``(n,)``.
+        ties: What breaks ties, by that place.
+        inputs: What the views look at.
         index: Finds positions of events.
         row_codes: Entity of each row, shape ``(m,)``.
         as_of_us: Query instants, shape ``(m,)``.
@@ -175,8 +199,9 @@ class _Timeline:
 
     codes: IntArray
     times: IntArray
+    order: IntArray
     ties: IntArray
-    inputs: Mapping[str, InputValues]
+    inputs: Mapping[str, _OrderedInput]
     index: EventIndex
     row_codes: IntArray
     as_of_us: IntArray
@@ -200,25 +225,28 @@ class _Timeline:
                 seen &= times >= since_us
         else:
             seen = np.zeros(len(times), dtype=np.bool_)
-        kept = np.flatnonzero(seen)
-        if 2 * len(kept) < len(seen):
+        kept: IntArray | None = None if seen.all() else np.flatnonzero(seen)
+        if kept is not None and 2 * len(kept) < len(seen):
             events, event_codes, times = events.take(pa.array(kept)), event_codes[kept], times[kept]
-            kept = np.arange(len(kept))
+            kept = None
         ties = (
             times_us(events.column(TIE))
             if TIE in events.column_names
             else tie48(hash64(events.column(source.event_id)))
         )
-        index = EventIndex(event_codes[kept], times[kept], ties[kept], n_codes=len(asked))
-        order = kept[index.order]
         alive = [Input(None, view.where) for view in views if view.ttl_us is not None]
         wanted = {each.key: each for each in (*(each for view in views for each in view.inputs), *alive)}
-        inputs = {key: _in_order(each, order) for key, each in evaluate(events, wanted.values()).items()}
+        given = evaluate(events, wanted.values())
+        if kept is None:
+            index = EventIndex(event_codes, times, ties, n_codes=len(asked))
+            order = index.order
+        else:
+            index = EventIndex(event_codes[kept], times[kept], ties[kept], n_codes=len(asked))
+            order = kept[index.order]
+        inputs = {key: _OrderedInput(each, order) for key, each in given.items()}
         row_codes = _codes(keys, asked)
         rows = np.argsort(index.packed(row_codes, as_of_us), kind="stable")
-        return cls(
-            event_codes[order], times[order], ties[order], inputs, index, row_codes[rows], as_of_us[rows], rows
-        )
+        return cls(index.codes, index.times, order, ties, inputs, index, row_codes[rows], as_of_us[rows], rows)
 
     def features(self, view: FeatureView) -> dict[str, FloatArray]:
         """All features of a view, by name, in the caller's order of rows."""
@@ -285,7 +313,7 @@ class _Timeline:
             self._tiles[hop_us] = Tiles(self.codes, self.times, hop_us)
         return self._tiles[hop_us]
 
-    def _edge(self, state: State, given: InputValues, ranges: Ranges) -> FloatArray:
+    def _edge(self, state: State, given: _OrderedInput, ranges: Ranges) -> FloatArray:
         """The first or last usable event of each window; its time alone, or (time, tie, value)."""
         first = state.op in ("first", "min")
         position, found = edges(given.used, ranges, first=first)
@@ -297,11 +325,11 @@ class _Timeline:
         time = np.where(found, self.times[position], blank)
         if state.width == 1:
             return time
-        tie = np.where(found, self.ties[position], 0.0)
+        tie = np.where(found, self.ties[self.order[position]], 0.0)
         return np.column_stack([time, tie, np.where(found, given.values[position], 0.0)])
 
     def _folded(
-        self, state: State, given: InputValues, ranges: Ranges, window_us: int | None, hop_us: int
+        self, state: State, given: _OrderedInput, ranges: Ranges, window_us: int | None, hop_us: int
     ) -> FloatArray:
         """Merge a sum, minimum or maximum: tile by tile, each window from two blocks of tiles."""
         ufunc, identity = _UFUNCS[state.op], IDENTITY[state.op]
@@ -328,7 +356,7 @@ class _Timeline:
         result[some] = merged
         return result
 
-    def _running_of(self, state: State, given: InputValues, hop_us: int) -> FloatArray:
+    def _running_of(self, state: State, given: _OrderedInput, hop_us: int) -> FloatArray:
         key = (state.key, hop_us)
         if key not in self._running:
             padded = np.where(given.used, given.values, IDENTITY[state.op])
@@ -340,11 +368,6 @@ def _codes(keys: pa.Array, known: pa.Array) -> IntArray:
     """The position of each key among the known ones; -1 where it isn't."""
     found: NDArray[np.int32] = pc.fill_null(pc.index_in(keys, value_set=known), -1).to_numpy()
     return found.astype(np.int64)
-
-
-def _in_order(given: InputValues, order: IntArray) -> InputValues:
-    """An input in the order of events, without negative zeros: which one a minimum keeps is a matter of place."""
-    return InputValues(given.values[order] + 0.0, given.used[order])
 
 
 def _blank(part: FloatArray, state: State, rows: NDArray[np.bool_]) -> FloatArray:

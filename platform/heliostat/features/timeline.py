@@ -20,6 +20,7 @@ IntArray = NDArray[np.int64]
 
 _LONG_SEGMENT = 48
 _PACKED_BITS = 62
+_FEW_CODES = 2**16  # what a sort by digits takes in one go
 
 
 class EventIndex:
@@ -27,7 +28,7 @@ class EventIndex:
 
     Args:
         codes: Entity of each event, ``0 ≤ code < n_codes``, shape ``(n,)``, any order.
-        times: Event times, shape ``(n,)``.
+        times: Event times, shape ``(n,)``; the work is less where they ascend, as in a file of the event log.
         ties: What breaks ties, shape ``(n,)``.
         n_codes: Number of entities.
     """
@@ -42,9 +43,25 @@ class EventIndex:
             self._instants = np.unique(times)
             self._bits = len(self._instants).bit_length()
         packed = self.packed(codes, times)
-        self.order = _ordered(packed, ties)
-        self._packed = packed[self.order]
+        if n_codes <= _FEW_CODES and (times[1:] >= times[:-1]).all():
+            # What is in order of time already needs to be dealt out to its entities only.
+            order = np.argsort(codes.astype(np.uint16), kind="stable")
+        else:
+            order = np.argsort(packed)
+        self._packed = packed[order]
+        self.order = _tied_in_order(order, self._packed, ties)
         self.begins: IntArray = np.searchsorted(self._packed, np.arange(n_codes) << self._bits)
+
+    @property
+    def codes(self) -> IntArray:
+        """The entity of each event, in order."""
+        return self._packed >> self._bits
+
+    @property
+    def times(self) -> IntArray:
+        """The time of each event, in order."""
+        offsets = self._packed & ((1 << self._bits) - 1)
+        return offsets + self._origin_us if self._instants is None else self._instants[offsets]
 
     def packed(self, codes: IntArray, instants_us: IntArray) -> IntArray:
         """One integer for each (entity, instant), in the same order; beyond all events is all one."""
@@ -57,14 +74,13 @@ class EventIndex:
         return np.searchsorted(self._packed, self.packed(codes, instants_us))
 
 
-def _ordered(packed: IntArray, ties: IntArray) -> IntArray:
-    """The order of (packed, tie); most are told apart by the first alone."""
-    order = np.argsort(packed)
-    equal = np.diff(packed[order]) == 0
+def _tied_in_order(order: IntArray, packed: IntArray, ties: IntArray) -> IntArray:
+    """The order of (packed, tie); most are told apart by the first alone, which is in order."""
+    equal = packed[1:] == packed[:-1]
     if equal.any():
         tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))
         members = order[tied]
-        order[tied] = members[np.lexsort((ties[members], packed[members]))]
+        order[tied] = members[np.lexsort((ties[members], packed[tied]))]
     return order
 
 
@@ -146,7 +162,7 @@ class Segments:
         lengths = self.ends - starts
         self._long = np.flatnonzero(lengths > _LONG_SEGMENT)
         short = np.flatnonzero((lengths > 1) & (lengths <= _LONG_SEGMENT))
-        self._short = short[np.argsort(-lengths[short], kind="stable")]
+        self._short = short[np.argsort((_LONG_SEGMENT - lengths[short]).astype(np.uint8), kind="stable")]
         # How many short segments have a first element, a second one, …
         reach = np.cumsum(np.bincount(lengths[self._short], minlength=1)[::-1])[::-1]
         self._counts: list[int] = reach[1:].tolist()
@@ -194,13 +210,18 @@ class Segments:
 
 def counted(marked: NDArray[np.bool_], ranges: Ranges) -> FloatArray:
     """How many marked events each range holds."""
-    total = np.concatenate([[0], np.cumsum(marked)])
-    counts: FloatArray = (total[ranges.high] - total[ranges.low]).astype(np.float64)
-    return counts
+    if marked.all():
+        counts = ranges.high - ranges.low
+    else:
+        total = np.concatenate([[0], np.cumsum(marked)])
+        counts = total[ranges.high] - total[ranges.low]
+    return counts.astype(np.float64)
 
 
 def first_of(groups: IntArray, used: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Marks the first usable event of each group; groups ascend."""
+    if used.all():
+        return changes(groups)
     marked = np.zeros(len(groups), dtype=np.bool_)
     positions = np.flatnonzero(used)
     marked[positions[changes(groups[positions])]] = True
