@@ -49,8 +49,9 @@ def python_of(name: str, requirements: Sequence[str]) -> Path:
     print(f"{name}: making .bench/{name} with {', '.join(requirements)} …", flush=True)
     mark.unlink(missing_ok=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    quiet = ("--quiet", "--disable-pip-version-check", "--no-input")
-    subprocess.run([str(python), "-m", "pip", "install", *quiet, *requirements], check=True)
+    if requirements:
+        quiet = ("--quiet", "--disable-pip-version-check", "--no-input")
+        subprocess.run([str(python), "-m", "pip", "install", *quiet, *requirements], check=True)
     mark.write_text(wanted)
     print(f"{name}: ready after {time.perf_counter() - start:.0f} s", flush=True)
     return python
@@ -142,12 +143,14 @@ class Contender:
     Attributes:
         work: Does the work once and says how many seconds of it count.
         runs: How many timed runs it gets.
+        warm_ups: How many runs it gets before that.
         pid: The root of its processes; None: this process.
         without: Processes below that root that belong to others.
     """
 
     work: Callable[[], float]
     runs: int = 3
+    warm_ups: int = 1
     pid: int | None = None
     without: tuple[int, ...] = ()
 
@@ -173,7 +176,7 @@ class Turns:
 def interleaved(contenders: Mapping[str, Contender]) -> dict[str, Turns]:
     """Let contenders take turns, A B A B, so that a machine's slow minute hits all of them.
 
-    Each warms up once first; its memory is looked at then, when no clock is running. Progress is printed.
+    Each warms up first; its memory is looked at then, when no clock is running. Progress is printed.
 
     Args:
         contenders: By name.
@@ -184,9 +187,9 @@ def interleaved(contenders: Mapping[str, Contender]) -> dict[str, Turns]:
     turns = {name: Turns() for name in contenders}
     for name, contender in contenders.items():
         with PeakMemory.of(contender.pid, without=contender.without) as memory:
-            spent_s = contender.work()
+            spent = ", ".join(f"{contender.work():.2f} s" for _ in range(contender.warm_ups))
         turns[name].peak_bytes = memory.peak_bytes
-        print(f"  {name}: warm-up {spent_s:.2f} s, peak {memory.peak_bytes / 2**30:.2f} GiB", flush=True)
+        print(f"  {name}: warm-up {spent}, peak {memory.peak_bytes / 2**30:.2f} GiB", flush=True)
     for turn in range(max(contender.runs for contender in contenders.values())):
         for name, contender in contenders.items():
             if turn < contender.runs:
