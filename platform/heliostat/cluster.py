@@ -218,7 +218,14 @@ def start_head(settings: Settings) -> str:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **_ingress_environment(folder), **settings.environment(), "PATH": _path()},
+            # Its dashboard's processes leave empty folders behind: in a place that goes with the head.
+            env={
+                **os.environ,
+                **_ingress_environment(folder),
+                **settings.environment(),
+                "PATH": _path(),
+                "TMPDIR": str(folder),
+            },
         )
     head = {
         "pid": process.pid,

@@ -217,7 +217,7 @@ def drift_findings(
     Raises:
         MonitoringDataError: As `compare`.
     """
-    rows = min((int(np.sum(counts)) for counts in current.values()), default=0)
+    rows = min((int(np.asarray(counts).sum()) for counts in current.values()), default=0)
     if rows < policy.min_rows:
         return (
             Finding(
