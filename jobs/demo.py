@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +99,7 @@ def main(
     home: Annotated[Path, typer.Option(help="Where everything is kept; emptied first.")] = Path(".heliostat/demo"),
 ) -> None:
     """From raw purchases to served and monitored predictions; stops what it starts."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    _handle_interrupts(signal.default_int_handler)
     _clear(home)
     story = Story(Console(file=os.fdopen(os.dup(1), "w")))
     settings = load_settings(["configs/local.yaml"], environ=os.environ, home=home, serving={"port": 0})
@@ -112,8 +112,14 @@ def main(
             _tell(story, workspace, stack)
         finally:
             # From here on it is being stopped; a second Ctrl-C mustn't leave half of it running.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _handle_interrupts(signal.SIG_IGN)
     story.console.print(_summary(story))
+
+
+def _handle_interrupts(handler: Callable[..., Any] | signal.Handlers) -> None:
+    """Both kinds, also where a shell lets its background jobs ignore them: much is running that must be stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _clear(home: Path) -> None:
@@ -148,8 +154,11 @@ def _quiet(log: Path) -> Iterator[None]:
 
 def _stop(story: Story, settings: Settings) -> None:
     """Stop the cluster; closing the workspace has let go of the embedded server already."""
-    with story.step("Stop everything that was started"):
-        cluster.stop_head(settings.home)
+    try:
+        with story.step("Stop everything that was started"):
+            cluster.stop_head(settings.home)
+    finally:
+        cluster.stop_head(settings.home)  # also where nobody reads what it tells, and telling it fails
 
 
 def _tell(story: Story, workspace: Workspace, stack: contextlib.ExitStack) -> None:
@@ -157,6 +166,7 @@ def _tell(story: Story, workspace: Workspace, stack: contextlib.ExitStack) -> No
     with story.step("Start the embedded store and Ray") as step:
         cluster.start_head(settings)
         stack.enter_context(cluster.connect(settings))
+        _handle_interrupts(signal.default_int_handler)  # Ray has brought its own
         step.say(f"it is {format_instant(workspace.clock.now_us())[:10]}: the clock replays the end of the data")
     _ingest(story, workspace)
     first, second = _learn(story, workspace)

@@ -115,14 +115,15 @@ def connect(settings: Settings) -> Iterator[None]:
     else:
         folder = own.enter_context(tempfile.TemporaryDirectory(prefix="hs-serve-", ignore_cleanup_errors=True))
         os.environ.update(_ingress_environment(Path(folder)))
-        ray.init(
-            num_cpus=logical_cpus(settings),
-            object_store_memory=settings.ray.object_store_bytes,
-            include_dashboard=settings.ray.dashboard,
-            runtime_env=environment,
-            log_to_driver=False,
-            logging_level="WARNING",
-        )
+        with _temporary_files(folder):
+            ray.init(
+                num_cpus=logical_cpus(settings),
+                object_store_memory=settings.ray.object_store_bytes,
+                include_dashboard=settings.ray.dashboard,
+                runtime_env=environment,
+                log_to_driver=False,
+                logging_level="WARNING",
+            )
     # Ray Data tells of every execution, at INFO; importing it sets that, so it is set back here.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # Serve tells of every step; its warnings are enough.
@@ -133,6 +134,21 @@ def connect(settings: Settings) -> Iterator[None]:
     finally:
         ray.shutdown()
         own.close()
+
+
+@contextlib.contextmanager
+def _temporary_files(folder: str) -> Iterator[None]:
+    """Processes started inside leave their temporary files in a folder that somebody removes; Ray's logs stay."""
+    before = {name: os.environ.get(name) for name in ("TMPDIR", "RAY_TMPDIR")}
+    os.environ.update(TMPDIR=folder, RAY_TMPDIR=before["RAY_TMPDIR"] or tempfile.gettempdir())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _ingress_environment(folder: Path) -> dict[str, str]:

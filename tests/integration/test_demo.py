@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,14 @@ from heliostat import cluster
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("last_step", ["Start the embedded store and Ray", "Register the declarations"])
-def test_an_interrupted_demo_leaves_nothing_running(home: Path, last_step: str) -> None:
+Demo = subprocess.Popen[str]
+
+
+@contextlib.contextmanager
+def demo_until(step: str, home: Path, *, before: str = "") -> Iterator[tuple[Demo, list[int]]]:
+    """A demo that has just told a step, and what it has started."""
     demo = subprocess.Popen(
-        [sys.executable, "jobs/demo.py", "--home", str(home / "demo")],
+        ["sh", "-c", f"{before} exec '{sys.executable}' jobs/demo.py --home '{home / 'demo'}'"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -30,21 +36,52 @@ def test_an_interrupted_demo_leaves_nothing_running(home: Path, last_step: str) 
     )
     assert demo.stdout is not None
     told = ""
-    for line in demo.stdout:
-        told += line
-        if last_step in line:
-            break
-    head = json.loads((home / "demo" / "ray-head.json").read_bytes())
-    started = cluster._members(Path(head["folder"]))
-    assert len(started) > 3, told
-    demo.send_signal(signal.SIGINT)
-    rest, _ = demo.communicate(timeout=60)
-    assert demo.returncode == 130, told + rest
-    assert "Stop everything" in rest
-    limit = time.monotonic() + 5
+    try:
+        for line in demo.stdout:
+            told += line
+            if step in line:
+                break
+        started = cluster._members(Path(json.loads((home / "demo" / "ray-head.json").read_bytes())["folder"]))
+        assert len(started) > 3, told
+        yield demo, started
+    finally:
+        demo.kill()
+        demo.wait()
+        cluster.stop_head(home / "demo")
+
+
+def alive_after(seconds: float, started: list[int]) -> list[int]:
+    """Those that still run after a while."""
+    limit = time.monotonic() + seconds
     while any(cluster._alive(pid) for pid in started) and time.monotonic() < limit:
         time.sleep(0.1)
-    assert not [pid for pid in started if cluster._alive(pid)]
+    return [pid for pid in started if cluster._alive(pid)]
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "before"),
+    [
+        ("Start the embedded store and Ray", signal.SIGINT, ""),
+        ("Register the declarations", signal.SIGTERM, "trap '' INT TERM;"),  # as in the background of a script
+    ],
+)
+def test_an_interrupted_demo_leaves_nothing_running(
+    home: Path, step: str, number: signal.Signals, before: str
+) -> None:
+    with demo_until(step, home, before=before) as (demo, started):
+        demo.send_signal(number)
+        rest, _ = demo.communicate(timeout=60)
+        assert demo.returncode == 130, rest
+        assert "Stop everything" in rest
+        assert alive_after(5, started) == []
+
+
+def test_a_demo_that_nobody_reads_leaves_nothing_running(home: Path) -> None:
+    with demo_until("Start the embedded store and Ray", home) as (demo, started):
+        assert demo.stdout is not None
+        demo.stdout.close()
+        assert demo.wait(timeout=60) != 0
+        assert alive_after(5, started) == []
 
 
 def test_a_folder_that_is_no_demos_is_not_emptied(home: Path) -> None:
