@@ -23,7 +23,12 @@ _logger = logging.getLogger("heliostat.serving")
 
 
 def log_record(
-    answer: PredictAnswer, entities: Sequence[str], vectors: Sequence[NDArray[np.float64]], *, at_us: int
+    answer: PredictAnswer,
+    entities: Sequence[str],
+    vectors: Sequence[NDArray[np.float64]],
+    *,
+    at_us: int,
+    given: Sequence[Sequence[str]] | None = None,
 ) -> bytes:
     """The stream entry of one request, as JSON.
 
@@ -33,7 +38,9 @@ def log_record(
         vectors: What the model saw, one an entity, shape ``(n_features,)`` each, in the order of the
             signature of the version that answered; NaN becomes null.
         at_us: The instant of the features, microseconds since the epoch.
+        given: For each entity, the qualified features whose values the request gave; None: none for anybody.
     """
+    overridden = [()] * len(entities) if given is None else given
     return orjson.dumps(
         {
             "request_id": answer.request_id,
@@ -50,8 +57,10 @@ def log_record(
                     "features": vector,
                     "missing": each.missing,
                     "source": each.source,
+                    "fallback": each.fallback,
+                    "given": names,
                 }
-                for each, entity, vector in zip(answer.entities, entities, vectors, strict=True)
+                for each, entity, vector, names in zip(answer.entities, entities, vectors, overridden, strict=True)
             ],
         },
         option=orjson.OPT_SERIALIZE_NUMPY,

@@ -67,11 +67,18 @@ class VersionFacts:
         names: Qualified features, in the order of its matrix.
         prior: Its mean prediction in training; None if nobody wrote it down.
         stale: Views that are declared otherwise now than when it was trained: it can't be asked.
+        pinned: What is looked up for them, ``view@version__feature``: the versions of views that it was trained on.
     """
 
     names: tuple[str, ...]
     prior: float | None = None
     stale: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """What is looked up: ``pinned``, where that is known."""
+        return self.pinned or self.names
 
 
 class VersionBook:
@@ -257,7 +264,7 @@ class Predictor:
         batch = await self._widened(_Batch(requests, query, block, assignment), until=models_until)
         scores = await self._score(batch, until=models_until)
         answers = _answers(batch, scores)
-        if not await self._log.write(_records(batch, answers, scores), until=deadline):
+        if not await self._log.write(self._records(batch, answers, scores), until=deadline):
             answers = [replace(answer, logged=False) for answer in answers]
         self._start_shadows(batch)
         return answers
@@ -268,7 +275,7 @@ class Predictor:
         model = requests[0].model
         names = self._names.get(model)
         if names is None:
-            names = self._names[model] = self._readers.definitions.model(model).feature_names
+            names = self._names[model] = self._readers.definitions.model(model).pinned_names
         if len(requests) == 1:
             return FeatureQuery(model, names, requests[0].entities, requests[0].overrides)
         overrides, first = {}, 0
@@ -303,7 +310,7 @@ class Predictor:
         needed = dict.fromkeys(batch.query.names)
         for version in set(batch.assignment.versions):
             try:
-                needed.update(dict.fromkeys((await self._versions.usable(batch.model, version)).names))
+                needed.update(dict.fromkeys((await self._versions.usable(batch.model, version)).wanted))
             except HeliostatError:
                 continue  # it can't be asked; the ladder deals with that
         if len(needed) == len(batch.query.names):
@@ -333,9 +340,9 @@ class Predictor:
         seen: dict[int, tuple[tuple[str, ...], FloatArray]] = {}
 
         async def score(candidate: int) -> FloatArray:
-            names = (await self._versions.usable(batch.model, candidate)).names
-            matrix = batch.block.matrix(names, rows)
-            seen[candidate] = names, matrix
+            facts = await self._versions.usable(batch.model, candidate)
+            matrix = batch.block.matrix(facts.wanted, rows)
+            seen[candidate] = facts.names, matrix
             return await self._stages.runner(ScoreQuery(batch.model, candidate, matrix))
 
         scored = await self._ladder.climb(
@@ -346,9 +353,28 @@ class Predictor:
             rows=len(batch.query.entities) if rows is None else len(rows),
             until=until,
         )
-        names, matrix = seen.get(scored.version) or (batch.block.names, batch.block.matrix(batch.block.names, rows))
+        nobody = tuple(map(_shown, batch.block.names)), batch.block.matrix(batch.block.names, rows)
+        names, matrix = seen.get(scored.version) or nobody
         rung = scored.rung if scored.rung is not None or batch.block.stored else Rung.FEATURES
         return _Scores.of(scored.scores, scored.version, rung, names, matrix)
+
+    def _records(self, batch: _Batch, answers: list[PredictAnswer], scores: _Scores) -> list[bytes]:
+        given = self._readers.given(batch.query)
+        records: list[bytes] = []
+        first = 0
+        for request, answer in zip(batch.requests, answers, strict=True):
+            rows = slice(first, first + len(request.entities))
+            first = rows.stop
+            records.append(
+                log_record(
+                    answer,
+                    request.entities,
+                    scores.vectors[rows],
+                    at_us=batch.block.as_of_us,
+                    given=None if given is None else given[rows],
+                )
+            )
+        return records
 
     def _start_shadows(self, batch: _Batch) -> None:
         """Score the versions that answer nobody, beside the answer; dropped when there is no time for it."""
@@ -362,15 +388,21 @@ class Predictor:
         until = asyncio.get_running_loop().time() + self._deadline_ms / 1e3
         for version in batch.assignment.shadow:
             try:
-                names = (await self._versions.usable(batch.model, version)).names
-                matrix = batch.block.matrix(names)
+                facts = await self._versions.usable(batch.model, version)
+                matrix = batch.block.matrix(facts.wanted)
                 async with asyncio.timeout_at(until):
                     scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix))
-                shadow = _Scores.of(scores, version, None, names, matrix)
-                records = _records(batch, _answers(batch, shadow, variant=SHADOW_NAME), shadow)
+                shadow = _Scores.of(scores, version, None, facts.names, matrix)
+                records = self._records(batch, _answers(batch, shadow, variant=SHADOW_NAME), shadow)
                 await self._log.write(records, until=until)
             except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
                 _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)
+
+
+def _shown(name: str) -> str:
+    """``view__feature`` of what was looked up as ``view@version__feature``."""
+    view, _, feature = name.partition("__")
+    return f"{view.partition('@')[0]}__{feature}"
 
 
 def _told(error: Exception) -> str:
@@ -404,13 +436,3 @@ def _answers(batch: _Batch, scores: _Scores, *, variant: str | None = None) -> l
         answers.append(PredictAnswer(request_id, request.model, version, assignment.revision, entities, logged=True))
         first = last
     return answers
-
-
-def _records(batch: _Batch, answers: list[PredictAnswer], scores: _Scores) -> list[bytes]:
-    records: list[bytes] = []
-    first = 0
-    for request, answer in zip(batch.requests, answers, strict=True):
-        last = first + len(request.entities)
-        records.append(log_record(answer, request.entities, scores.vectors[first:last], at_us=batch.block.as_of_us))
-        first = last
-    return records

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from heliostat.clock import Clock
 from heliostat.errors import HeliostatError, InvalidRouteError, SignatureMismatchError, UnknownAliasError
 from heliostat.experiments.assignment import OUTSIDE, RoutingDocument
+from heliostat.features.definitions import FeatureView
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
 from heliostat.models.definitions import Definitions
@@ -124,7 +125,7 @@ class FeatureReaders:
         self._planned: dict[tuple[str, ...], FeatureReader] = {}
 
     def of(self, names: tuple[str, ...]) -> FeatureReader:
-        """A reader of features by qualified name.
+        """A reader of features by qualified name; ``view@version__feature`` asks for one version of a view.
 
         Raises:
             UnknownViewError: If a view isn't declared.
@@ -133,10 +134,14 @@ class FeatureReaders:
         reader = self._planned.get(names)
         if reader is None:
             parts = [name.split("__", 1) for name in names]
-            refs = [self.definitions.view(view)[feature] for view, feature in parts]
+            refs = [self._view(view)[feature] for view, feature in parts]
             reader = FeatureReader(refs, keys=self.keys, n_buckets=self._n_buckets, limits=self._limits)
             self._planned[names] = reader
         return reader
+
+    def _view(self, name: str) -> FeatureView:
+        view = self.definitions.view(name)
+        return view.pinned if name == view.ref else view
 
     def blank(self, query: FeatureQuery, *, as_of_us: int) -> FeatureBlock:
         """What can be said without the store: what the request gives, what derives from it, and nulls.
@@ -147,8 +152,8 @@ class FeatureReaders:
         reader = self.of(query.names)
         unknown = {
             name: math.nan
-            for view in {name.split("__", 1)[0] for name in query.names}
-            for name in (f"{view}__{feature}" for feature in self.definitions.view(view).base_features)
+            for view in {self._view(name.split("__", 1)[0]) for name in query.names}
+            for name in (f"{view.name}__{feature}" for feature in view.base_features)
             if name in reader.overridable
         }
         n = len(query.entities)
@@ -157,6 +162,15 @@ class FeatureReaders:
         batch = reader.decode(values, as_of_us=as_of_us, overrides=rows)
         nowhere = np.zeros(batch.absent.shape, dtype=np.bool_)
         return FeatureBlock(batch.names, batch.matrix, batch.views, nowhere, None, as_of_us, stored=False)
+
+    def given(self, query: FeatureQuery) -> list[tuple[str, ...]] | None:
+        """For each entity, the qualified features whose values the request gives; None: none for anybody."""
+        if not query.overrides:
+            return None
+        reader = self.of(query.names)
+        return [
+            tuple(sorted(self._qualified(reader, query.overrides.get(row, {})))) for row in range(len(query.entities))
+        ]
 
     @staticmethod
     def _qualified(reader: FeatureReader, given: Mapping[str, float]) -> dict[str, float]:

@@ -50,9 +50,15 @@ PREDICTIONS = pa.schema(
         ("features", pa.list_(pa.float64())),
         ("missing", pa.list_(pa.string())),
         ("source", pa.string()),
+        ("fallback", pa.string()),
+        ("given", pa.list_(pa.string())),
     ]
 )
-"""One row a prediction; ``features`` in the order of the version's signature, null where missing."""
+"""One row a prediction; ``features`` in the order of the version's signature, null where missing.
+
+``fallback`` is the rung of the ladder that answered, null for the model itself; ``given`` names the
+features whose values the request brought along. Rows of an earlier release have null in both.
+"""
 
 ACTUALS = pa.schema(
     [
@@ -180,12 +186,20 @@ class OfflineStore:
             columns: Which; None: all.
         """
         table, schema = self._table(kind, model, DAY), _STREAMED[kind]
-        wanted = list(schema.names if columns is None else columns)
-        if table.open() is None:
-            return pa.schema([schema.field(name) for name in wanted]).empty_table()
+        wanted = pa.schema([schema.field(name) for name in (schema.names if columns is None else columns)])
+        current = table.open()
+        if current is None:
+            return wanted.empty_table()
         at = pc.field("at")
         where = (at >= pa.scalar(start_us, TIMESTAMP)) & (at < pa.scalar(end_us, TIMESTAMP))
-        return self._read(table, kind, model, start_us, end_us, wanted, where)
+        stored = set(arrow_schema(current).names)
+        # A table of an earlier release gains its new columns with the next append.
+        held = [name for name in dict.fromkeys(("at", *wanted.names)) if name in stored]
+        found = self._read(table, kind, model, start_us, end_us, held, where)
+        columns = [
+            found.column(each.name) if each.name in stored else pa.nulls(found.num_rows, each.type) for each in wanted
+        ]
+        return pa.table(columns, names=wanted.names)
 
     def read_predictions(
         self, model: str, *, start_us: int, end_us: int, columns: Sequence[str] | None = None

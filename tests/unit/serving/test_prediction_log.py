@@ -32,7 +32,7 @@ def soon() -> float:
 
 
 def test_a_record_becomes_the_rows_of_the_prediction_table() -> None:
-    record = log_record(ANSWER, ["7", "8"], VECTORS, at_us=123_000_000)
+    record = log_record(ANSWER, ["7", "8"], VECTORS, at_us=123_000_000, given=[(), ("a__b",)])
     ids, table = rows_from("predictions", [((1, 0), record)])["churn"]
     first, second = table.to_pylist()
     assert ids == [(1, 0), (1, 0)]
@@ -40,6 +40,8 @@ def test_a_record_becomes_the_rows_of_the_prediction_table() -> None:
     assert (first["version"], first["score"], first["source"]) == (3, 0.5, "model")
     assert (first["features"], first["missing"]) == ([1.0, None], ["a__b"])
     assert (second["features"], second["source"], second["revision"]) == ([2.0], "fallback", 9)
+    assert (first["fallback"], first["given"]) == (None, [])
+    assert (second["fallback"], second["given"]) == ("prior", ["a__b"])
     assert first["at"].timestamp() == 123.0
 
 

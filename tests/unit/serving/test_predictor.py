@@ -15,6 +15,7 @@ from heliostat.errors import (
     UnservableModelError,
 )
 from heliostat.experiments.assignment import RoutingDocument
+from heliostat.serving.requests import PredictRequest
 from tests.unit.serving.collaborators import NAMES, House, request, split, trained
 
 
@@ -59,6 +60,33 @@ def test_features_of_the_request_replace_stored_ones_and_what_derives_from_them_
     assert house.stream.entries()[0]["features"] == [9.0, 30.0, 15.0, 18.0]
 
 
+def test_the_log_says_which_features_the_request_gave_and_whose() -> None:
+    house = House()
+
+    async def scenario() -> None:
+        await asyncio.gather(
+            house.predictor.predict(request(404)),
+            house.predictor.predict(request(1, 2, mean=4.0, count_30d=9.0)),
+            house.predictor.predict(PredictRequest("churn", ("2",), (2,), {0: {"mean": 1.0}})),
+        )
+
+    asyncio.run(scenario())
+    given = {entry["prediction_id"]: entry["given"] for entry in house.stream.entries()}
+    assert list(given.values()) == [[], ["usage__count_30d", "usage__mean"], [], ["usage__mean"]]
+
+
+def test_the_log_says_which_rung_of_the_fallback_answered() -> None:
+    house = House()
+    house.store.down = True
+    house.catalog["churn"] = RoutingDocument.single("churn", 1, revision=1)
+    asyncio.run(house.predictor.predict(request(1)))
+    house.store.down, house.versions.broken = False, {3}
+    house.store.publish(RoutingDocument.single("churn", 3, revision=2))
+    asyncio.run(house.predictor.predict(request(1)))
+    told = [(entry["source"], entry["fallback"]) for entry in house.stream.entries()]
+    assert told == [("fallback", "stored_features_unavailable"), ("fallback", "other_version")]
+
+
 def test_the_log_has_what_the_model_saw_before_the_answer_leaves() -> None:
     house = House()
     answer = asyncio.run(house.predictor.predict(request(1, 404)))
@@ -75,6 +103,8 @@ def test_the_log_has_what_the_model_saw_before_the_answer_leaves() -> None:
         "features": ONE,
         "missing": [],
         "source": "model",
+        "fallback": None,
+        "given": [],
     }
     assert second["features"] == [0.0, 0.0, None, 0.0]
     assert second["missing"] == ["usage__mean"]

@@ -12,7 +12,7 @@ from heliostat.clock import US_PER_DAY
 from heliostat.errors import StaleProgressError, UnknownTableError
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.delta import Progress
-from heliostat.storage.offline_store import ACTUALS, DEAD_LETTERS, PREDICTIONS, OfflineStore
+from heliostat.storage.offline_store import _STREAMED, ACTUALS, DEAD_LETTERS, PREDICTIONS, OfflineStore
 
 
 @pytest.fixture
@@ -52,6 +52,28 @@ def test_day_that_is_written_again_is_replaced_and_others_stay(store: OfflineSto
     assert store.days("sales@1") == ["1970-01-01", "1970-01-02"]
     assert _spent(store, 0, 0) == [3.0, 4.0]
     assert _spent(store, 0, 1) == [3.0, 4.0, 5.0]
+
+
+def test_a_table_of_an_earlier_release_is_read_with_nulls_and_gains_its_columns_with_the_next_append(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        old = pa.schema([each for each in PREDICTIONS if each.name not in ("fallback", "given")])
+        earlier.setitem(_STREAMED, "predictions", old)
+        OfflineStore(str(tmp_path)).append_stream(
+            "predictions", "churn", predictions(("a", 1)).select(old.names), Progress({}, {"s": (1, 0)})
+        )
+    store = OfflineStore(str(tmp_path))
+    asked = ["prediction_id", "given", "fallback"]
+    before = store.read_predictions("churn", start_us=0, end_us=9, columns=asked)
+    assert before.to_pylist() == [{"prediction_id": "a", "given": None, "fallback": None}]
+    row = {**predictions(("b", 2)).to_pylist()[0], "given": ["v__x"], "fallback": "prior"}
+    rows = pa.Table.from_pylist([row], schema=PREDICTIONS)
+    store.append_stream("predictions", "churn", rows, Progress({"s": (1, 0)}, {"s": (2, 0)}))
+    after = store.read_predictions("churn", start_us=0, end_us=9)
+    assert after.schema.names == PREDICTIONS.names
+    told = {each["prediction_id"]: (each["given"], each["fallback"]) for each in after.to_pylist()}
+    assert told == {"a": (None, None), "b": (["v__x"], "prior")}
 
 
 def test_empty_day_replaces_a_full_one(store: OfflineStore) -> None:
