@@ -14,6 +14,7 @@
     ├── TrainingFailedError        a search or a fit broke down on the cluster
     ├── RequestError               a request that can't be read
     │   └── BodyTooLargeError  MalformedBodyError  InvalidFieldError  UnknownOverrideError
+    │   └── MissingInputError
     ├── ServingError               the service can't answer now
     │   ├── OverloadedError  ShuttingDownError  DeadlineError
     │   ├── UnservableModelError  StaleVersionError  PredictionLogError  BatchResultError
@@ -342,12 +343,12 @@ class MonitoringDataError(DataError):
 class SpineError(DataError):
     """A spine lacks what a point-in-time join needs, or has what it would add."""
 
-    def __init__(self, problem: str, fix: str, columns: tuple[str, ...]) -> None:
-        super().__init__(problem, fix, columns)
-        self.problem, self.fix, self.columns = problem, fix, columns
+    def __init__(self, problem: str, fix: str, columns: tuple[str, ...], what: str = "the spine") -> None:
+        super().__init__(problem, fix, columns, what)
+        self.problem, self.fix, self.columns, self.what = problem, fix, columns, what
 
     def __str__(self) -> str:
-        return f"the spine {self.problem}; {self.fix}. Its columns are: {_listed(self.columns)}"
+        return f"{self.what} {self.problem}; {self.fix}. Its columns are: {_listed(self.columns)}"
 
 
 # ── Requests ────────────────────────────────────────────────────────────────────────
@@ -430,6 +431,21 @@ class UnknownOverrideError(RequestError):
 
     def __str__(self) -> str:
         return f"model {self.model!r} takes no feature {self.feature!r}; it takes: {_listed(self.known)}"
+
+
+class MissingInputError(RequestError):
+    """Features need values that only the request has, and it hasn't given them."""
+
+    http_status = 422
+
+    def __init__(self, missing: tuple[str, ...], of: str, where: str) -> None:
+        super().__init__(missing, of, where)
+        self.missing, self.of, self.where = missing, of, where
+
+    def __str__(self) -> str:
+        names = ", ".join(map(repr, self.missing))
+        example = ", ".join(f'"{name}": …' for name in self.missing)
+        return f"{self.of} needs {names} from the request, and {self.where} has none; give {{{example}}}, null included"
 
 
 class ServingError(HeliostatError):

@@ -7,16 +7,17 @@ version of it to read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from heliostat.errors import DuplicateNameError, SpineError
+from heliostat.errors import DuplicateNameError, InvalidDefinitionError, SpineError
 from heliostat.features.aggregations import FloatArray
-from heliostat.features.definitions import Entity, FeatureRef, FeatureView
+from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
 from heliostat.features.offline import compute_features, earliest_us, needed_columns
+from heliostat.features.request import RequestTypes, missing_column
 from heliostat.features.timeline import IntArray
 from heliostat.schema import TIE, TIMESTAMP, cast_column, times_us
 from heliostat.storage.event_log import EventLog
@@ -33,6 +34,7 @@ class EntityJoin:
         event_log: Where the events are.
         versions: The version of each source's log that is read, by name.
         known_at_us: Only events ingested by then count.
+        request: What the features take from the spine's own columns.
     """
 
     entity: Entity
@@ -41,13 +43,16 @@ class EntityJoin:
     event_log: EventLog
     versions: Mapping[str, int]
     known_at_us: int | None
+    request: RequestTypes = field(default_factory=dict)
 
     def version(self, source: str) -> int | None:
         """The version of a source's log to read; None where there is no log."""
         version = self.versions[source]
         return version if version >= 0 else None
 
-    def columns(self, bucket: int, keys: pa.Array, as_of_us: IntArray) -> dict[str, FloatArray]:
+    def columns(
+        self, bucket: int, keys: pa.Array, as_of_us: IntArray, request: Mapping[str, FloatArray] | None = None
+    ) -> dict[str, FloatArray]:
         """The features of one bucket's rows, shape ``(m,)`` each; each source's events are read once."""
         columns: dict[str, FloatArray] = {}
         for views in self.sources:
@@ -62,18 +67,25 @@ class EntityJoin:
                 known_at_us=self.known_at_us,
                 version=self.version(source.name),
             )
-            columns |= compute_features(views, events, keys, as_of_us, deduplicate=False)
+            columns |= compute_features(views, events, keys, as_of_us, request=request, deduplicate=False)
         return {name: columns[name] for name in self.names}
 
-    def all_columns(self, buckets: NDArray[np.int32], keys: pa.Array, as_of_us: IntArray) -> dict[str, FloatArray]:
+    def all_columns(
+        self,
+        buckets: NDArray[np.int32],
+        keys: pa.Array,
+        as_of_us: IntArray,
+        request: Mapping[str, FloatArray] | None = None,
+    ) -> dict[str, FloatArray]:
         """The same for rows of any buckets, one bucket after the other."""
-        found = np.unique(buckets)
+        found, brought = np.unique(buckets), request or {}
         if len(found) == 1:
-            return self.columns(int(found[0]), keys, as_of_us)
+            return self.columns(int(found[0]), keys, as_of_us, brought)
         columns = {name: np.full(len(keys), np.nan) for name in self.names}
         for bucket in found:
             rows = np.flatnonzero(buckets == bucket)
-            for name, values in self.columns(int(bucket), keys.take(pa.array(rows)), as_of_us[rows]).items():
+            own = {name: values[rows] for name, values in brought.items()}
+            for name, values in self.columns(int(bucket), keys.take(pa.array(rows)), as_of_us[rows], own).items():
                 columns[name][rows] = values
         return columns
 
@@ -91,7 +103,15 @@ def entity_joins(
 ) -> list[EntityJoin]:
     """One join for each entity."""
     asked: dict[str, FeatureView] = {}
+    by_prefix: dict[str, FeatureView] = {}
     for ref in single_features(features):
+        other = by_prefix.setdefault(ref.view.prefix, ref.view)
+        if other.version != ref.view.version:
+            raise InvalidDefinitionError(
+                "the point-in-time join",
+                f"it asks for {other.ref} and {ref.view.ref} under one name",
+                "give one as view.pinned: its columns are name@version__feature",
+            )
         if ref.name in asked:
             raise DuplicateNameError("feature", ref.name, "the point-in-time join")
         asked[ref.name] = ref.view
@@ -99,7 +119,7 @@ def entity_joins(
     joins: list[EntityJoin] = []
     for entity in entities.values():
         own = {name: view for name, view in asked.items() if view.entity.name == entity.name}
-        views = {view.name: view for view in own.values()}.values()
+        views = {view.prefix: view for view in own.values()}.values()
         sources = {view.source.name: view.source for view in views}
         joins.append(
             EntityJoin(
@@ -109,6 +129,7 @@ def entity_joins(
                 event_log=event_log,
                 versions={name: event_log.version(source, entity) for name, source in sources.items()},
                 known_at_us=known_at_us,
+                request=request_types([ref for ref in single_features(features) if ref.name in own]),
             )
         )
     return joins
@@ -124,6 +145,9 @@ def check_spine(
     for name in (*reserved, *(each for join in joins for each in join.names)):
         if name in known:
             raise SpineError(f"has a column {name!r} already", "drop or rename it", known)
+    for name, dtype in (each for join in joins for each in join.request.items()):
+        if name not in known:
+            raise SpineError(f"has no column {name!r}", missing_column(dtype), known)
 
 
 def spine_instants_us(spine: pa.Table, as_of: str) -> IntArray:

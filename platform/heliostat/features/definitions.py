@@ -7,10 +7,12 @@ something doesn't, and has a content hash that changes if and only if its meanin
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import pyarrow.compute as pc
 from heliostat.clock import format_duration, parse_duration_us
 from heliostat.errors import DuplicateNameError, InvalidDefinitionError, UnknownFeatureError
 from heliostat.features.aggregations import Aggregation, FloatArray, Input, check_input
+from heliostat.features.request import REQUEST_TYPES, RequestType, RequestTypes, merged_types
 from heliostat.features.sources import (
     Entity,
     EntityKey,
@@ -39,25 +42,28 @@ __all__ = [
     "KeyType",
     "check_name",
     "content_hash",
+    "request_types",
 ]
 
 
 @dataclass(frozen=True, eq=False)
 class DerivedFeature:
-    """A feature computed from other features of its view.
+    """A feature computed from other features of its view, and from what a request brings.
 
     Attributes:
         name: Identifier.
-        inputs: Names of features of the same view: the function's parameters.
+        inputs: The function's parameters: names of features and of request inputs of the same view.
         function: Takes float64 arrays of shape ``(n,)``, gives one; the same online and offline.
+        request: Those parameters that only a request or a spine has, with their types.
     """
 
     name: str
     inputs: tuple[str, ...]
     function: Callable[..., FloatArray]
+    request: RequestTypes = field(default_factory=dict)
 
     def __call__(self, columns: Mapping[str, FloatArray]) -> FloatArray:
-        """Compute from columns by feature name, shape ``(n,)`` each."""
+        """Compute from columns by the name of feature or request input, shape ``(n,)`` each."""
         with np.errstate(all="ignore"):
             values = self.function(*(columns[name] for name in self.inputs))
         return np.asarray(values, dtype=np.float64)
@@ -77,7 +83,8 @@ class DerivedFeature:
             tree.decorator_list = []
             if ast.get_docstring(tree) is not None:
                 tree.body = tree.body[1:]
-        return {"function": "derived", "inputs": list(self.inputs), "code": ast.unparse(tree)}
+        document = {"function": "derived", "inputs": list(self.inputs), "code": ast.unparse(tree)}
+        return {**document, "request": dict(self.request)} if self.request else document
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +102,7 @@ class FeatureRef:
     @property
     def name(self) -> str:
         """The qualified name: ``view__feature``."""
-        return f"{self.view.name}__{self.feature}"
+        return f"{self.view.prefix}__{self.feature}"
 
 
 class FeatureView:
@@ -107,12 +114,17 @@ class FeatureView:
         source: Where the events come from.
         features: Aggregations by feature name.
         entity: Needed if the source is about several.
+        request: What derived features take from the request, and in training from a column of the spine:
+            type (``float64``, ``int64`` or ``bool``) by name.
         where: Only events that meet this expression count, for all features.
         hop: Tile length for all windows; by default it follows from each window.
         ttl: A vector whose last event is older than this is absent; None: never.
         tags: Free labels for search.
         owner: Who answers for it.
         description: One line for the registry.
+
+    Attributes:
+        prefix: What its columns' names begin with: its name, or of a `pinned` view its reference.
 
     Raises:
         DefinitionError: If anything doesn't fit; the message says what exists.
@@ -126,6 +138,7 @@ class FeatureView:
         source: EventSource,
         features: Mapping[str, Aggregation],
         entity: Entity | None = None,
+        request: RequestTypes | None = None,
         where: pc.Expression | None = None,
         hop: str | None = None,
         ttl: str | None = None,
@@ -133,7 +146,7 @@ class FeatureView:
         owner: str = "",
         description: str = "",
     ) -> None:
-        self.name = check_name(name, "FeatureView")
+        self.name = self.prefix = check_name(name, "FeatureView")
         at = f"feature view {name!r}"
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise InvalidDefinitionError(at, f"version {version!r} is no version", "count from 1")
@@ -157,6 +170,18 @@ class FeatureView:
             check_input(bound.input, source.schema, at=place)
             self.base_features[feature] = bound
         self.derived_features: dict[str, DerivedFeature] = {}
+        self.request: dict[str, RequestType] = {}
+        for given, dtype in (request or {}).items():
+            self._add_request(given, dtype)
+
+    def _add_request(self, name: str, dtype: RequestType) -> None:
+        place = f"request input {self.name}.{name}"
+        check_name(name, place)
+        if dtype not in REQUEST_TYPES:
+            raise InvalidDefinitionError(place, f"type {dtype!r} is unknown", f"use {', '.join(REQUEST_TYPES)}")
+        if name in self:
+            raise DuplicateNameError("feature and request input", name, f"feature view {self.name!r}")
+        self.request[name] = dtype
 
     @staticmethod
     def _chosen_entity(source: EventSource, entity: Entity | None, at: str) -> Entity:
@@ -184,23 +209,24 @@ class FeatureView:
         return (FeatureRef(self, feature) for feature in self.feature_names)
 
     def derived(self, function: Callable[..., FloatArray]) -> Callable[..., FloatArray]:
-        """Add a feature computed from features of this view: a decorator.
+        """Add a feature computed from features and request inputs of this view: a decorator.
 
-        The function's name is the feature's; its parameters name features of this view. It takes
-        and gives float64 arrays of shape ``(n,)`` and runs unchanged offline and online.
+        The function's name is the feature's; its parameters name features and request inputs of this
+        view. It takes and gives float64 arrays of shape ``(n,)`` and runs unchanged offline and online.
 
         Raises:
-            DuplicateNameError: If the view has a feature of that name.
-            UnknownFeatureError: If a parameter names none of the view's features.
+            DuplicateNameError: If the view has a feature or request input of that name.
+            UnknownFeatureError: If a parameter names none of them.
         """
         name = check_name(function.__name__, f"feature view {self.name!r}")
-        if name in self:
+        if name in self or name in self.request:
             raise DuplicateNameError("feature", name, f"feature view {self.name!r}")
         inputs = tuple(inspect.signature(function).parameters)
         for each in inputs:
-            if each not in self:
-                raise UnknownFeatureError(each, self.name, self.feature_names)
-        self.derived_features[name] = DerivedFeature(name, inputs, function)
+            if each not in self and each not in self.request:
+                raise UnknownFeatureError(each, self.name, (*self.feature_names, *self.request))
+        request = {each: self.request[each] for each in inputs if each in self.request}
+        self.derived_features[name] = DerivedFeature(name, inputs, function, request)
         return function
 
     @property
@@ -208,10 +234,37 @@ class FeatureView:
         """``name@version``."""
         return f"{self.name}@{self.version}"
 
+    @cached_property
+    def pinned(self) -> FeatureView:
+        """The same view with columns named ``name@version__feature``: to read it beside another version."""
+        twin = copy.copy(self)
+        twin.prefix = self.ref
+        vars(twin)["pinned"] = twin
+        return twin
+
     @property
     def feature_names(self) -> tuple[str, ...]:
         """Aggregated features, then derived ones, in declared order."""
         return (*self.base_features, *self.derived_features)
+
+    def needed(self, features: Iterable[str]) -> tuple[str, ...]:
+        """Features that some of the view's features are computed from, and these themselves, in declared order."""
+        needed = set(features)
+        for name in reversed(self.derived_features):
+            if name in needed:
+                needed.update(self.derived_features[name].inputs)
+        return tuple(name for name in self.feature_names if name in needed)
+
+    def request_of(self, features: Iterable[str]) -> dict[str, RequestType]:
+        """What a request has to bring for some of the view's features: type by name, in declared order."""
+        derived = [self.derived_features[name] for name in self.needed(features) if name in self.derived_features]
+        names = {name for each in derived for name in each.request}
+        return {name: dtype for name, dtype in self.request.items() if name in names}
+
+    @property
+    def stored_features(self) -> tuple[str, ...]:
+        """The features that need nothing of a request, in declared order: those that can be kept or looked up."""
+        return tuple(name for name in self.feature_names if not self.request_of([name]))
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -230,16 +283,19 @@ class FeatureView:
         """Whether some feature has no window, or a ttl asks for the last event."""
         return self.ttl_us is not None or any(each.window is None for each in self.base_features.values())
 
-    def derive(self, columns: dict[str, FloatArray], *, given: frozenset[str] = frozenset()) -> None:
+    def derive(self, columns: dict[str, FloatArray], *, request: Mapping[str, FloatArray] | None = None) -> None:
         """Add the derived features to the aggregated ones, in place.
 
         Args:
             columns: Arrays of shape ``(n,)`` by feature name.
-            given: Derived features that are there already and stay.
+            request: What the request or the spine brings, shape ``(n,)`` by name. Features that need
+                something else of a request are left out.
         """
+        brought = request or {}
+        known = {**brought, **columns}
         for name, feature in self.derived_features.items():
-            if name not in given:
-                columns[name] = feature(columns)
+            if all(each in brought for each in self.request_of([name])):
+                columns[name] = known[name] = feature(known)
 
     def describe(self) -> dict[str, Any]:
         """A JSON document with all that its values depend on."""
@@ -257,3 +313,17 @@ class FeatureView:
     def content_hash(self) -> str:
         """Changes if and only if the meaning does; tags, owner and description don't count."""
         return content_hash(self.describe())
+
+
+def request_types(features: Sequence[FeatureRef]) -> RequestTypes:
+    """What features take from a request or a spine: type by name, in declared order.
+
+    Raises:
+        DuplicateNameError: If two views declare one name with two types.
+    """
+    by_view: dict[str, list[FeatureRef]] = {}
+    for ref in features:
+        by_view.setdefault(ref.view.prefix, []).append(ref)
+    return merged_types(
+        [(refs[0].view.ref, refs[0].view.request_of([ref.feature for ref in refs])) for refs in by_view.values()]
+    )

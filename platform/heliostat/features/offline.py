@@ -52,6 +52,7 @@ def compute_features(
     as_of_us: IntArray,
     *,
     known_at_us: int | None = None,
+    request: Mapping[str, FloatArray] | None = None,
     deduplicate: bool = True,
 ) -> dict[str, FloatArray]:
     """Compute the features of views for entities at instants.
@@ -63,6 +64,8 @@ def compute_features(
         keys: Encoded keys of the rows asked for (`Entity.encode`), length ``m``; unknown ones are fine.
         as_of_us: Query instants, shape ``(m,)``, microseconds.
         known_at_us: Only events ingested at or before this instant count; needs ``_ingested_us``.
+        request: What each row brings itself, shape ``(m,)`` by name. Features that need something else of a
+            request are left out.
         deduplicate: Drop repeated event ids, the first ingested stays. False for events of the event
             log, which holds each id once.
 
@@ -81,7 +84,8 @@ def compute_features(
     columns: dict[str, FloatArray] = {}
     with np.errstate(over="ignore", invalid="ignore"):  # sums beyond 1e308 are infinite, silently
         for each in views:
-            columns.update({f"{each.name}__{name}": values for name, values in timeline.features(each).items()})
+            found = timeline.features(each, request)
+            columns.update({f"{each.prefix}__{name}": values for name, values in found.items()})
     return columns
 
 
@@ -248,8 +252,8 @@ class _Timeline:
         rows = np.argsort(index.packed(row_codes, as_of_us), kind="stable")
         return cls(index.codes, index.times, order, ties, inputs, index, row_codes[rows], as_of_us[rows], rows)
 
-    def features(self, view: FeatureView) -> dict[str, FloatArray]:
-        """All features of a view, by name, in the caller's order of rows."""
+    def features(self, view: FeatureView, request: Mapping[str, FloatArray] | None) -> dict[str, FloatArray]:
+        """All features of a view that can be computed, by name, in the caller's order of rows."""
         expired = self._expired(view)
         columns: dict[str, FloatArray] = {}
         for name, aggregation in view.base_features.items():
@@ -264,7 +268,7 @@ class _Timeline:
             column = np.empty(len(self.rows))
             column[self.rows] = aggregation.finalize(parts, as_of_us=self.as_of_us)
             columns[name] = column
-        view.derive(columns)
+        view.derive(columns, request=request)
         return columns
 
     def _expired(self, view: FeatureView) -> NDArray[np.bool_] | None:

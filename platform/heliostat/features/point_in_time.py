@@ -27,6 +27,7 @@ from heliostat.features.aggregations import FloatArray
 from heliostat.features.bucket_join import EntityJoin, check_spine, entity_joins, single_features, spine_instants_us
 from heliostat.features.bucket_tasks import over_blocks, over_buckets
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
+from heliostat.features.request import request_columns
 from heliostat.features.timeline import IntArray
 from heliostat.schema import BUCKET, TIMESTAMP, arrow_type
 from heliostat.storage.event_log import EventLog
@@ -40,6 +41,7 @@ SPINE_ROW = "spine_row"
 _KEY = "_key"
 _INSTANT = "_as_of_us"
 _ROW = "_row"
+_INPUT = "_input_"
 
 
 def historical_features(
@@ -71,7 +73,8 @@ def historical_features(
         UnknownFeatureError: If a view doesn't define a feature.
         DuplicateNameError: If a feature is asked for twice.
         KeyColumnError: If a key column is missing, null or of the wrong type.
-        SpineError: If the instants are missing, null or of the wrong type, or a column has a feature's name.
+        SpineError: If the instants are missing, null or of the wrong type, a column has a feature's name, or
+            a column that features take from the request is missing or of the wrong type.
         StorageError: If the event log can't be read.
     """
     joins = entity_joins(features, event_log, known_at_us)
@@ -132,21 +135,23 @@ def snapshot(
         concurrency: Most buckets at a time; None: as many as Ray has CPUs.
 
     Returns:
-        Key columns, ``as_of`` and the features as ``view__feature``; in the order of ``entities``, or in none.
+        Key columns, ``as_of`` and the features as ``view__feature``, those without that need something of a
+        request; in the order of ``entities``, or in none.
 
     Raises:
         KeyColumnError: If a key column is missing, null or of the wrong type.
         StorageError: If the event log can't be read.
     """
+    stored = [view[name] for name in view.stored_features]
     if entities is not None:
         keys = entities.select(list(view.entity.key_columns)) if _has_keys(entities, view.entity) else entities
         return historical_features(
-            _at_instant(keys, as_of_us), [view], event_log, known_at_us=known_at_us, concurrency=concurrency
+            _at_instant(keys, as_of_us), stored, event_log, known_at_us=known_at_us, concurrency=concurrency
         )
-    join = entity_joins([view], event_log, known_at_us)[0]
+    join = entity_joins(stored, event_log, known_at_us)[0]
     known = _Known(event_log, view.source, view.entity, join.versions[view.source.name], as_of_us, known_at_us)
     tasks = over_buckets(_Snapshot(join, known), event_log.n_buckets, concurrency=concurrency)
-    features = [(ref.name, pa.float64()) for ref in view]
+    features = [(ref.name, pa.float64()) for ref in stored]
     return _collected(tasks, pa.schema([*_key_schema(view.entity), (AS_OF, TIMESTAMP), *features]))
 
 
@@ -164,6 +169,7 @@ class _BucketTask:
             block.column(BUCKET).to_numpy(),
             block.column(_KEY).combine_chunks(),
             block.column(_INSTANT).to_numpy(),
+            {name: block.column(_INPUT + name).to_numpy() for name in self.join.request},
         )
         return pa.table({_ROW: block.column(_ROW), **{name: pa.array(each) for name, each in columns.items()}})
 
@@ -180,7 +186,8 @@ class _AppendTask:
             return block  # an empty partition, without a schema
         buckets, rows = block.column(BUCKET).to_numpy(), block.drop_columns([BUCKET])
         keys = self.join.entity.encode(rows, what="the spine")
-        return _with(rows, self.join.all_columns(buckets, keys, spine_instants_us(rows, self.as_of)))
+        request = request_columns(rows, self.join.request)
+        return _with(rows, self.join.all_columns(buckets, keys, spine_instants_us(rows, self.as_of), request))
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +251,7 @@ def _join_frame(
     """A frame's own columns stay as they are, its index too."""
     columns = [str(name) for name in spine.columns]
     check_spine(columns, joins, as_of)
-    needed = dict.fromkeys([as_of, *(column for join in joins for column in join.entity.key_columns)])
+    needed = dict.fromkeys([as_of, *(name for join in joins for name in (*join.entity.key_columns, *join.request))])
     present = spine[[name for name in needed if name in columns]]
     found = _joined(pa.Table.from_pandas(present, preserve_index=False), joins, as_of, concurrency)
     return spine.assign(**{name: found[name] for name in names})
@@ -257,11 +264,12 @@ def _joined(
     check_spine(spine.column_names, joins, as_of)
     as_of_us = spine_instants_us(spine, as_of)
     encoded = [join.entity.encode(spine, what="the spine") for join in joins]
+    request = [request_columns(spine, join.request) for join in joins]
     columns = {name: np.full(spine.num_rows, np.nan) for join in joins for name in join.names}
     if spine.num_rows == 0:
         return columns
-    for join, keys in zip(joins, encoded, strict=True):
-        blocks = _bucket_blocks(keys, as_of_us, join.entity.buckets(keys, join.event_log.n_buckets))
+    for join, keys, brought in zip(joins, encoded, request, strict=True):
+        blocks = _bucket_blocks(keys, as_of_us, join.entity.buckets(keys, join.event_log.n_buckets), brought)
         for batch in over_blocks(_BucketTask(join), blocks, concurrency=concurrency):
             rows = batch.column(_ROW).to_numpy()
             for name in join.names:
@@ -269,7 +277,9 @@ def _joined(
     return columns
 
 
-def _bucket_blocks(keys: pa.Array, as_of_us: IntArray, buckets: NDArray[np.int32]) -> list[pa.Table]:
+def _bucket_blocks(
+    keys: pa.Array, as_of_us: IntArray, buckets: NDArray[np.int32], request: Mapping[str, FloatArray]
+) -> list[pa.Table]:
     """One block for each bucket that has rows."""
     order = np.argsort(buckets.astype(np.uint16) if buckets.max() < 2**16 else buckets, kind="stable")
     whole = pa.table(
@@ -278,6 +288,7 @@ def _bucket_blocks(keys: pa.Array, as_of_us: IntArray, buckets: NDArray[np.int32
             _KEY: keys.take(pa.array(order)),
             _INSTANT: pa.array(as_of_us[order]),
             _ROW: pa.array(order),
+            **{_INPUT + name: pa.array(values[order]) for name, values in request.items()},
         }
     )
     begins = np.flatnonzero(np.diff(buckets[order], prepend=-1))
