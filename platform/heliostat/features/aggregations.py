@@ -50,15 +50,17 @@ class Input:
     Attributes:
         column: Column name or expression; None means the event itself.
         where: Condition an event must meet (null is not met), or None.
+        nulls: Whether an event counts that has no value: then it says "null", instead of nothing.
     """
 
     column: ColumnLike | None
     where: pc.Expression | None
+    nulls: bool = False
 
     @property
     def key(self) -> str:
         """Equal for inputs that mean the same."""
-        return f"{_text(self.column)} | {_text(self.where)}"
+        return f"{_text(self.column)} | {_text(self.where)}" + (" | nulls" if self.nulls else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,6 +277,24 @@ class Last(Aggregation):
         return np.where(np.isfinite(parts[0][:, 0]), parts[0][:, 2], np.nan)
 
 
+class Latest(Aggregation):
+    """Value of the latest event, null if that one has none: what a record says now.
+
+    `Last` skips events without a value; here nothing but the newest event counts. Made for
+    sources whose rows replace each other (`heliostat.features.sources.ProfileSource`).
+    """
+
+    @property
+    def input(self) -> Input:
+        return Input(self.column, self.where, nulls=True)
+
+    def states(self) -> tuple[State, ...]:
+        return (State("last", "value", self.input),)
+
+    def finalize(self, parts: Sequence[FloatArray], *, as_of_us: NDArray[np.int64] | int) -> FloatArray:  # noqa: ARG002
+        return np.where(np.isfinite(parts[0][:, 0]), parts[0][:, 2], np.nan)
+
+
 class DistinctDays(Aggregation):
     """Number of UTC days with at least one event.
 
@@ -332,7 +352,7 @@ class TimeSinceLast(Aggregation):
 
 
 FUNCTIONS: tuple[type[Aggregation], ...] = (
-    Count, Sum, Mean, Min, Max, First, Last, DistinctDays, TimeSinceLast,
+    Count, Sum, Mean, Min, Max, First, Last, Latest, DistinctDays, TimeSinceLast,
 )  # fmt: skip
 
 
@@ -342,7 +362,7 @@ class InputValues:
 
     Attributes:
         values: Shape ``(n,)``; 1.0 where the input is the event itself. Undefined where not used.
-        used: Shape ``(n,)``: the condition holds and the value is finite.
+        used: Shape ``(n,)``: the condition holds, and the value is finite or `Input.nulls` says it needn't be.
     """
 
     values: FloatArray
@@ -378,6 +398,8 @@ def evaluate(events: pa.Table, inputs: Iterable[Input]) -> dict[str, InputValues
             name = each.column
             values = _as_float(events.column(name) if isinstance(name, str) else columns[str(name)])
             used = np.isfinite(values)
+            if each.nulls:
+                values, used = np.where(used, values, np.nan), np.ones(n, dtype=np.bool_)
         if each.where is not None:
             used = used & _as_mask(columns[str(each.where)])
         result[key] = InputValues(values, used)
