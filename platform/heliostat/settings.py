@@ -179,6 +179,14 @@ class BatchSettings(_Section):
     _check = field_validator("cache_ttl")(lambda value: _checked(value, parse_duration_us))
 
 
+class ParitySettings(_Section):
+    """How served vectors are compared with what training would have seen."""
+
+    sample: Annotated[int, Field(ge=1)] = 500
+    tolerance: Annotated[float, Field(ge=0)] = 1e-9
+    max_mismatch_share: Annotated[float, Field(ge=0, le=1)] = 0.001
+
+
 class MonitoringSettings(_Section):
     """What is looked at, and when it is worth an alarm."""
 
@@ -189,7 +197,8 @@ class MonitoringSettings(_Section):
     drift_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
     max_null_rate_increase: Annotated[float, Field(ge=0, le=1)] = 0.05
     max_feature_age: str = "2d"
-    parity_sample: Annotated[int, Field(ge=1)] = 500
+    max_outlier_increase: Annotated[float, Field(ge=0, le=1)] = 0.05
+    parity: ParitySettings = ParitySettings()
 
     _check = field_validator("window", "max_feature_age")(lambda value: _checked(value, parse_duration_us))
 

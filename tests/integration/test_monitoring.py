@@ -39,6 +39,7 @@ from heliostat.settings import (
     ExperimentSettings,
     MonitoringSettings,
     OnlineSettings,
+    ParitySettings,
     Settings,
 )
 from heliostat.storage.delta import Progress
@@ -113,6 +114,7 @@ def _serve(
     variants: Sequence[str] | None = None,
     versions: Sequence[int] | None = None,
     revision: int = 1,
+    given: Sequence[str] = (),
 ) -> None:
     """Predictions of the production version, as the sink leaves them in the log."""
     n = len(vectors)
@@ -131,6 +133,8 @@ def _serve(
             "features": [[None if np.isnan(x) else x for x in row] for row in vectors],
             "missing": [[]] * n,
             "source": ["model"] * n,
+            "fallback": pa.nulls(n, pa.string()),
+            "given": [list(given)] * n,
         },
         schema=PREDICTIONS,
     )
@@ -232,6 +236,39 @@ def test_served_vectors_are_recomputed_and_a_tampered_feature_is_found(
     verdict = _checked(workspace, "parity", until_us=until_us)
     assert verdict.status is Severity.ALARM
     assert [f.subject for f in verdict.findings if f.severity is not Severity.OK] == ["purchase_history__spent"]
+
+
+def test_features_that_requests_gave_are_left_out_of_parity_and_counted(
+    workspace: Workspace, vectors: NDArray[np.float64]
+) -> None:
+    _serve(workspace, KEYS[:300], vectors[:300], at_us=SERVED_US)
+    told = vectors[300:500].copy()
+    told[:, NAMES.index("purchase_history__spent")] = 1e6
+    _serve(workspace, KEYS[300:500], told, at_us=SERVED_US, given=["purchase_history__spent"])
+    verdict = _checked(workspace, "parity", until_us=SERVED_US + US_PER_DAY)
+    assert (verdict.status, verdict.n_rows) == (Severity.OK, 500)
+    by_name = {finding.subject: finding.evidence for finding in verdict.findings}
+    assert (by_name["purchase_history__spent"]["n"], by_name["purchase_history__spent"]["left_out"]) == (300, 200)
+    assert by_name["purchase_history__frequency"]["left_out"] == 0
+
+
+def test_the_tolerance_and_the_share_of_mismatches_are_settings(
+    workspace: Workspace, vectors: NDArray[np.float64]
+) -> None:
+    off = vectors[:400].copy()
+    off[:4, NAMES.index("purchase_history__spent")] += 0.01
+    _serve(workspace, KEYS[:400], off, at_us=SERVED_US)
+
+    def status(**parity: float) -> Severity:
+        settings = workspace.settings.model_copy(
+            update={"monitoring": MonitoringSettings(window="60d", parity=ParitySettings(**parity))}
+        )
+        (verdict,) = run_checks(workspace, settings, ["parity"], until_us=SERVED_US + US_PER_DAY)
+        return verdict.status
+
+    assert status() is Severity.ALARM
+    assert status(max_mismatch_share=0.02) is Severity.WARNING
+    assert status(tolerance=0.1) is Severity.OK
 
 
 def test_quality_sees_nulls_and_a_source_that_has_gone_quiet(

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from heliostat.clock import parse_duration_us
-from heliostat.errors import MonitoringDataError
+from heliostat.errors import MonitoringDataError, StaleVersionError
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.estimates import Estimate
 from heliostat.models.labels import labels_from_log
 from heliostat.models.profile import Profile
 from heliostat.models.registry import PRODUCTION, ModelVersion, Selector
-from heliostat.models.rows import model_sources
+from heliostat.models.rows import model_sources, version_features
 from heliostat.monitoring.drift import DriftPolicy, drift_findings
-from heliostat.monitoring.parity import Served, compare, parity_findings, recompute_from_log
+from heliostat.monitoring.parity import Served, compare, given_rows, parity_findings, recompute_from_log
 from heliostat.monitoring.performance import mature, performance_finding, watermark_us
 from heliostat.monitoring.quality import QualityPolicy, freshness_finding, profile_findings
 from heliostat.monitoring.served import ServedRows, read_served, reported_labels
@@ -124,6 +124,7 @@ class Monitor:
         rows = self._rows.newest_each()
         policy = QualityPolicy(
             max_null_increase=self._settings.max_null_rate_increase,
+            max_outlier_increase=self._settings.max_outlier_increase,
             alpha=self._settings.drift_alpha,
             min_rows=self._settings.min_rows,
         )
@@ -169,16 +170,25 @@ class Monitor:
 
         Events that are still in the streams aren't in the log: run the sink first.
         """
-        changed = self._changed_views()
-        if changed:
-            message = f"{', '.join(changed)} changed since version {self._version.version} was trained"
+        try:
+            features = version_features(self._version, self._workspace.definitions.views)
+        except StaleVersionError as error:
+            message = f"{', '.join(error.views)} changed since version {self._version.version} was trained"
             return self._verdict("parity", 0, (Finding("views", Severity.INSUFFICIENT, message),))
-        rows = self._rows.sample(self._settings.parity_sample)
+        policy = self._settings.parity
+        rows = self._rows.sample(policy.sample)
         names = self._version.signature.names
         matrix = rows.matrix(len(names))
-        served = Served(rows.keys, rows.at_us, {name: matrix[:, place] for place, name in enumerate(names)})
-        compared = compare(served, recompute_from_log(self._log, self._spec.entity, self._spec.views))
-        return self._verdict("parity", len(rows), parity_findings(compared))
+        served = Served(
+            rows.keys,
+            rows.at_us,
+            {name: matrix[:, place] for place, name in enumerate(names)},
+            rows.ids,
+            given_rows(rows.given, list({ref.view.ref: ref.view for ref in features}.values())),
+        )
+        compared = compare(served, recompute_from_log(self._log, features), tolerance=policy.tolerance)
+        findings = parity_findings(compared, max_mismatch_share=policy.max_mismatch_share)
+        return self._verdict("parity", len(rows), findings)
 
     # ── What they share ──────────────────────────────────────────────────────────
 
@@ -216,10 +226,6 @@ class Monitor:
     def _trained_metric(self) -> Estimate | None:
         found = self._version.metrics.get("metrics", {}).get(self._spec.metric)
         return None if found is None else Estimate(found["value"], found["low"], found["high"], found["n"])
-
-    def _changed_views(self) -> list[str]:
-        trained = self._version.lineage.get("view_hashes", {})
-        return [view.ref for view in self._spec.views if trained.get(view.ref) != view.content_hash]
 
     def _verdict(
         self, check: str, n_rows: int, findings: tuple[Finding, ...], *, from_us: int | None = None

@@ -3,13 +3,14 @@
 The vectors of sampled predictions are taken from the prediction log, computed again from the
 event log for the same entity and the same instant, and compared feature by feature. A
 difference that disappears when only events known at that instant count is ``late``: nobody
-could have known better. Any other difference is a fault of the platform or of a client.
+could have known better. Features that a request gave itself, and what derives from them, aren't
+the platform's: they are left out and counted. Any other difference is a fault of the platform.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -18,10 +19,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from heliostat.errors import MonitoringDataError
-from heliostat.features.definitions import Entity, FeatureView
-from heliostat.features.offline import compute_features, earliest_us, needed_columns
+from heliostat.features.bucket_join import entity_joins, single_features
+from heliostat.features.definitions import FeatureRef, FeatureView
 from heliostat.monitoring.verdict import Finding, Severity
-from heliostat.schema import INGESTED, TIE
 from heliostat.storage.event_log import EventLog
 
 FloatArray = NDArray[np.float64]
@@ -31,8 +31,7 @@ BoolArray = NDArray[np.bool_]
 Recompute = Callable[[pa.Array, IntArray, int | None], Mapping[str, FloatArray]]
 """Encoded keys and instants, length ``n``, and optionally what was known when, to features of shape ``(n,)``."""
 
-RELATIVE_TOLERANCE: Final = 1e-9
-ABSOLUTE_TOLERANCE: Final = 1e-9  # sums that cancel out: the contract allows 1e-12 of the window's sum of |x|
+TOLERANCE: Final = 1e-9
 
 
 class Match(StrEnum):
@@ -59,11 +58,16 @@ class Served:
         keys: Encoded entity keys, length ``n``.
         at_us: The instants of the vectors, shape ``(n,)``.
         features: Values by qualified feature name, shape ``(n,)`` each; NaN is null.
+        ids: Prediction ids, ``n`` of them: what an example is named by. Never an entity's key, since
+            verdicts are kept for ever.
+        given: By qualified feature name, the rows whose value is the client's, shape ``(n,)`` each.
     """
 
     keys: pa.Array
     at_us: IntArray
     features: Mapping[str, FloatArray]
+    ids: Sequence[str]
+    given: Mapping[str, BoolArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +77,18 @@ class FeatureParity:
     Attributes:
         counts: Rows by how they relate.
         largest_difference: Among mismatches, in the feature's unit; 0 without any.
-        example: Entity key and instant of the first unexplained row, or None.
+        example: Prediction id of the first unexplained row, or None.
+        left_out: Rows whose value was the client's; in none of the counts.
     """
 
     counts: Mapping[Match, int]
     largest_difference: float
-    example: tuple[str, int] | None
+    example: str | None
+    left_out: int = 0
 
     @property
     def n(self) -> int:
-        """All rows."""
+        """All rows that were compared."""
         return sum(self.counts.values())
 
     @property
@@ -91,22 +97,25 @@ class FeatureParity:
         return sum(count for match, count in self.counts.items() if not match.is_explained)
 
 
-def same(online: FloatArray, offline: FloatArray) -> BoolArray:
+def same(online: FloatArray, offline: FloatArray, tolerance: float = TOLERANCE) -> BoolArray:
     """Where two values are one: both null, or equal within the rounding of a sum's order.
 
     Args:
         online: Shape ``(n,)``; NaN is null.
         offline: Same shape.
+        tolerance: Relative, and absolute for sums that cancel out: the contract allows 1e-12 of the
+            window's sum of absolute values.
     """
-    return np.isclose(online, offline, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE, equal_nan=True)
+    return np.isclose(online, offline, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def compare(served: Served, recompute: Recompute) -> dict[str, FeatureParity]:
+def compare(served: Served, recompute: Recompute, *, tolerance: float = TOLERANCE) -> dict[str, FeatureParity]:
     """Compute served vectors again and compare them.
 
     Args:
         served: ``n`` vectors.
         recompute: Computes features from the event log.
+        tolerance: How much two values may differ and be one; see `same`.
 
     Returns:
         By feature, in the served order.
@@ -114,20 +123,25 @@ def compare(served: Served, recompute: Recompute) -> dict[str, FeatureParity]:
     Raises:
         MonitoringDataError: If a served feature isn't computed offline.
     """
-    offline = recompute(served.keys, served.at_us, None)
+    nobody = np.zeros(len(served.at_us), dtype=np.bool_)
+    offline = {**recompute(served.keys, served.at_us, None)}
     missing = sorted(set(served.features) - set(offline))
+    for name in [name for name in missing if served.given.get(name, nobody).all()]:
+        offline[name] = np.full(len(nobody), np.nan)
+        missing.remove(name)
     if missing:
         raise MonitoringDataError(
             "parity",
             f"{', '.join(missing)} can't be computed again",
             "declare the views that the version was trained on",
         )
-    differs = np.zeros(len(served.at_us), dtype=np.bool_)
+    differs = nobody.copy()
     for name, online in served.features.items():
-        differs |= ~same(online, offline[name])
+        differs |= ~same(online, offline[name], tolerance) & ~served.given.get(name, nobody)
     then = _as_known_then(served, offline, np.flatnonzero(differs), recompute)
     return {
-        name: _feature_parity(served, online, offline[name], then[name]) for name, online in served.features.items()
+        name: _feature_parity(served, served.given.get(name, nobody), online, offline[name], then[name], tolerance)
+        for name, online in served.features.items()
     }
 
 
@@ -139,14 +153,17 @@ def _as_known_then(
     for at_us in np.unique(served.at_us[rows]):
         asked = rows[served.at_us[rows] == at_us]
         known = recompute(served.keys.take(pa.array(asked)), served.at_us[asked], int(at_us))
-        for name, values in then.items():
-            values[asked] = known[name]
+        for name, values in known.items():
+            if name in then:
+                then[name][asked] = values
     return then
 
 
-def _feature_parity(served: Served, online: FloatArray, offline: FloatArray, then: FloatArray) -> FeatureParity:
+def _feature_parity(
+    served: Served, given: BoolArray, online: FloatArray, offline: FloatArray, then: FloatArray, tolerance: float
+) -> FeatureParity:
     null_online, null_offline = np.isnan(online), np.isnan(offline)
-    equal, late = same(online, offline), same(online, then)
+    equal, late = same(online, offline, tolerance), same(online, then, tolerance)
     kinds: dict[Match, BoolArray] = {
         Match.BOTH_NULL: null_online & null_offline,
         Match.EQUAL: equal & ~null_online,
@@ -155,75 +172,94 @@ def _feature_parity(served: Served, online: FloatArray, offline: FloatArray, the
         Match.OFFLINE_NULL: ~equal & ~late & null_offline,
         Match.MISMATCH: ~equal & ~late & ~null_online & ~null_offline,
     }
-    unexplained = np.flatnonzero(~equal & ~late)
-    far = np.abs(online - offline)[kinds[Match.MISMATCH]]
-    example = None
-    if len(unexplained):
-        row = int(unexplained[0])
-        example = (str(served.keys[row].as_py()), int(served.at_us[row]))
+    unexplained = np.flatnonzero(~equal & ~late & ~given)
+    far = np.abs(online - offline)[kinds[Match.MISMATCH] & ~given]
     return FeatureParity(
-        counts={match: int(kinds[match].sum()) for match in Match},
+        counts={match: int((kinds[match] & ~given).sum()) for match in Match},
         largest_difference=float(far.max()) if len(far) else 0.0,
-        example=example,
+        example=served.ids[int(unexplained[0])] if len(unexplained) else None,
+        left_out=int(given.sum()),
     )
 
 
-def recompute_from_log(event_log: EventLog, entity: Entity, views: Sequence[FeatureView]) -> Recompute:
-    """A function that computes features from the event log, a bucket at a time, in this process.
+def given_rows(names: Sequence[Sequence[str] | None], views: Sequence[FeatureView]) -> dict[str, BoolArray]:
+    """The rows in which a feature is the client's: given with the request, or derived from what was.
+
+    A feature that needs a request's inputs is the client's in every row: the log doesn't have them.
+
+    Args:
+        names: For each of ``n`` rows, the qualified features that were given; None: not written down.
+        views: Those that the features are of.
+
+    Returns:
+        Shape ``(n,)`` by qualified feature name; features that nobody gave are left out.
+    """
+    rows: dict[str, BoolArray] = {}
+    for at, given in enumerate(names):
+        for name in given or ():
+            rows.setdefault(name, np.zeros(len(names), dtype=np.bool_))[at] = True
+    for view in views:
+        for name, derived in view.derived_features.items():  # in declared order: later ones may build on it
+            own = f"{view.prefix}__{name}"
+            based_on = [own, *(f"{view.prefix}__{each}" for each in derived.inputs)]
+            found = [rows[each] for each in based_on if each in rows]
+            if derived.request:
+                found.append(np.ones(len(names), dtype=np.bool_))
+            if found:
+                rows[own] = np.logical_or.reduce(found)
+    return rows
+
+
+def recompute_from_log(event_log: EventLog, features: Sequence[FeatureView | FeatureRef]) -> Recompute:
+    """A function that computes features from the event log as it is now, a bucket at a time, in this process.
 
     Args:
         event_log: Where the views' sources are kept.
-        entity: Whom the keys are about.
-        views: All of this entity.
+        features: All of one entity; those that need a request's inputs are passed over.
     """
-    by_source: dict[str, list[FeatureView]] = {}
-    for view in views:
-        by_source.setdefault(view.source.name, []).append(view)
+    refs = [ref for ref in single_features(features) if not ref.view.request_of([ref.feature])]
+    (join,) = entity_joins(refs, event_log, None)
+    entity = join.entity
 
     def recompute(keys: pa.Array, as_of_us: IntArray, known_at_us: int | None) -> dict[str, FloatArray]:
-        columns = {ref.name: np.full(len(keys), np.nan) for view in views for ref in view}
         buckets = entity.buckets(keys, event_log.n_buckets)
-        for bucket in np.unique(buckets):
-            rows = np.flatnonzero(buckets == bucket)
-            asked, instants = keys.take(pa.array(rows)), as_of_us[rows]
-            for group in by_source.values():
-                events = event_log.read_bucket(
-                    group[0].source,
-                    entity,
-                    int(bucket),
-                    columns=[*needed_columns(group), TIE, INGESTED],
-                    min_time_us=earliest_us(group, instants),
-                    max_time_us=int(instants.max()),
-                )
-                found = compute_features(group, events, asked, instants, known_at_us=known_at_us, deduplicate=False)
-                for name, values in found.items():
-                    columns[name][rows] = values
-        return columns
+        if not len(keys):
+            return {name: np.empty(0) for name in join.names}
+        return replace(join, known_at_us=known_at_us).all_columns(buckets, keys, as_of_us)
 
     return recompute
 
 
-def parity_findings(compared: Mapping[str, FeatureParity], *, tolerated: float = 0.001) -> tuple[Finding, ...]:
+def parity_findings(
+    compared: Mapping[str, FeatureParity], *, max_mismatch_share: float = 0.001
+) -> tuple[Finding, ...]:
     """One finding a feature: any unexplained difference warns, more than a trace of them alarms.
 
     Args:
         compared: What `compare` gave.
-        tolerated: Share of rows that may differ before it is an alarm, 0 to 1.
+        max_mismatch_share: Share of rows that may differ before it is an alarm, 0 to 1.
     """
-    if not any(parity.n for parity in compared.values()):
+    found = [_finding(name, parity, max_mismatch_share) for name, parity in compared.items() if parity.n]
+    if not found:
         return (Finding("rows", Severity.INSUFFICIENT, "no served vector to compare", {}),)
-    return tuple(_finding(name, parity, tolerated) for name, parity in compared.items())
+    passed_over = [name for name, parity in compared.items() if not parity.n]
+    if passed_over:
+        message = f"{', '.join(passed_over)}: given by every request, or derived from what was"
+        found.append(Finding("left out", Severity.OK, message, {"features": passed_over}))
+    return tuple(found)
 
 
-def _finding(name: str, parity: FeatureParity, tolerated: float) -> Finding:
+def _finding(name: str, parity: FeatureParity, max_mismatch_share: float) -> Finding:
     rate = parity.unexplained / parity.n
-    severity = Severity.ALARM if rate > tolerated else Severity.WARNING if rate > 0 else Severity.OK
-    told = ", ".join(f"{count:,} {match}" for match, count in parity.counts.items() if count)
+    severity = Severity.ALARM if rate > max_mismatch_share else Severity.WARNING if rate > 0 else Severity.OK
+    told = [f"{count:,} {match}" for match, count in parity.counts.items() if count]
+    told += [f"{parity.left_out:,} given by requests"] if parity.left_out else []
     evidence = {
         "n": parity.n,
         "counts": {match.value: count for match, count in parity.counts.items()},
+        "left_out": parity.left_out,
         "unexplained_rate": rate,
         "largest_difference": parity.largest_difference,
-        "example": None if parity.example is None else {"entity": parity.example[0], "at_us": parity.example[1]},
+        "example": parity.example,
     }
-    return Finding(name, severity, told, evidence)
+    return Finding(name, severity, ", ".join(told), evidence)

@@ -24,13 +24,16 @@ COLUMNS: Final = ("prediction_id", "entity", "at", "revision", "variant", "versi
 VECTORS: Final = "features"
 """The column of what the model saw; most of the log's bytes, so it is read where it is needed."""
 
+GIVEN: Final = "given"
+"""The column of which of these values the request brought along; read with them."""
+
 
 @dataclass(frozen=True, eq=False)
 class ServedRows:
     """Predictions that were given out, ``n`` of them.
 
     Attributes:
-        table: `COLUMNS` of the prediction log, and `VECTORS` where they were asked for.
+        table: `COLUMNS` of the prediction log, and `VECTORS` with `GIVEN` where they were asked for.
         entity: Whom they are about.
     """
 
@@ -54,6 +57,16 @@ class ServedRows:
     def scores(self) -> FloatArray:
         """Predictions, shape ``(n,)``."""
         return np.asarray(self.table.column("score").to_numpy(), dtype=np.float64)
+
+    @property
+    def ids(self) -> list[str]:
+        """Prediction ids, ``n`` of them."""
+        return list(self.table.column("prediction_id").to_pylist())
+
+    @property
+    def given(self) -> list[list[str] | None]:
+        """For each row, the qualified features that the request gave; None where nobody wrote that down."""
+        return list(self.table.column(GIVEN).to_pylist())
 
     @property
     def variants(self) -> NDArray[np.str_]:
@@ -104,7 +117,7 @@ def read_served(
         until_us: End, exclusive.
         vectors: Whether to read what the model saw.
     """
-    columns = [*COLUMNS, VECTORS] if vectors else list(COLUMNS)
+    columns = [*COLUMNS, VECTORS, GIVEN] if vectors else list(COLUMNS)
     table = store.read_predictions(spec.name, start_us=from_us, end_us=until_us, columns=columns)
     return ServedRows(table, spec.entity)
 

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from heliostat import Count, Entity, EventSource, FeatureView, Max, Sum
 from heliostat.clock import US_PER_DAY
 from heliostat.errors import MonitoringDataError
-from heliostat.monitoring.parity import FeatureParity, Match, Served, compare, parity_findings, recompute_from_log
+from heliostat.monitoring.parity import (
+    FeatureParity,
+    Match,
+    Served,
+    compare,
+    given_rows,
+    parity_findings,
+    recompute_from_log,
+)
 from heliostat.monitoring.verdict import Severity
 from heliostat.storage.event_log import EventLog
 
@@ -36,6 +44,7 @@ def _compare(
         pa.array(range(len(online)), pa.int64()),
         np.arange(len(online)) + 100,
         {"v__x": np.array(online, dtype=float)},
+        [f"p{row}" for row in range(len(online))],
     )
     return compare(served, recompute)["v__x"], asked
 
@@ -88,13 +97,60 @@ def test_equal_vectors_are_computed_once() -> None:
 
 def test_a_mismatch_names_an_example() -> None:
     parity, _ = _compare([1.0, 2.0], [1.0, 9.0])
-    assert parity.example == ("1", 101)
+    assert parity.example == "p1", "by prediction id: a verdict is kept for ever, a key might have to go"
 
 
 def test_a_feature_that_is_not_declared_any_more_is_named() -> None:
-    served = Served(pa.array([1]), np.array([0]), {"old__x": np.array([1.0])})
+    served = Served(pa.array([1]), np.array([0]), {"old__x": np.array([1.0])}, ["p"])
     with pytest.raises(MonitoringDataError, match="old__x can't be computed again"):
         compare(served, lambda keys, at_us, known_at_us: {"v__x": np.zeros(len(keys))})  # noqa: ARG005
+
+
+def test_what_a_request_gave_and_what_derives_from_it_is_left_out() -> None:
+    view = FeatureView(
+        "v",
+        version=1,
+        source=purchases,
+        features={"count": Count(window="30d"), "spent": Sum("amount", window="30d")},
+    )
+
+    @view.derived
+    def mean(spent: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+        return spent / count
+
+    @view.derived
+    def score(mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.log1p(mean)
+
+    rows = given_rows([None, (), ["v__spent"], ["v__mean"], ["v__score"]], [view])
+    assert {name: np.flatnonzero(each).tolist() for name, each in rows.items()} == {
+        "v__spent": [2], "v__mean": [2, 3], "v__score": [2, 3, 4],
+    }  # fmt: skip
+
+
+def test_rows_that_are_left_out_are_neither_compared_nor_asked_again() -> None:
+    asked: list[int | None] = []
+
+    def recompute(
+        keys: pa.Array, at_us: NDArray[np.int64], known_at_us: int | None
+    ) -> Mapping[str, NDArray[np.float64]]:
+        asked.append(known_at_us)
+        return {"v__x": np.zeros(len(keys)), "v__y": np.zeros(len(at_us))}
+
+    served = Served(
+        pa.array([1, 2], pa.int64()),
+        np.array([100, 200]),
+        {"v__x": np.array([0.0, 9.0]), "v__y": np.zeros(2), "v__z": np.ones(2)},
+        ["a", "b"],
+        {"v__x": np.array([False, True]), "v__z": np.array([True, True])},
+    )
+    compared = compare(served, recompute)
+    assert asked == [None]
+    assert (compared["v__x"].n, compared["v__x"].left_out, compared["v__x"].unexplained) == (1, 1, 0)
+    findings = {each.subject: each for each in parity_findings(compared)}
+    assert findings["v__x"].message == "1 equal, 1 given by requests"
+    assert set(findings) == {"v__x", "v__y", "left out"}
+    assert findings["left out"].evidence["features"] == ["v__z"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +160,7 @@ def test_more_than_a_trace_of_differences_is_an_alarm(wrong: int, severity: Seve
     online, offline = np.zeros(2_000), np.zeros(2_000)
     offline[:wrong] = 1.0
     parity, _ = _compare(online.tolist(), offline.tolist())
-    (finding,) = parity_findings({"v__x": parity}, tolerated=0.001)
+    (finding,) = parity_findings({"v__x": parity}, max_mismatch_share=0.001)
     assert finding.severity is severity
     assert finding.evidence["unexplained_rate"] == wrong / 2_000
 
@@ -158,12 +214,13 @@ def test_vectors_are_computed_again_from_the_log_and_late_events_are_explained(t
             "recent__spent": np.array([10.0, 7.0, 6.0, 0.0]),
             "life__largest": np.array([10.0, 7.0, 5.0, NAN]),
         },
+        ids=["a", "b", "c", "d"],
     )
-    compared = compare(served, recompute_from_log(log, customer, [recent, life]))
+    compared = compare(served, recompute_from_log(log, [recent, life]))
     told = {name: {m.value: c for m, c in each.counts.items() if c} for name, each in compared.items()}
     assert told == {
         "recent__count": {"equal": 3, "late": 1},
         "recent__spent": {"equal": 2, "late": 1, "mismatch": 1},
         "life__largest": {"equal": 2, "late": 1, "both null": 1},
     }
-    assert compared["recent__spent"].example == ("3", 10 * US_PER_DAY)
+    assert compared["recent__spent"].example == "c"
