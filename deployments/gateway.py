@@ -160,7 +160,7 @@ class Api:
         """The online features of one entity, as a request at this instant would see them."""
         declared = self._parts.definitions.view(view)
         text = declared.entity.text(entity)
-        reader = self._parts.readers.of(tuple(ref.name for ref in declared))
+        reader = self._parts.readers.of(tuple(ref.name for ref in declared.pinned))
         now_us = self._parts.clock.now_us()
         batch, _ = await reader.aread(self._parts.store, [text], as_of_us=now_us)
         values = dict(zip(declared.feature_names, batch.matrix[0].tolist(), strict=True))

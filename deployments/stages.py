@@ -17,10 +17,11 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.gateway import Parts
 from deployments.http import Meter
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, StaleVersionError
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
 from heliostat.models.profile import Profile
+from heliostat.models.rows import version_features
 from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
 from heliostat.serving.stages import (
@@ -76,10 +77,15 @@ def version_facts(workspace: Workspace) -> Callable[[str, int], VersionFacts]:
 
     def read(model: str, version: int) -> VersionFacts:
         found = workspace.models.get(model, version)
-        declared = {view.ref: view.content_hash for view in workspace.definitions.views.values()}
-        trained_on: dict[str, str] = found.lineage.get("view_hashes", {})
-        stale = tuple(view for view, content in trained_on.items() if declared.get(view) != content)
-        return VersionFacts(found.signature.names, _mean_prediction(workspace, model, version), stale)
+        stale: tuple[str, ...] = ()
+        try:
+            version_features(found, workspace.definitions.views)
+        except StaleVersionError as error:
+            stale = error.views
+        prior = _mean_prediction(workspace, model, version)
+        return VersionFacts(
+            found.signature.names, prior, stale, workspace.definitions.lookup_names(found.pinned_names)
+        )
 
     return read
 

@@ -104,6 +104,7 @@ class BucketScorer:
 
     Attributes:
         rows: Reads the bucket's rows, without labels.
+        names: The columns of the rows that make the version's matrix, in the order of its signature.
         version: The version's number.
         package: Its files.
         offline: Where results are written.
@@ -111,6 +112,7 @@ class BucketScorer:
     """
 
     rows: ModelRows
+    names: tuple[str, ...]
     version: int
     package: ModelPackage
     offline: OfflineStore
@@ -124,9 +126,8 @@ class BucketScorer:
     def score(self, bucket: int) -> pa.Table:
         """The predictions of one bucket, columns of `output_schema`."""
         rows, spec = self.rows.table(bucket), self.rows.spec
-        names = self.package.signature.names
-        matrix = np.column_stack([rows.column(name).to_numpy() for name in names])
-        scores = self.model.predict(np.ascontiguousarray(matrix), names=names)
+        matrix = np.column_stack([rows.column(name).to_numpy() for name in self.names])
+        scores = self.model.predict(np.ascontiguousarray(matrix), names=self.package.signature.names)
         versions = np.full(len(scores), self.version, dtype=np.int64)
         kept = [rows.column(column) for column in (*spec.entity.key_columns, AS_OF)]
         return pa.table([*kept, versions, scores], schema=output_schema(spec))
@@ -234,12 +235,13 @@ def scorer_of(
     if as_of_us is not None and as_of_us > now_us:
         raise InvalidValueError("as-of instant", format_instant(as_of_us), f"one up to now, {format_instant(now_us)}")
     registered = workspace.models.get(spec.name, version)
+    features = version_features(registered, workspace.definitions.views, spec)
     rows = ModelRows.of(
         spec,
         workspace.event_log,
         [now_us if as_of_us is None else as_of_us],
         labelled=False,
-        extra=version_features(registered, workspace.definitions.views),
+        extra=features,
     )
     cache = None
     if cache_above is not None:
@@ -247,4 +249,5 @@ def scorer_of(
         ttl_s = default_s if cache_ttl_s is None else cache_ttl_s
         cache = CacheRule(cache_above, ttl_s, OnlineConfig.of(workspace.settings))
     package = workspace.models.package(spec.name, registered.version)
-    return BucketScorer(rows, registered.version, package, workspace.offline_store, cache)
+    names = tuple(ref.name for ref in features)
+    return BucketScorer(rows, names, registered.version, package, workspace.offline_store, cache)

@@ -14,9 +14,15 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from heliostat.errors import InvalidDefinitionError, InvalidValueError, RingCorruptError, UnknownFeatureError
+from heliostat.errors import (
+    InvalidDefinitionError,
+    InvalidValueError,
+    MissingInputError,
+    RingCorruptError,
+    UnknownFeatureError,
+)
 from heliostat.features.aggregations import FloatArray
-from heliostat.features.definitions import Entity, FeatureRef, FeatureView
+from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
 from heliostat.features.merging import MergePlan, merge_rings, parse_rings
 from heliostat.features.tiles import BoolArray, RingGroup, RingLimits, ring_layout
 from heliostat.settings import Settings
@@ -24,6 +30,12 @@ from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineS
 
 Overrides: TypeAlias = Mapping[str, float | int | bool | None]
 """Features that a request gives itself, by qualified or unambiguous bare name; None is null."""
+
+Inputs: TypeAlias = Mapping[str, FloatArray]
+"""What a request brings for derived features, shape ``(n,)`` by name; NaN is null."""
+
+EntityTexts: TypeAlias = Sequence[str] | Mapping[str, Sequence[str]]
+"""Keys as `Entity.text` gives them, ``n`` of them; of several entities, by the entity's name, ``n`` of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,26 +86,33 @@ class FeatureReader:
     """Reads the same features for any entities.
 
     Args:
-        features: In the order of the matrix's columns; of one entity, and of any of its views.
+        features: In the order of the matrix's columns, of any views; of several entities, each row then has
+            a key of each.
         keys: The store's key names.
         n_buckets: The event log's number of buckets.
         limits: What the rings' layouts allow for.
 
     Raises:
-        InvalidDefinitionError: If there are no features, or they belong to several entities.
+        InvalidDefinitionError: If there are no features.
+        DuplicateNameError: If two views take one request input as two types.
     """
 
     def __init__(
         self, features: Sequence[FeatureRef], *, keys: OnlineKeys, n_buckets: int, limits: RingLimits
     ) -> None:
-        self.entity = _entity_of(features)
+        if not features:
+            raise InvalidDefinitionError("a feature reader", "it has no features", "name at least one")
+        self.entities = {each.view.entity.name: each.view.entity for each in features}
         self.names = tuple(feature.name for feature in features)
+        self.request = request_types(features)
         self._n_buckets = n_buckets
         self._plans: list[_ViewPlan] = []
-        self._prefixes: list[str] = []
+        self._prefixes: list[tuple[str, str]] = []
         for view in {id(each.view): each.view for each in features}.values():
             plan = self._planned(view, {each.feature for each in features if each.view is view}, limits)
-            self._prefixes.extend(keys.ring_prefix(view.ref, group.name) for group in plan.merge.groups)
+            self._prefixes.extend(
+                (view.entity.name, keys.ring_prefix(view.ref, group.name)) for group in plan.merge.groups
+            )
             self._plans.append(plan)
         self.views = tuple(plan.view.ref for plan in self._plans)
         places = {id(plan.view): position for position, plan in enumerate(self._plans)}
@@ -111,36 +130,52 @@ class FeatureReader:
         )
 
     def _planned(self, view: FeatureView, asked: set[str], limits: RingLimits) -> _ViewPlan:
-        needed = set(asked)
-        for name in reversed(view.derived_features):
-            if name in needed:
-                needed.update(view.derived_features[name].inputs)
-        merge = MergePlan(ring_layout(view, limits), [name for name in view.base_features if name in needed])
-        derived = tuple(name for name in view.derived_features if name in needed)
+        needed = view.needed(asked)
+        derived = tuple(name for name in needed if name in view.derived_features)
+        # Whether a view is absent is seen by its rings: features of the request alone still read one.
+        stored = [name for name in needed if name in view.base_features] or list(view.base_features)[:1]
+        merge = MergePlan(ring_layout(view, limits), stored)
         return _ViewPlan(view, merge, derived, first=len(self._prefixes))
 
     @cached_property
-    def overridable(self) -> dict[str, tuple[int, str]]:
-        """View and feature by every name that an override may use."""
-        bare: dict[str, list[tuple[int, str]]] = {}
-        names: dict[str, tuple[int, str]] = {}
+    def overridable(self) -> dict[str, tuple[tuple[int, str], ...]]:
+        """View and feature by every name that an override may use: the same ones in each version that is read."""
+        bare: dict[str, set[str]] = {}
+        names: dict[str, tuple[tuple[int, str], ...]] = {}
         for position, plan in enumerate(self._plans):
             for feature in (*plan.merge.features, *plan.derived):
-                bare.setdefault(feature, []).append((position, feature))
-                names[f"{plan.view.name}__{feature}"] = (position, feature)
-        return names | {name: places[0] for name, places in bare.items() if len(places) == 1}
+                name = f"{plan.view.name}__{feature}"
+                bare.setdefault(feature, set()).add(name)
+                names[name] = (*names.get(name, ()), (position, feature))
+        return names | {feature: names[found.pop()] for feature, found in bare.items() if len(found) == 1}
 
-    def keys(self, entity_texts: Sequence[str]) -> list[str]:
-        """The keys to read: ring by ring, and within a ring entity by entity.
+    def keys(self, entity_texts: EntityTexts) -> list[str]:
+        """The keys to read: ring by ring, and within a ring row by row.
 
         Args:
-            entity_texts: Keys as `Entity.text` gives them.
+            entity_texts: Whose.
+
+        Raises:
+            InvalidValueError: If an entity has no keys, or they aren't as many as the others'.
         """
-        encoded = self.entity.encoded(entity_texts)
-        tags = self._tags
-        buckets = self.entity.buckets(encoded, self._n_buckets).tolist()
-        places = [tags[bucket] + text for bucket, text in zip(buckets, entity_texts, strict=True)]
-        return [prefix + place for prefix in self._prefixes for place in places]
+        if isinstance(entity_texts, Mapping):
+            by_entity = {name: entity_texts.get(name, ()) for name in self.entities}
+        else:
+            by_entity = dict.fromkeys(self.entities, entity_texts)
+        if len(by_entity) > 1 and (
+            not isinstance(entity_texts, Mapping) or len({len(texts) for texts in by_entity.values()}) > 1
+        ):
+            given = {name: len(texts) for name, texts in by_entity.items()}
+            raise InvalidValueError(
+                "keys", str(given), f"as many keys of each of {', '.join(self.entities)}, by name"
+            )
+        places = {name: self._places(self.entities[name], texts) for name, texts in by_entity.items()}
+        return [prefix + place for entity, prefix in self._prefixes for place in places[entity]]
+
+    def _places(self, entity: Entity, texts: Sequence[str]) -> list[str]:
+        """What each key's name ends with: bucket and key."""
+        tags, buckets = self._tags, entity.buckets(entity.encoded(texts), self._n_buckets).tolist()
+        return [tags[bucket] + text for bucket, text in zip(buckets, texts, strict=True)]
 
     def decode(
         self,
@@ -148,6 +183,7 @@ class FeatureReader:
         *,
         as_of_us: int,
         overrides: Sequence[Overrides | None] | None = None,
+        inputs: Inputs | None = None,
     ) -> FeatureBatch:
         """Merge rings into feature vectors.
 
@@ -158,17 +194,23 @@ class FeatureReader:
             values: The values of `keys`.
             as_of_us: Now: later than every event in the rings.
             overrides: For each entity, or None.
+            inputs: What the request brings for derived features.
 
         Raises:
+            MissingInputError: If it lacks what a feature needs.
             RingCorruptError: If a value isn't a ring.
             UnknownFeatureError: If an override names none of the features that are read.
             InvalidValueError: If an override is no number.
         """
         n = len(values) // len(self._prefixes)
+        brought = inputs or {}
+        missing = tuple(name for name in self.request if name not in brought)
+        if missing:
+            raise MissingInputError(missing, f"the vector of {', '.join(self.views)}", "what was given")
         given = self._given(overrides)
         absent = np.empty((n, len(self._plans)), dtype=np.bool_)
         columns = [
-            self._view_columns(plan, values, n, as_of_us, given.get(position, {}), absent[:, position])
+            self._view_columns(plan, values, n, as_of_us, given.get(position, {}), absent[:, position], brought)
             for position, plan in enumerate(self._plans)
         ]
         matrix = np.empty((n, len(self._columns)))
@@ -184,6 +226,7 @@ class FeatureReader:
         as_of_us: int,
         given: Mapping[str, list[tuple[int, float]]],
         absent: BoolArray,
+        inputs: Inputs,
     ) -> dict[str, FloatArray]:
         rings = {}
         absent[:] = True
@@ -194,7 +237,7 @@ class FeatureReader:
         merged = merge_rings(plan.merge, rings, as_of_us=as_of_us)
         if merged.expired is not None:
             absent |= merged.expired
-        columns = {name: _replaced(column, given.get(name)) for name, column in merged.columns.items()}
+        columns = {**inputs} | {name: _replaced(column, given.get(name)) for name, column in merged.columns.items()}
         for name in plan.derived:
             columns[name] = _replaced(plan.view.derived_features[name](columns), given.get(name))
         return columns
@@ -211,32 +254,34 @@ class FeatureReader:
         found: dict[int, dict[str, list[tuple[int, float]]]] = {}
         for row, features in enumerate(overrides or ()):
             for name, value in (features or {}).items():
-                position, feature = self._place(name)
-                found.setdefault(position, {}).setdefault(feature, []).append((row, _number(name, value)))
+                for position, feature in self._overridden(name):
+                    found.setdefault(position, {}).setdefault(feature, []).append((row, _number(name, value)))
         return found
 
-    def _place(self, name: str) -> tuple[int, str]:
-        place = self.overridable.get(name)
-        if place is None:
+    def _overridden(self, name: str) -> tuple[tuple[int, str], ...]:
+        places = self.overridable.get(name)
+        if places is None:
             raise UnknownFeatureError(name, ", ".join(self.views), tuple(self.overridable))
-        return place
+        return places
 
     def read(
         self,
         store: OnlineStore,
-        entity_texts: Sequence[str],
+        entity_texts: EntityTexts,
         *,
         as_of_us: int,
         overrides: Sequence[Overrides | None] | None = None,
+        inputs: Inputs | None = None,
         also: Sequence[str] = (),
     ) -> tuple[FeatureBatch, list[bytes | None]]:
         """Read feature vectors, and other keys with them, in one round trip.
 
         Args:
             store: Where the rings are.
-            entity_texts: Keys as `Entity.text` gives them.
+            entity_texts: Whose vectors.
             as_of_us: Now.
             overrides: For each entity, or None; see `decode`.
+            inputs: What the request brings for derived features; see `decode`.
             also: Further keys, such as a routing document's.
 
         Returns:
@@ -246,29 +291,23 @@ class FeatureReader:
             OnlineStoreUnavailableError: If the store doesn't answer.
         """
         values = store.read([*also, *self.keys(entity_texts)])
-        return self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides), values[: len(also)]
+        batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)
+        return batch, values[: len(also)]
 
     async def aread(
         self,
         store: AsyncOnlineStore,
-        entity_texts: Sequence[str],
+        entity_texts: EntityTexts,
         *,
         as_of_us: int,
         overrides: Sequence[Overrides | None] | None = None,
+        inputs: Inputs | None = None,
         also: Sequence[str] = (),
     ) -> tuple[FeatureBatch, list[bytes | None]]:
         """As `read`, for asyncio."""
         values = await store.read([*also, *self.keys(entity_texts)])
-        return self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides), values[: len(also)]
-
-
-def _entity_of(features: Sequence[FeatureRef]) -> Entity:
-    entities = {feature.view.entity.name: feature.view.entity for feature in features}
-    if len(entities) != 1:
-        raise InvalidDefinitionError(
-            "a feature reader", f"its features belong to the entities {sorted(entities)}", "read one entity at a time"
-        )
-    return next(iter(entities.values()))
+        batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)
+        return batch, values[: len(also)]
 
 
 def _replaced(column: FloatArray, given: Sequence[tuple[int, float]] | None) -> FloatArray:

@@ -225,6 +225,11 @@ class ModelSpec:
         for each in self.features:
             if not isinstance(each, FeatureView | FeatureRef):
                 raise InvalidDefinitionError(at, f"{each!r} is no feature", fix)
+        for view in self.views:
+            versions = sorted({each.version for each in self.views if each.name == view.name})
+            if len(versions) > 1:
+                problem = f"it reads versions {versions} of view {view.name!r}"
+                raise InvalidDefinitionError(at, problem, "a model reads one version of a view: choose it")
         names = [ref.name for ref in self.feature_refs]
         for name in names:
             if names.count(name) > 1:
@@ -251,9 +256,14 @@ class ModelSpec:
         return tuple(ref.name for ref in self.feature_refs)
 
     @property
+    def pinned_names(self) -> tuple[str, ...]:
+        """The same with the views' versions: ``view@version__feature``."""
+        return tuple(f"{ref.view.ref}__{ref.feature}" for ref in self.feature_refs)
+
+    @property
     def views(self) -> tuple[FeatureView, ...]:
         """The views it reads, each once, in order."""
-        return tuple({ref.view.name: ref.view for ref in self.feature_refs}.values())
+        return tuple({ref.view.ref: ref.view for ref in self.feature_refs}.values())
 
     def describe(self) -> dict[str, Any]:
         """A JSON document with all that a trained version depends on."""
@@ -297,9 +307,21 @@ def _referred(declared: object) -> tuple[Any, ...]:
             return ()
 
 
+def _identity(declared: Any) -> str:  # noqa: ANN401 - any declaration
+    return str(declared.ref if isinstance(declared, FeatureView) else declared.name)
+
+
 @dataclass(frozen=True)
 class Definitions:
-    """Everything that a use case declares, by name."""
+    """Everything that a use case declares, by name.
+
+    Attributes:
+        entities: Entities.
+        sources: Event sources.
+        views: Feature views by reference, ``name@version``: versions of a view may be declared side by side.
+        labels: Labels.
+        models: Model specs.
+    """
 
     entities: Mapping[str, Entity]
     sources: Mapping[str, EventSource]
@@ -315,7 +337,8 @@ class Definitions:
             declared: Any objects, such as the values of a module; others than declarations are passed over.
 
         Raises:
-            DuplicateNameError: If two different declarations of one kind share a name.
+            DuplicateNameError: If two different declarations of one kind share a name, or two views also
+                a version.
         """
         entities: dict[str, Entity] = {}
         sources: dict[str, EventSource] = {}
@@ -330,26 +353,38 @@ class Definitions:
             Label: ("label", labels),
             ModelSpec: ("model", models),
         }
-        waiting: list[Any] = [each for each in declared if type(each) in kinds]
+
+        def place(each: object) -> tuple[str, dict[str, Any]]:
+            return next(found for kind, found in kinds.items() if isinstance(each, kind))
+
+        waiting: list[Any] = [each for each in declared if isinstance(each, tuple(kinds))]
         while waiting:
             each = waiting.pop(0)
-            kind, known = kinds[type(each)]
-            if known.setdefault(each.name, each) is not each:
-                raise DuplicateNameError(kind, each.name, "the definitions module")
-            waiting.extend(part for part in _referred(each) if kinds[type(part)][1].get(part.name) is not part)
+            kind, known = place(each)
+            if known.setdefault(_identity(each), each) is not each:
+                raise DuplicateNameError(kind, _identity(each), "the definitions module")
+            waiting.extend(part for part in _referred(each) if place(part)[1].get(_identity(part)) is not part)
         return cls(entities, sources, views, labels, models)
 
     def view(self, name: str) -> FeatureView:
-        """The view of a name, with or without ``@version``.
+        """The view of a reference ``name@version``; of a bare name, its highest version.
 
         Raises:
             UnknownViewError: Naming those that are declared.
         """
-        bare, _, version = name.partition("@")
-        found = self.views.get(bare)
-        if found is None or (version and version != str(found.version)):
-            raise UnknownViewError(name, tuple(view.ref for view in self.views.values()))
-        return found
+        versions = {view.version: view for view in self.views.values() if name in (view.name, view.ref)}
+        if not versions:
+            raise UnknownViewError(name, tuple(self.views))
+        return versions[max(versions)]
+
+    def lookup_names(self, pinned: Sequence[str]) -> tuple[str, ...]:
+        """Names ``view@version__feature``, shortened to ``view__feature`` where that version is the highest.
+
+        So equal features have equal names, and whatever reads the highest versions alone never sees a pinned one.
+        """
+        newest = {self.view(view.name).ref: view.name for view in self.views.values()}
+        parts = (name.partition("__") for name in pinned)
+        return tuple(f"{newest.get(view, view)}__{feature}" for view, _, feature in parts)
 
     def source(self, name: str) -> EventSource:
         """The event source of a name.

@@ -70,6 +70,13 @@ class ModelVersion:
     aliases: tuple[str, ...] = ()
     status: Status = "candidate"
 
+    @property
+    def pinned_names(self) -> tuple[str, ...]:
+        """What it was trained on, and nothing else: ``view@version__feature``, in the signature's order."""
+        refs = {ref.partition("@")[0]: ref for ref in self.lineage.get("view_hashes", {})}
+        parts = (name.partition("__") for name in self.signature.names)
+        return tuple(f"{refs.get(view, view)}__{feature}" for view, _, feature in parts)
+
     def to_document(self) -> dict[str, Any]:
         """As a JSON object, for people and scripts."""
         return {
@@ -80,6 +87,7 @@ class ModelVersion:
             "created": format_instant(self.created_us),
             "artifact": self.artifact,
             "features": list(self.signature.names),
+            "views": sorted(self.lineage.get("view_hashes", {})),
             "metrics": dict(self.metrics),
             "parameters": dict(self.parameters),
             "lineage": dict(self.lineage),

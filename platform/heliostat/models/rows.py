@@ -81,26 +81,33 @@ def population_rows(spec: ModelSpec, events: Mapping[str, pa.Table], instants_us
     return pa.concat_tables(parts)
 
 
-def version_features(version: ModelVersion, views: Mapping[str, FeatureView]) -> tuple[FeatureRef, ...]:
-    """The features that a version was trained on, as they are declared now.
+def version_features(
+    version: ModelVersion, views: Mapping[str, FeatureView], spec: ModelSpec | None = None
+) -> tuple[FeatureRef, ...]:
+    """The features that a version was trained on, of the versions of the views that it was trained on.
 
     Args:
         version: Registered.
-        views: What is declared, by name.
+        views: What is declared, by reference.
+        spec: What else is read beside it: a view of which it reads another version comes `pinned`.
+
+    Returns:
+        In the order of the version's signature.
 
     Raises:
-        StaleVersionError: If a view is declared no longer, or means something else since.
+        StaleVersionError: If such a version of a view is declared no longer, or means something else since.
     """
     trained_with = version.lineage.get("view_hashes", {})
+    beside = {} if spec is None else {view.name: view.ref for view in spec.views}
     refs: list[FeatureRef] = []
     stale: dict[str, None] = {}
-    for name in version.signature.names:
-        view_name, _, feature = name.partition("__")
-        view = views.get(view_name)
-        if view is None or feature not in view or trained_with.get(view.ref, view.content_hash) != view.content_hash:
-            stale[view_name] = None
+    for name in version.pinned_names:
+        pinned, _, feature = name.partition("__")
+        view = views.get(pinned)
+        if view is None or feature not in view or trained_with[pinned] != view.content_hash:
+            stale[pinned] = None
         else:
-            refs.append(view[feature])
+            refs.append((view if beside.get(view.name, view.ref) == view.ref else view.pinned)[feature])
     if stale:
         raise StaleVersionError(version.model, version.version, tuple(stale))
     return tuple(refs)
@@ -149,7 +156,7 @@ class ModelRows:
     @property
     def views(self) -> tuple[FeatureView, ...]:
         """The views that are computed, each once."""
-        return tuple({view.name: view for view in (*self.spec.views, *(ref.view for ref in self.extra))}.values())
+        return tuple({view.prefix: view for view in (*self.spec.views, *(ref.view for ref in self.extra))}.values())
 
     @property
     def sources(self) -> tuple[EventSource, ...]:

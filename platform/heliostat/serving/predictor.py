@@ -67,18 +67,18 @@ class VersionFacts:
         names: Qualified features, in the order of its matrix.
         prior: Its mean prediction in training; None if nobody wrote it down.
         stale: Views that are declared otherwise now than when it was trained: it can't be asked.
-        pinned: What is looked up for them, ``view@version__feature``: the versions of views that it was trained on.
+        wanted: What is looked up for them: ``view@version__feature`` where it was trained on another version of
+            a view than the highest; by default ``names``.
     """
 
     names: tuple[str, ...]
     prior: float | None = None
     stale: tuple[str, ...] = ()
-    pinned: tuple[str, ...] = ()
+    wanted: tuple[str, ...] = ()
 
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """What is looked up: ``pinned``, where that is known."""
-        return self.pinned or self.names
+    def __post_init__(self) -> None:
+        if not self.wanted:
+            object.__setattr__(self, "wanted", self.names)
 
 
 class VersionBook:
@@ -275,7 +275,8 @@ class Predictor:
         model = requests[0].model
         names = self._names.get(model)
         if names is None:
-            names = self._names[model] = self._readers.definitions.model(model).pinned_names
+            declared = self._readers.definitions
+            names = self._names[model] = declared.lookup_names(declared.model(model).pinned_names)
         if len(requests) == 1:
             return FeatureQuery(model, names, requests[0].entities, requests[0].overrides)
         overrides, first = {}, 0

@@ -331,7 +331,7 @@ class Production:
         registered, problem = workspace.models.get(spec.name, alias.version), ""
         features: tuple[FeatureRef, ...] = ()
         try:
-            features = version_features(registered, workspace.definitions.views)
+            features = version_features(registered, workspace.definitions.views, spec)
         except StaleVersionError as error:
             problem = f"its features of {', '.join(error.views)} mean something else since it was trained"
         if registered.lineage.get("label_hash", spec.label.content_hash) != spec.label.content_hash:
@@ -343,7 +343,8 @@ class Production:
         """Its scores of the validation rows, shape ``(n,)``; None if it can't be compared."""
         if self.problem:
             return None
-        return self.model.predict(training_set.matrix(self.model.signature.names)[training_set.is_validation])
+        matrix = training_set.matrix([ref.name for ref in self.features])
+        return self.model.predict(matrix[training_set.is_validation])
 
 
 # ── Judging ─────────────────────────────────────────────────────────────────────────

@@ -75,7 +75,7 @@ def test_features_keep_their_order_and_qualified_names() -> None:
 
 def test_a_use_case_is_collected_with_all_it_refers_to() -> None:
     found = Definitions.of([churn.churn])
-    assert set(found.views) == {"recent_purchases", "purchase_history"}
+    assert set(found.views) == {"recent_purchases@1", "purchase_history@1"}
     assert set(found.sources) == {"purchases"}
     assert set(found.entities) == {"customer"}
     assert set(found.labels) == {"churned"}
