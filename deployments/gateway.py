@@ -160,17 +160,19 @@ class Api:
         """The online features of one entity, as a request at this instant would see them."""
         declared = self._parts.definitions.view(view)
         text = declared.entity.text(entity)
-        reader = self._parts.readers.of(tuple(ref.name for ref in declared.pinned))
+        stored = declared.stored_features
+        reader = self._parts.readers.of(tuple(declared.pinned[name].name for name in stored))
         now_us = self._parts.clock.now_us()
         batch, _ = await reader.aread(self._parts.store, [text], as_of_us=now_us)
-        values = dict(zip(declared.feature_names, batch.matrix[0].tolist(), strict=True))
+        needing = {name: declared.request_of([name]) for name in declared.feature_names if name not in stored}
         return json_response(
             {
                 "view": declared.ref,
                 "entity": declared.entity.parse(text),
                 "as_of": format_instant(now_us),
                 "absent": bool(batch.absent[0, 0]),
-                "features": values,
+                "features": dict(zip(stored, batch.matrix[0].tolist(), strict=True)),
+                "needs_inputs": {name: list(needed) for name, needed in needing.items()},
             }
         )
 

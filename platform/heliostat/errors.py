@@ -445,7 +445,7 @@ class MissingInputError(RequestError):
     def __str__(self) -> str:
         names = ", ".join(map(repr, self.missing))
         example = ", ".join(f'"{name}": …' for name in self.missing)
-        return f"{self.of} needs {names} from the request, and {self.where} has none; give {{{example}}}, null included"
+        return f"{self.of} needs {names} of the request, and {self.where} has none; give {{{example}}}; null is fine"
 
 
 class ServingError(HeliostatError):
@@ -647,6 +647,20 @@ class GateFailedError(ConflictError):
         return (
             f"version {self.version} of model {self.model!r} hasn't passed its gate: {'; '.join(self.reasons)}. "
             "Train a better one, change the gate in the model's definition, or force it and give a reason"
+        )
+
+
+class ViewInUseError(ConflictError):
+    """A version of a feature view would go that somebody who serves reads."""
+
+    def __init__(self, view: str, readers: tuple[str, ...]) -> None:
+        super().__init__(view, readers)
+        self.view, self.readers = view, readers
+
+    def __str__(self) -> str:
+        return (
+            f"feature view {self.view} can't go: {'; '.join(self.readers)} still reads it. Declare it beside the "
+            "new version until a model that was trained on that one serves, then remove it"
         )
 
 

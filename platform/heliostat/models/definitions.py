@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import pyarrow.compute as pc
@@ -28,7 +29,9 @@ from heliostat.features.definitions import (
     FeatureView,
     check_name,
     content_hash,
+    request_types,
 )
+from heliostat.features.request import RequestTypes
 
 LabelKind = Literal["none", "any", "sum"]
 Objective = Literal["binary", "regression"]
@@ -234,6 +237,7 @@ class ModelSpec:
         for name in names:
             if names.count(name) > 1:
                 raise DuplicateNameError("feature", name, at)
+        request_types(self.feature_refs)  # names that two views take as two types are refused
         for view in self.views:
             if view.entity.name != self.entity.name:
                 problem = f"view {view.name!r} describes {view.entity.name!r}, not {self.entity.name!r}"
@@ -264,6 +268,11 @@ class ModelSpec:
     def views(self) -> tuple[FeatureView, ...]:
         """The views it reads, each once, in order."""
         return tuple({ref.view.ref: ref.view for ref in self.feature_refs}.values())
+
+    @cached_property
+    def inputs(self) -> RequestTypes:
+        """What a request for a prediction has to bring, and a spine to train on: type by name."""
+        return request_types(self.feature_refs)
 
     def describe(self) -> dict[str, Any]:
         """A JSON document with all that a trained version depends on."""

@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from heliostat.errors import HeliostatError, PredictionLogError
-from heliostat.serving.requests import PredictAnswer
+from heliostat.serving.requests import Inputs, PredictAnswer
 
 _logger = logging.getLogger("heliostat.serving")
 
@@ -29,6 +29,7 @@ def log_record(
     *,
     at_us: int,
     given: Sequence[Sequence[str]] | None = None,
+    inputs: Inputs | None = None,
 ) -> bytes:
     """The stream entry of one request, as JSON.
 
@@ -39,8 +40,10 @@ def log_record(
             signature of the version that answered; NaN becomes null.
         at_us: The instant of the features, microseconds since the epoch.
         given: For each entity, the qualified features whose values the request gave; None: none for anybody.
+        inputs: What the request brought for derived features, by row.
     """
     overridden = [()] * len(entities) if given is None else given
+    brought = inputs or {}
     return orjson.dumps(
         {
             "request_id": answer.request_id,
@@ -59,8 +62,11 @@ def log_record(
                     "source": each.source,
                     "fallback": each.fallback,
                     "given": names,
+                    "inputs": orjson.dumps(brought[row]).decode() if row in brought else None,
                 }
-                for each, entity, vector, names in zip(answer.entities, entities, vectors, overridden, strict=True)
+                for row, (each, entity, vector, names) in enumerate(
+                    zip(answer.entities, entities, vectors, overridden, strict=True)
+                )
             ],
         },
         option=orjson.OPT_SERIALIZE_NUMPY,

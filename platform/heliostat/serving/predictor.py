@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -278,14 +278,16 @@ class Predictor:
             declared = self._readers.definitions
             names = self._names[model] = declared.lookup_names(declared.model(model).pinned_names)
         if len(requests) == 1:
-            return FeatureQuery(model, names, requests[0].entities, requests[0].overrides)
-        overrides, first = {}, 0
+            return FeatureQuery(model, names, requests[0].entities, requests[0].overrides, requests[0].inputs)
+        overrides: dict[int, Mapping[str, float]] = {}
+        inputs: dict[int, Mapping[str, float]] = {}
+        first = 0
         for request in requests:
-            for at, values in request.overrides.items():
-                overrides[first + at] = values
+            overrides.update({first + at: values for at, values in request.overrides.items()})
+            inputs.update({first + at: values for at, values in request.inputs.items()})
             first += len(request.entities)
         entities = tuple(itertools.chain.from_iterable(request.entities for request in requests))
-        return FeatureQuery(model, names, entities, overrides)
+        return FeatureQuery(model, names, entities, overrides, inputs)
 
     async def _features(self, query: FeatureQuery, *, until: float) -> FeatureBlock:
         try:
@@ -373,6 +375,7 @@ class Predictor:
                     scores.vectors[rows],
                     at_us=batch.block.as_of_us,
                     given=None if given is None else given[rows],
+                    inputs=request.inputs,
                 )
             )
         return records

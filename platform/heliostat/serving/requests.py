@@ -14,15 +14,19 @@ from typing import Any, NamedTuple
 import orjson
 
 from heliostat.clock import parse_instant_us
-from heliostat.errors import InvalidFieldError, MalformedBodyError, UnknownOverrideError
+from heliostat.errors import InvalidFieldError, MalformedBodyError, MissingInputError, UnknownOverrideError
 from heliostat.features.definitions import Entity
+from heliostat.features.request import EXPECTED, RequestTypes, request_value
 from heliostat.models.definitions import Definitions, ModelSpec
 
 _INT64 = 2**63
-_FIELDS = ("model", "entity_ids", "features")
+_FIELDS = ("model", "entity_ids", "features", "inputs")
 
 Overrides = Mapping[int, Mapping[str, float]]
 """Values that a request gives instead of stored ones: position in the request -> feature -> value; NaN for null."""
+
+Inputs = Mapping[int, Mapping[str, float]]
+"""What a request brings for derived features: position in the request -> input -> value; NaN for null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,14 @@ class PredictRequest:
         entities: Entity keys as text, in the request's order.
         entity_ids: The same as the client wrote them.
         overrides: Feature values that the client gives; NaN for null.
+        inputs: What derived features take from the request: all that the model needs, for every entity.
     """
 
     model: str
     entities: tuple[str, ...]
     entity_ids: tuple[Any, ...]
     overrides: Overrides = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
 
 
 class EntityAnswer(NamedTuple):
@@ -143,7 +149,7 @@ def parse_predict(
     """Read the body of ``POST /predict``.
 
     Args:
-        body: JSON: ``{"model"?, "entity_ids": […], "features"?: […] or {…}}``.
+        body: JSON: ``{"model"?, "entity_ids": […], "features"?: […] or {…}, "inputs"?: […] or {…}}``.
         definitions: What is declared.
         overridable: Names of the features that a request for a model may give.
         max_entities: Entities that one request may ask for.
@@ -154,6 +160,7 @@ def parse_predict(
         InvalidValueError: If an entity id doesn't fit the entity's key.
         UnknownModelError: If the model isn't declared, or none is named and several are.
         UnknownOverrideError: If a given feature isn't one of the model's.
+        MissingInputError: If the model needs an input that an entity isn't given.
     """
     document = parse_object(body, known=_FIELDS)
     spec = _model_of(document, definitions)
@@ -169,9 +176,13 @@ def parse_predict(
         )
         raise InvalidFieldError("field 'entity_ids'", f"has {len(entity_ids)} ids", expected)
     entities = entity_texts(spec.entity, entity_ids)
-    given = document.get("features")
-    overrides = {} if given is None else _overrides(given, spec, entities, overridable(spec))
-    return PredictRequest(spec.name, entities, tuple(entity_ids), overrides)
+    given, brought = document.get("features"), document.get("inputs")
+    overrides: Overrides = {}
+    if given is not None:
+        known = overridable(spec)
+        overrides = _by_row("features", given, spec, entities, lambda each, at: _values(each, spec, known, at))
+    inputs = _required_inputs(brought, spec, entities)
+    return PredictRequest(spec.name, entities, tuple(entity_ids), overrides, inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,36 +299,72 @@ def entity_texts(entity: Entity, entity_ids: Sequence[Any]) -> tuple[str, ...]:
     return tuple(entity.text(each) for each in entity_ids)
 
 
-def _overrides(given: object, spec: ModelSpec, entities: Sequence[str], known: Collection[str]) -> Overrides:
+def _by_row(
+    name: str,
+    given: object,
+    spec: ModelSpec,
+    entities: Sequence[str],
+    read: Callable[[object, str], Mapping[str, float]],
+) -> dict[int, Mapping[str, float]]:
+    """A field that says something about each entity: a list beside the entity ids, or an object by entity id."""
     if isinstance(given, dict):
-        return _overrides_by_key(given, spec, entities, known)
+        return _by_key(name, given, spec, entities, read)
     if not isinstance(given, list):
         expected = "a list with one object (or null) for each entity id, or an object by entity id"
-        raise InvalidFieldError("field 'features'", f"is {_kind(given)}", expected)
+        raise InvalidFieldError(f"field {name!r}", f"is {_kind(given)}", expected)
     if len(given) != len(entities):
         expected = f"one for each of the {len(entities)} entity ids (null for none)"
-        raise InvalidFieldError("field 'features'", f"has {len(given)} items", expected)
-    return {
-        at: _values(each, spec, known, f"features[{at}]")
-        for at, each in enumerate(given)
-        if each is not None and each
-    }
+        raise InvalidFieldError(f"field {name!r}", f"has {len(given)} items", expected)
+    return {at: read(each, f"{name}[{at}]") for at, each in enumerate(given) if each is not None and each}
 
 
-def _overrides_by_key(
-    given: Mapping[str, Any], spec: ModelSpec, entities: Sequence[str], known: Collection[str]
-) -> Overrides:
+def _by_key(
+    name: str,
+    given: Mapping[str, Any],
+    spec: ModelSpec,
+    entities: Sequence[str],
+    read: Callable[[object, str], Mapping[str, float]],
+) -> dict[int, Mapping[str, float]]:
     places: dict[str, list[int]] = {}
     for at, text in enumerate(entities):
         places.setdefault(text, []).append(at)
-    overrides: dict[int, Mapping[str, float]] = {}
+    found: dict[int, Mapping[str, float]] = {}
     for key, each in given.items():
         text = spec.entity.text(key)
         if text not in places:
-            raise InvalidFieldError(f"features[{key!r}]", "isn't among the entity ids", "only entities asked for")
-        values = _values(each, spec, known, f"features[{key!r}]")
-        overrides.update(dict.fromkeys(places[text], values))
-    return overrides
+            raise InvalidFieldError(f"{name}[{key!r}]", "isn't among the entity ids", "only entities asked for")
+        found.update(dict.fromkeys(places[text], read(each, f"{name}[{key!r}]")))
+    return found
+
+
+def _required_inputs(given: object, spec: ModelSpec, entities: Sequence[str]) -> Inputs:
+    """What every entity is given, and nothing that the model doesn't need is missing."""
+    needed = spec.inputs
+    found = (
+        {}
+        if given is None
+        else _by_row("inputs", given, spec, entities, lambda each, at: _inputs(each, spec, needed, at))
+    )
+    for row, entity in enumerate(entities):
+        missing = tuple(name for name in needed if name not in found.get(row, ()))
+        if missing:
+            raise MissingInputError(missing, f"model {spec.name!r}", f"field 'inputs' for entity {entity}")
+    return found
+
+
+def _inputs(given: object, spec: ModelSpec, needed: RequestTypes, where: str) -> dict[str, float]:
+    if not isinstance(given, dict):
+        raise InvalidFieldError(where, f"is {_kind(given)}", "an object of values by input")
+    values: dict[str, float] = {}
+    for name, value in given.items():
+        if name not in needed:
+            expected = f"what model {spec.name!r} takes: {', '.join(needed) or 'no inputs'}"
+            raise InvalidFieldError(f"{where}.{name}", "isn't taken", expected)
+        try:
+            values[name] = request_value(value, needed[name])
+        except ValueError:
+            raise InvalidFieldError(f"{where}.{name}", f"is {_kind(value)}", EXPECTED[needed[name]]) from None
+    return values
 
 
 def _values(given: object, spec: ModelSpec, known: Collection[str], where: str) -> dict[str, float]:

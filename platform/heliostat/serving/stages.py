@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +28,7 @@ from heliostat.features.tiles import RingLimits
 from heliostat.models.definitions import Definitions
 from heliostat.models.packaging import LoadedModel
 from heliostat.models.registry import PRODUCTION
-from heliostat.serving.requests import Overrides
+from heliostat.serving.requests import Inputs, Overrides
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys
 
 FloatArray = NDArray[np.float64]
@@ -51,18 +51,28 @@ class FeatureQuery:
         names: Qualified features.
         entities: Entity keys as text, ``n`` of them.
         overrides: Values that the client gives, by row; NaN for null.
+        inputs: What the client brings for derived features, by row; NaN for null.
     """
 
     model: str
     names: tuple[str, ...]
     entities: tuple[str, ...]
     overrides: Overrides = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
 
     def overrides_by_row(self) -> list[Mapping[str, float] | None] | None:
         """The overrides of every row; None if there are none at all."""
         if not self.overrides:
             return None
         return [self.overrides.get(row) for row in range(len(self.entities))]
+
+    def input_columns(self, names: Iterable[str]) -> dict[str, FloatArray] | None:
+        """Inputs as columns, shape ``(n,)``; None if there are none.
+
+        NaN where the client wasn't asked: the model that is declared now doesn't need it, an older version does.
+        """
+        rows = [self.inputs.get(row, {}) for row in range(len(self.entities))]
+        return {name: np.array([row.get(name, math.nan) for row in rows]) for name in names} or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +169,8 @@ class FeatureReaders:
         n = len(query.entities)
         rows = [{**unknown, **self._qualified(reader, query.overrides.get(row, {}))} for row in range(n)]
         values = [None] * len(reader.keys(query.entities))
-        batch = reader.decode(values, as_of_us=as_of_us, overrides=rows)
+        inputs = query.input_columns(reader.request)
+        batch = reader.decode(values, as_of_us=as_of_us, overrides=rows, inputs=inputs)
         nowhere = np.zeros(batch.absent.shape, dtype=np.bool_)
         return FeatureBlock(batch.names, batch.matrix, batch.views, nowhere, None, as_of_us, stored=False)
 
@@ -198,11 +209,13 @@ class FeatureLookup:
             StorageError: If the store doesn't answer, or what it holds can't be read.
         """
         now_us = self._clock.now_us()
-        batch, (route,) = await self._readers.of(query.names).aread(
+        reader = self._readers.of(query.names)
+        batch, (route,) = await reader.aread(
             self._store,
             query.entities,
             as_of_us=now_us,
             overrides=query.overrides_by_row(),
+            inputs=query.input_columns(reader.request) if reader.request else None,
             also=[self._readers.keys.route(query.model)],
         )
         return FeatureBlock(batch.names, batch.matrix, batch.views, batch.absent, route, now_us)

@@ -52,12 +52,14 @@ PREDICTIONS = pa.schema(
         ("source", pa.string()),
         ("fallback", pa.string()),
         ("given", pa.list_(pa.string())),
+        ("inputs", pa.string()),
     ]
 )
 """One row a prediction; ``features`` in the order of the version's signature, null where missing.
 
 ``fallback`` is the rung of the ladder that answered, null for the model itself; ``given`` names the
-features whose values the request brought along. Rows of an earlier release have null in both.
+features whose values the request brought along; ``inputs`` is a JSON object of what it brought for
+derived features, null if the model takes nothing. Rows of an earlier release have null in all three.
 """
 
 ACTUALS = pa.schema(

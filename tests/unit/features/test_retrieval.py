@@ -215,9 +215,23 @@ def test_an_override_that_isnt_read_says_what_is() -> None:
         read(reader(recent["n"]), overrides=[{"colour": 1}, None, None, None])
 
 
-def test_features_of_two_entities_have_no_common_vector() -> None:
-    with pytest.raises(InvalidDefinitionError, match="one entity at a time"):
-        reader(recent["n"], by_shop["n"])
+def test_a_vector_may_hold_features_of_two_entities_if_each_row_has_a_key_of_both() -> None:
+    both = reader(recent["n"], by_shop["n"])
+    keys = both.keys({"user": ["1", "2"], "shop": ["s", "t"]})
+    assert [key.rsplit(":", 1)[1] for key in keys if ":by_shop@1:" in key] == ["s", "t"]
+    assert {key.rsplit(":", 1)[1] for key in keys if ":recent@3:" in key} == {"1", "2"}
+    assert both.decode([None] * len(keys), as_of_us=NOW_US).matrix.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("texts", [["1"], {"user": ["1"]}, {"user": ["1"], "shop": ["s", "t"]}])
+def test_keys_that_lack_one_of_two_entities_are_refused(texts: Any) -> None:
+    with pytest.raises(InvalidValueError, match="as many keys of each of user, shop"):
+        reader(recent["n"], by_shop["n"]).keys(texts)
+
+
+def test_a_reader_without_features_is_refused() -> None:
+    with pytest.raises(InvalidDefinitionError, match="no features"):
+        reader()
 
 
 def test_bytes_that_are_no_ring_are_never_read_as_one() -> None:
