@@ -17,7 +17,8 @@ from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.tiles import IntArray, RingLayout, RingLimits, event_slots, ring_layout
 from heliostat.schema import hash64, tie48, times_us
 from heliostat.settings import Settings
-from heliostat.storage.online_store import EventOutcome, EventUpdate, OnlineKeys
+from heliostat.storage.event_updates import EventOutcome, EventUpdate
+from heliostat.storage.online_store import OnlineKeys
 
 
 def remember_ms(limits: RingLimits) -> int:

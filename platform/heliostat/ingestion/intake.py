@@ -25,8 +25,9 @@ from heliostat.ingestion.checking import Checked, EventCheck, as_json
 from heliostat.ingestion.files import Batch, event_files, read_batches
 from heliostat.settings import IngestionSettings, Settings
 from heliostat.storage.event_log import EventLog
+from heliostat.storage.event_updates import EventOutcome, EventUpdate
 from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
-from heliostat.storage.online_store import AsyncOnlineStore, EventOutcome, EventUpdate, OnlineStore
+from heliostat.storage.online_store import AsyncOnlineStore, OnlineStore
 from heliostat.storage.streams import event_entries
 
 EventStatus = Literal["accepted", "duplicate", "late", "rejected"]

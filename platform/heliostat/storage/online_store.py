@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 from urllib.parse import urlsplit
 
 import redis
@@ -25,15 +25,13 @@ from redis.retry import Retry
 
 from heliostat.errors import OnlineStoreUnavailableError
 from heliostat.settings import Settings
-from heliostat.storage.ring_scripts import APPLY_EVENT, WRITE_RING, Script
-
-EventOutcome: TypeAlias = Literal["applied", "duplicate", "late"]
-"""What became of an event; ``late``: taken, but too old for at least one of its rings, which had moved on."""
+from heliostat.storage.event_updates import OUTCOMES, EventCall, EventOutcome, EventUpdate, event_calls
+from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RING, Script
 
 _Command: TypeAlias = tuple[Any, ...]
 
-_OUTCOMES: Final[tuple[EventOutcome, ...]] = ("duplicate", "applied", "late")
 _CHUNK = 500
+_EVENT_CALLS = 32
 _FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
@@ -167,30 +165,6 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class EventUpdate:
-    """All that one event does to one entity's part of the store.
-
-    Attributes:
-        seen_key: Set once the event is applied; another event with the same key is a duplicate.
-        stream_key: Where the event is appended; None: nowhere.
-        fields: Field, value, field, value, …: the stream's entry.
-        rings: Key, packed descriptor and slot (tile number, then the state's columns) of each ring.
-    """
-
-    seen_key: str
-    stream_key: str | None
-    fields: tuple[bytes, ...]
-    rings: tuple[tuple[str, bytes, bytes], ...]
-
-    def command(self, remember_ms: int) -> tuple[tuple[str, ...], tuple[bytes | int, ...]]:
-        """Keys and arguments of `APPLY_EVENT`."""
-        streams = () if self.stream_key is None else (self.stream_key,)
-        fields = () if self.stream_key is None else self.fields
-        keys = (self.seen_key, *streams, *(ring[0] for ring in self.rings))
-        return keys, (remember_ms, len(fields), *fields, *(part for ring in self.rings for part in ring[1:]))
-
-
-@dataclass(frozen=True, slots=True)
 class RingWrite:
     """One ring as the event log has it.
 
@@ -279,6 +253,16 @@ def _checked(replies: Sequence[Any]) -> Sequence[Any]:
     return replies
 
 
+def _outcomes(calls: Sequence[EventCall], replies: Sequence[Sequence[int]]) -> list[EventOutcome]:
+    """What became of each update, from what each call answered."""
+    told = {
+        at: OUTCOMES[code]
+        for call, codes in zip(calls, replies, strict=True)
+        for at, code in zip(call.updates, codes, strict=True)
+    }
+    return [told[at] for at in range(len(told))]
+
+
 class OnlineStore:
     """The online store, blocking. Safe to share between threads.
 
@@ -359,8 +343,9 @@ class OnlineStore:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        replies = self._run(APPLY_EVENT, (update.command(remember_ms) for update in updates))
-        return [_OUTCOMES[reply] for reply in replies]
+        calls = list(event_calls(updates, remember_ms=remember_ms))
+        replies = self._run(APPLY_EVENTS, ((call.keys, call.arguments) for call in calls), at_once=_EVENT_CALLS)
+        return _outcomes(calls, replies)
 
     def write_rings(self, writes: Iterable[RingWrite]) -> RingCounts:
         """Bring rings from history beside those that live events made; twice is as good as once.
@@ -370,9 +355,15 @@ class OnlineStore:
         """
         return RingCounts.of(self._run(WRITE_RING, (write.command() for write in writes)))
 
-    def _run(self, script: Script, commands: Iterable[tuple[Sequence[str], Sequence[bytes | int]]]) -> list[int]:
-        remaining, replies = iter(commands), list[int]()
-        while chunk := list(islice(remaining, _CHUNK)):
+    def _run(
+        self,
+        script: Script,
+        commands: Iterable[tuple[Sequence[str], Sequence[bytes | int]]],
+        *,
+        at_once: int = _CHUNK,
+    ) -> list[Any]:
+        remaining, replies = iter(commands), list[Any]()
+        while chunk := list(islice(remaining, at_once)):
             found = list(self._pipeline(_calls(script, chunk), raising=False))
             again = _unknown(found)
             if again:
@@ -466,17 +457,18 @@ class AsyncOnlineStore:
 
     async def apply_events(self, updates: Sequence[EventUpdate], *, remember_ms: int) -> list[EventOutcome]:
         """As `OnlineStore.apply_events`."""
-        remaining, outcomes = iter(updates), list[EventOutcome]()
-        while chunk := [update.command(remember_ms) for update in islice(remaining, _CHUNK)]:
-            found = list(await self._pipeline(_calls(APPLY_EVENT, chunk), raising=False))
+        calls, replies = list(event_calls(updates, remember_ms=remember_ms)), list[Any]()
+        for begin in range(0, len(calls), _EVENT_CALLS):
+            chunk = [(call.keys, call.arguments) for call in calls[begin : begin + _EVENT_CALLS]]
+            found = list(await self._pipeline(_calls(APPLY_EVENTS, chunk), raising=False))
             again = _unknown(found)
             if again:
-                whole = _calls(APPLY_EVENT, [chunk[at] for at in again], whole=True)
+                whole = _calls(APPLY_EVENTS, [chunk[at] for at in again], whole=True)
                 for at, reply in zip(again, await self._pipeline(whole, raising=False), strict=True):
                     found[at] = reply
             async with self._reported():
-                outcomes.extend(_OUTCOMES[reply] for reply in _checked(found))
-        return outcomes
+                replies.extend(_checked(found))
+        return _outcomes(calls, replies)
 
     async def _pipeline(self, commands: Sequence[_Command], *, raising: bool = True) -> Sequence[Any]:
         async with self._reported(), self.client.pipeline(transaction=False) as pipeline:

@@ -1,4 +1,4 @@
-"""The two programs that run inside the online server: one event in, one ring from history.
+"""The two programs that run inside the online server: events in, one ring from history.
 
 Both know a ring only by its descriptor (`RingDescriptor.pack`), so that one program serves
 every view. A ring is a string of slots; a slot is a tile number (f8) and the state's columns
@@ -72,11 +72,13 @@ local function describe(text)
 end
 """
 
-# Atomic for one event of one entity. KEYS: seen, [stream], rings…; ARGV: life of the seen key in ms,
-# number of stream fields, the fields, then descriptor and slot for each ring.
+# Events of one bucket, each atomic by itself. KEYS, for each event: seen, [stream], rings…;
+# ARGV: life of the seen key in ms, number of descriptors, the descriptors; then, for each event: number
+# of stream fields (0: no stream), the fields, number of rings, and for each of those the number of its
+# descriptor and its slot. Answers a number an event: 0 known already, 1 applied, 2 too old for a ring.
 # The stream comes before the rings: should a ring fail, the event is history already, and
 # materializing repairs the ring.
-APPLY_EVENT: Final = Script(
+APPLY_EVENTS: Final = Script(
     _COMMON
     + """
 local function merged(operators, held, new)
@@ -145,25 +147,34 @@ local function update(key, descriptor, slot)
   return late
 end
 
-if not redis.call('SET', KEYS[1], '', 'NX', 'PX', ARGV[1]) then
-  return 0
-end
-local n_fields = tonumber(ARGV[2])
-local first_ring = 2
-if n_fields > 0 then
-  local added = redis.pcall('XADD', KEYS[2], '*', unpack(ARGV, 3, 2 + n_fields))
-  if type(added) == 'table' and added.err then
-    redis.call('DEL', KEYS[1])
-    return added
+local remember, argument, key, outcomes = ARGV[1], 3 + tonumber(ARGV[2]), 1, {}
+while argument <= #ARGV do
+  local n_fields, first_ring = tonumber(ARGV[argument]), key + 1
+  local slot = argument + n_fields + 2
+  local n_rings = tonumber(ARGV[slot - 1])
+  if n_fields > 0 then
+    first_ring = key + 2
   end
-  first_ring = 3
+  local outcome = 0
+  if redis.call('SET', KEYS[key], '', 'NX', 'PX', remember) then
+    if n_fields > 0 then
+      local added = redis.pcall('XADD', KEYS[key + 1], '*', unpack(ARGV, argument + 1, argument + n_fields))
+      if type(added) == 'table' and added.err then
+        redis.call('DEL', KEYS[key])
+        return added
+      end
+    end
+    local late = 0
+    for ring = 0, n_rings - 1 do
+      local at = slot + 2 * ring
+      late = late + update(KEYS[first_ring + ring], ARGV[2 + tonumber(ARGV[at])], ARGV[at + 1])
+    end
+    outcome = late > 0 and 2 or 1
+  end
+  outcomes[#outcomes + 1] = outcome
+  key, argument = first_ring + n_rings, slot + 2 * n_rings
 end
-local argument, late = 3 + n_fields, 0
-for i = first_ring, #KEYS do
-  late = late + update(KEYS[i], ARGV[argument], ARGV[argument + 1])
-  argument = argument + 2
-end
-return late > 0 and 2 or 1
+return outcomes
 """
 )
 

@@ -13,7 +13,8 @@ from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.tiles import RingLimits, ring_layout
 from heliostat.schema import TIMESTAMP
-from heliostat.storage.online_store import EventUpdate, OnlineKeys
+from heliostat.storage.event_updates import EventUpdate
+from heliostat.storage.online_store import OnlineKeys
 
 KEYS = OnlineKeys("hs", "test")
 LIMITS = RingLimits(2 * US_PER_DAY, 60_000_000)

@@ -13,14 +13,13 @@ from heliostat.errors import OnlineStoreUnavailableError, StorageError
 from heliostat.settings import OnlineSettings, Settings
 from heliostat.storage.online_store import (
     AsyncOnlineStore,
-    EventUpdate,
     OnlineConfig,
     OnlineKeys,
     OnlineStore,
     RingCounts,
     StoreInfo,
 )
-from heliostat.storage.ring_scripts import APPLY_EVENT, WRITE_RING, RingDescriptor
+from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RING, RingDescriptor
 
 KEYS = OnlineKeys("hs", "shop")
 
@@ -96,18 +95,6 @@ def test_nothing_to_read_asks_nobody(tmp_path: Path) -> None:
         assert store.get_many([]) == {}
 
 
-def test_an_updates_arguments_are_what_the_script_expects() -> None:
-    update = EventUpdate("seen", "stream", (b"e", b"{}"), (("ring1", b"d1", b"s1"), ("ring2", b"d2", b"s2")))
-    assert update.command(5000) == (
-        ("seen", "stream", "ring1", "ring2"),
-        (5000, 2, b"e", b"{}", b"d1", b"s1", b"d2", b"s2"),
-    )
-
-
-def test_an_update_without_a_stream_has_no_fields() -> None:
-    assert EventUpdate("seen", None, (b"e", b"{}"), ()).command(5000) == (("seen",), (5000, 0))
-
-
 def test_a_descriptor_tells_the_server_all_it_needs() -> None:
     packed = RingDescriptor(32, True, "afx", b"\x00" * 48, 90_000).pack()
     assert struct.unpack_from("<IIdBB", packed) == (32, 48, 90_000.0, 1, 3)
@@ -115,8 +102,8 @@ def test_a_descriptor_tells_the_server_all_it_needs() -> None:
 
 
 def test_the_two_scripts_have_names_of_their_own() -> None:
-    assert APPLY_EVENT.sha != WRITE_RING.sha
-    assert len(APPLY_EVENT.sha) == 40
+    assert APPLY_EVENTS.sha != WRITE_RING.sha
+    assert len(APPLY_EVENTS.sha) == 40
 
 
 def test_replies_are_counted() -> None:
