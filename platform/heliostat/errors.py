@@ -22,7 +22,7 @@
     ├── NotFoundError              the thing asked for doesn't exist
     │   └── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
     ├── ConflictError              somebody else was first, or a rule forbids it
-    │   └── PromotionConflictError  GateFailedError  RollbackError  RolloutError
+    │   └── PromotionConflictError  GateFailedError  RollbackError  RolloutError  ViewInUseError
     └── StorageError               a store can't be reached, or can't be trusted
         ├── OnlineStoreUnavailableError  CatalogUnavailableError  StorageNotSharedError
         ├── RingCorruptError

@@ -17,7 +17,7 @@ How it works, for ``n`` events and ``m`` rows in ``O((n + m) log n)`` whatever t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -97,12 +97,17 @@ def needed_columns(views: Sequence[FeatureView]) -> tuple[str, ...]:
     """
     source = views[0].source
     needed = {source.event_time, *(column for view in views for column in view.entity.key_columns)}
-    inputs = {each.key: each for view in views for each in (*view.inputs, Input(None, view.where))}
-    for column in source.schema.names:
-        rest = source.schema.remove(source.schema.get_field_index(column))
-        if column not in needed and not all(_fits(each, rest) for each in inputs.values()):
-            needed.add(column)
+    needed.update(
+        columns_read([each for view in views for each in (*view.inputs, Input(None, view.where))], source.schema)
+    )
     return tuple(column for column in source.schema.names if column in needed)
+
+
+def columns_read(inputs: Iterable[Input], schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that inputs name, by themselves or in expressions, in the schema's order."""
+    distinct = {each.key: each for each in inputs}
+    rests = {column: schema.remove(schema.get_field_index(column)) for column in schema.names}
+    return tuple(column for column, rest in rests.items() if not all(_fits(each, rest) for each in distinct.values()))
 
 
 def _fits(given: Input, schema: pa.Schema) -> bool:

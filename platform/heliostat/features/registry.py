@@ -2,8 +2,9 @@
 
 A feature view carries its version, and a changed meaning needs a higher one: training sets and
 rings of one version must mean one thing. The registry refuses a change under the same version
-and says what changed. Other declarations carry no version; a changed one becomes their next.
-An entity's keys and the columns of a source that events were stored under can't change at all.
+and says what changed. Versions of a view may be declared side by side; one that a serving model
+reads can't go. Other declarations carry no version; a changed one becomes their next. An
+entity's keys and the columns of a source that events were stored under can't change at all.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any, Final, Literal, Protocol
 
 import orjson
 
-from heliostat.clock import Clock, format_instant
-from heliostat.errors import DefinitionConflictError, UnknownViewError
+from heliostat.clock import Clock
+from heliostat.errors import DefinitionConflictError, UnknownViewError, ViewInUseError
 from heliostat.features.definitions import FeatureView
+from heliostat.features.metadata import FeatureMetadata, about_view, all_metadata, serving_readers
 from heliostat.storage.catalog import Catalog, CatalogReader
 from heliostat.storage.catalog_tables import DefinitionRow
 
@@ -63,7 +65,7 @@ class DeclaredSet(Protocol):
 
     @property
     def views(self) -> Mapping[str, FeatureView]:
-        """Feature views by name."""
+        """Feature views by reference, ``name@version``."""
         ...
 
     @property
@@ -85,8 +87,9 @@ class Change:
         kind: ``entity``, ``source``, ``view``, ``label`` or ``model``.
         name: Identifier.
         version: The version after; for a removed one, the version that goes.
-        previous: The version before, or None.
-        differences: What changed, one line each.
+        previous: The version that it replaces, or None.
+        differences: What changed, one line each: against ``previous``, or a version of the view beside it.
+        beside: Other versions of the view that stay declared.
     """
 
     kind: Kind
@@ -94,6 +97,12 @@ class Change:
     version: int
     previous: int | None = None
     differences: tuple[str, ...] = ()
+    beside: tuple[int, ...] = ()
+
+    @property
+    def ref(self) -> str:
+        """``name@version``."""
+        return f"{self.name}@{self.version}"
 
     def to_document(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -103,6 +112,7 @@ class Change:
             "version": self.version,
             "previous": self.previous,
             "differences": list(self.differences),
+            "beside": list(self.beside),
         }
 
 
@@ -129,61 +139,19 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureInfo:
-    """What the registry knows about one feature.
-
-    Attributes:
-        name: Qualified: ``view__feature``.
-        view: The view's name.
-        version: The view's version.
-        type: Of its values in a matrix.
-        function: Such as ``Sum(amount) over 30d``, or ``derived from …``.
-        description: The view's.
-        tags: The view's.
-        owner: The view's.
-        entity: What it describes.
-        source: Where its events come from.
-        created_us: When this version of the view was registered.
-        used_by: Models that are declared to read it, sorted.
-    """
-
-    name: str
-    view: str
-    version: int
-    type: str
-    function: str
-    description: str
-    tags: Mapping[str, str]
-    owner: str
-    entity: str
-    source: str
-    created_us: int
-    used_by: tuple[str, ...]
-
-    def to_document(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {
-            "name": self.name,
-            "view": self.view,
-            "version": self.version,
-            "type": self.type,
-            "function": self.function,
-            "description": self.description,
-            "tags": dict(self.tags),
-            "owner": self.owner,
-            "entity": self.entity,
-            "source": self.source,
-            "created": format_instant(self.created_us),
-            "used_by": list(self.used_by),
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class _Step:
     change: Change
     declared: Declared | None
     stored: DefinitionRow | None
     """The row of ``change.version``, if there is one."""
+
+    @property
+    def retires(self) -> tuple[int, ...]:
+        """The versions that go."""
+        change = self.change
+        if self.declared is None:
+            return (change.version,)
+        return () if change.previous in (None, change.version) else (change.previous,)
 
 
 class FeatureRegistry:
@@ -197,17 +165,22 @@ class FeatureRegistry:
     def __init__(self, catalog: Catalog, clock: Clock) -> None:
         self._catalog, self._clock = catalog, clock
 
-    def plan(self, declared: DeclaredSet) -> Plan:
+    def plan(self, declared: DeclaredSet, *, keep: bool = False) -> Plan:
         """What `apply` would do; changes nothing.
 
         Raises:
             DefinitionConflictError: If `apply` would refuse it.
+            ViewInUseError: As well.
         """
         with self._catalog.read() as rows:
-            return _planned(_steps(rows, declared))
+            return _planned(_checked_steps(rows, declared, keep))
 
-    def apply(self, declared: DeclaredSet) -> Plan:
+    def apply(self, declared: DeclaredSet, *, keep: bool = False) -> Plan:
         """Register what is declared and retire what isn't any more, in one transaction.
+
+        Args:
+            declared: All that there is to be.
+            keep: Retire nothing but what a changed declaration replaces; views stay beside their new versions.
 
         Returns:
             What was done.
@@ -215,17 +188,18 @@ class FeatureRegistry:
         Raises:
             DefinitionConflictError: If a view changed without a higher version, or something changed
                 that can't. Nothing is registered then.
+            ViewInUseError: If a version of a view would go that a serving model version reads. Nothing
+                is registered then.
         """
         now_us = self._clock.now_us()
         with self._catalog.write() as rows:
-            steps = list(_steps(rows, declared))
+            steps = _checked_steps(rows, declared, keep)
             for step in steps:
                 change = step.change
+                for version in step.retires:
+                    rows.retire_definition(change.kind, change.name, version, retired_us=now_us)
                 if step.declared is None:
-                    rows.retire_definition(change.kind, change.name, change.version, retired_us=now_us)
                     continue
-                if change.previous is not None and change.previous != change.version:
-                    rows.retire_definition(change.kind, change.name, change.previous, retired_us=now_us)
                 document = _document(step.declared)
                 if step.stored is None:
                     rows.add_definition(
@@ -242,31 +216,32 @@ class FeatureRegistry:
         with self._catalog.read() as rows:
             return rows.definitions(kind)
 
-    def features(self, text: str = "") -> tuple[FeatureInfo, ...]:
+    def features(self, text: str = "") -> tuple[FeatureMetadata, ...]:
         """Features, in declared order within a view.
 
         Args:
-            text: Words that a feature's name, description, tags, owner or source must contain, all of them.
+            text: Words that a feature's name, function, description, tags, owner, source, columns or models
+                must contain, all of them.
         """
         words = text.lower().split()
         with self._catalog.read() as rows:
-            infos = tuple(_infos(rows))
-        return tuple(info for info in infos if all(word in _searchable(info) for word in words))
+            infos = tuple(all_metadata(rows))
+        return tuple(info for info in infos if all(word in info.searchable for word in words))
 
-    def view(self, view: str) -> tuple[FeatureInfo, ...]:
-        """The features of one view.
+    def view(self, view: str) -> tuple[FeatureMetadata, ...]:
+        """The features of one version of a view.
 
         Args:
-            view: Its name, with or without ``@version``.
+            view: ``name@version``; of a bare name, its highest version.
 
         Raises:
             UnknownViewError: Naming those that are registered.
         """
         infos = self.features()
-        found = tuple(info for info in infos if view in (info.view, f"{info.view}@{info.version}"))
-        if not found:
+        versions = [info.version for info in infos if view in (info.view, f"{info.view}@{info.version}")]
+        if not versions:
             raise UnknownViewError(view, tuple(dict.fromkeys(f"{info.view}@{info.version}" for info in infos)))
-        return found
+        return tuple(info for info in infos if info.view == view.partition("@")[0] and info.version == max(versions))
 
 
 def _by_kind(declared: DeclaredSet) -> dict[Kind, Mapping[str, Declared]]:
@@ -282,54 +257,107 @@ def _by_kind(declared: DeclaredSet) -> dict[Kind, Mapping[str, Declared]]:
 def _document(declared: Declared) -> dict[str, Any]:
     about: dict[str, Any] = {"description": declared.description}
     if isinstance(declared, FeatureView):
-        about |= {"tags": declared.tags, "owner": declared.owner, "features": list(declared.feature_names)}
+        about |= about_view(declared)
     # As it comes back from the catalog, so that equal documents compare equal: tuples become lists.
     document: dict[str, Any] = orjson.loads(orjson.dumps({"meaning": declared.describe(), "about": about}))
     return document
 
 
-def _steps(rows: CatalogReader, declared: DeclaredSet) -> Iterator[_Step]:
+def _checked_steps(rows: CatalogReader, declared: DeclaredSet, keep: bool) -> list[_Step]:
+    """What is to be done; refuses to retire what a serving model version reads."""
+    steps = list(_steps(rows, declared, keep))
+    readers = serving_readers(rows) if any(step.retires for step in steps) else {}
+    for step in steps:
+        for version in step.retires:
+            ref = f"{step.change.name}@{version}"
+            if step.change.kind == "view" and ref in readers:
+                raise ViewInUseError(ref, tuple(readers[ref]))
+    return steps
+
+
+def _steps(rows: CatalogReader, declared: DeclaredSet, keep: bool) -> Iterator[_Step]:
     for kind, items in _by_kind(declared).items():
         stored: dict[str, list[DefinitionRow]] = {}
         for row in rows.definitions(kind, retired=True):
             stored.setdefault(row.name, []).append(row)
-        for name, item in items.items():
-            yield _step(kind, item, stored.get(name, []))
-        for name, versions in stored.items():
-            live = [row for row in versions if row.retired_us is None]
-            if name not in items and live:
-                yield _Step(Change(kind, name, live[-1].version, live[-1].version), None, live[-1])
+        by_name: dict[str, list[Declared]] = {}
+        for item in items.values():
+            by_name.setdefault(item.name, []).append(item)
+        for name, versions in by_name.items():
+            yield from _name_steps(kind, versions, stored.get(name, []), keep)
+        for name, versions_stored in stored.items():
+            live = [row for row in versions_stored if row.retired_us is None]
+            if name not in by_name and not keep:
+                yield from (_removal(kind, row) for row in live)
 
 
-def _step(kind: Kind, item: Declared, versions: list[DefinitionRow]) -> _Step:
-    """What becomes of one declaration, given all that was ever registered under its name, by version."""
-    live = next((row for row in versions if row.retired_us is None), None)
-    newest = versions[-1] if versions else None
-    last = live or newest
-    if isinstance(item, FeatureView):
-        version = item.version
-    elif last is None or last.content_hash == item.content_hash:
-        version = 1 if last is None else last.version
-    else:
-        version = versions[-1].version + 1
+def _removal(kind: Kind, row: DefinitionRow) -> _Step:
+    return _Step(Change(kind, row.name, row.version, row.version), None, row)
+
+
+def _name_steps(kind: Kind, items: list[Declared], stored: list[DefinitionRow], keep: bool) -> Iterator[_Step]:
+    """What becomes of the declarations of one name: one, or the versions of a view.
+
+    Args:
+        kind: Of what.
+        items: What is declared.
+        stored: All that was ever registered under the name, by version.
+        keep: Whether versions of a view that aren't declared stay all the same.
+    """
+    live = {row.version: row for row in stored if row.retired_us is None}
+    newest = stored[-1] if stored else None
+    last = max(live.values(), key=lambda row: row.version, default=newest)
+    wanted: dict[int, Declared] = {}
+    for item in items:
+        if isinstance(item, FeatureView):
+            wanted[item.version] = item
+        elif last is None or last.content_hash == item.content_hash:
+            wanted[1 if last is None else last.version] = item
+        else:
+            wanted[stored[-1].version + 1] = item
+    leaving = [] if keep and kind == "view" else sorted(live.keys() - wanted.keys())
+    staying = (live.keys() | wanted.keys()) - set(leaving)
+    for version, item in sorted(wanted.items()):
+        previous = version if version in live else leaving.pop() if leaving else None
+        beside = tuple(sorted(staying - {version}))
+        yield _step(kind, item, version, previous, beside, stored, last)
+    yield from (_removal(kind, live[version]) for version in leaving)
+
+
+def _step(
+    kind: Kind,
+    item: Declared,
+    version: int,
+    previous: int | None,
+    beside: tuple[int, ...],
+    stored: list[DefinitionRow],
+    last: DefinitionRow | None,
+) -> _Step:
+    """What becomes of one declaration.
+
+    Raises:
+        DefinitionConflictError: If that version means something else already, or can't be any more.
+    """
+    by_version = {row.version: row for row in stored}
     meaning = _document(item)["meaning"]
-    same = next((row for row in versions if row.version == version), None)
-    differences = () if last is None else tuple(_differences(last.document["meaning"], meaning))
+    same = by_version.get(version)
     if same is not None and same.content_hash != item.content_hash:
         details = tuple(_differences(same.document["meaning"], meaning))
         raise DefinitionConflictError(
             f"feature view {item.name}@{version}",
             details or ("another meaning",),
-            f"Raise its version to {versions[-1].version + 1}, or take the change back",
+            f"Raise its version to {stored[-1].version + 1}, or take the change back",
         )
-    if same is None and newest is not None and version < newest.version:
+    if same is None and stored and version < stored[-1].version:
         raise DefinitionConflictError(
             f"feature view {item.name}",
-            (f"version {newest.version} is registered and {version} never was",),
-            f"Raise its version to {newest.version + 1}",
+            (f"version {stored[-1].version} is registered and {version} never was",),
+            f"Raise its version to {stored[-1].version + 1}",
         )
     _check_fixed(kind, item.name, meaning, last)
-    return _Step(Change(kind, item.name, version, None if live is None else live.version, differences), item, same)
+    base = by_version.get(previous) if previous is not None else last
+    differences = () if base is None else tuple(_differences(base.document["meaning"], meaning))
+    return _Step(Change(kind, item.name, version, previous, differences, beside), item, same)
 
 
 def _check_fixed(kind: Kind, name: str, meaning: Document, last: DefinitionRow | None) -> None:
@@ -361,7 +389,7 @@ def _differences(old: object, new: object, path: str = "") -> Iterator[str]:
         yield f"{path} was {old!r} and is {new!r}"
 
 
-def _planned(steps: Iterator[_Step] | list[_Step]) -> Plan:
+def _planned(steps: list[_Step]) -> Plan:
     sorted_out: dict[str, list[Change]] = {"added": [], "changed": [], "removed": [], "unchanged": []}
     for step in steps:
         change = step.change
@@ -375,41 +403,3 @@ def _planned(steps: Iterator[_Step] | list[_Step]) -> Plan:
             where = "unchanged"
         sorted_out[where].append(change)
     return Plan(**{name: tuple(changes) for name, changes in sorted_out.items()})
-
-
-def _infos(rows: CatalogReader) -> Iterator[FeatureInfo]:
-    readers: dict[tuple[str, str], set[str]] = {}
-    for model in rows.definitions("model"):
-        for ref, _, feature in model.document["meaning"]["features"]:
-            readers.setdefault((ref, feature), set()).add(model.name)
-    for row in rows.definitions("view"):
-        meaning, about = row.document["meaning"], row.document["about"]
-        for feature in about["features"]:
-            yield FeatureInfo(
-                name=f"{row.name}__{feature}",
-                view=row.name,
-                version=row.version,
-                type="float64",
-                function=_function(meaning, feature),
-                description=about["description"],
-                tags=about["tags"],
-                owner=about["owner"],
-                entity=meaning["entity"],
-                source=meaning["source"]["name"],
-                created_us=row.created_us,
-                used_by=tuple(sorted(readers.get((f"{row.name}@{row.version}", feature), ()))),
-            )
-
-
-def _function(meaning: Document, feature: str) -> str:
-    if feature in meaning["derived"]:
-        return f"derived from {', '.join(meaning['derived'][feature]['inputs'])}"
-    how = meaning["features"][feature]
-    what = f"{how['function']}({how['column'] or ''})"
-    over = f" over {how['window']}" if how["window"] else " over all time"
-    return what + over + (f" where {how['where']}" if how["where"] else "")
-
-
-def _searchable(info: FeatureInfo) -> str:
-    tags = (f"{key}:{value}" for key, value in info.tags.items())
-    return " ".join((info.name, info.function, info.description, info.owner, info.entity, info.source, *tags)).lower()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +9,14 @@ import pytest
 from numpy.typing import NDArray
 
 from heliostat.clock import ManualClock
-from heliostat.errors import DefinitionConflictError, UnknownViewError
+from heliostat.errors import DefinitionConflictError, UnknownViewError, ViewInUseError
 from heliostat.features.aggregations import Aggregation, Count, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.registry import FeatureRegistry, Plan
 from heliostat.models.definitions import Definitions, Label, ModelSpec
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.catalog import Catalog
+from heliostat.storage.catalog_tables import AliasRow, RouteRow, VersionRow
 
 COLUMNS = [("customer_id", pa.int64()), ("at", TIMESTAMP), ("id", pa.string()), ("amount", pa.float64())]
 
@@ -59,9 +60,14 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def registry(tmp_path: Path, clock: ManualClock) -> Iterator[FeatureRegistry]:
-    with Catalog.open(f"sqlite:///{tmp_path}/catalog.db") as catalog:
-        yield FeatureRegistry(catalog, clock)
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    with Catalog.open(f"sqlite:///{tmp_path}/catalog.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def registry(catalog: Catalog, clock: ManualClock) -> FeatureRegistry:
+    return FeatureRegistry(catalog, clock)
 
 
 def _names(plan: Plan) -> dict[str, list[str]]:
@@ -176,6 +182,124 @@ def test_a_source_may_gain_a_column_but_not_lose_one(registry: FeatureRegistry) 
         registry.plan(_declared(version=3))
 
 
+# ── Versions side by side ───────────────────────────────────────────────────────────
+
+
+def _side_by_side() -> Definitions:
+    """Version 2 of the view, which the model reads, beside version 1."""
+    old, new = _declared(), _declared(version=2, features={"visits": Count(), "spend": Sum("amount", window="30d")})
+    entity, source = new.entities["customer"], new.sources["purchases"]
+    beside = FeatureView(
+        "behaviour",
+        version=1,
+        source=source,
+        entity=entity,
+        features=dict(old.view("behaviour").base_features),
+        owner="growth",
+        tags={"team": "crm"},
+        description="What a customer does",
+    )
+    beside.derived_features.update(old.view("behaviour").derived_features)
+    return Definitions.of([beside, *new.views.values(), *new.models.values()])
+
+
+def _serve(catalog: Catalog, alias: str, refs: Mapping[str, str]) -> None:
+    """A version of the model that was trained on views, with an alias."""
+    signature = {"format": 1, "features": [["behaviour__spend", "float64"]]}
+    with catalog.write() as rows:
+        version = len(rows.version_numbers("churn")) + 1
+        rows.add_version(VersionRow("churn", version, "f" * 64, signature, {}, {"view_hashes": refs}, None, {}, 1))
+        found = rows.alias("churn", alias)
+        revision = 1 if found is None else found.revision + 1
+        rows.add_alias_change(AliasRow("churn", alias, revision, version, None, "promote", "", {}, 1))
+
+
+def test_a_new_version_may_stand_beside_the_old_one(registry: FeatureRegistry) -> None:
+    registry.apply(_declared())
+    plan = registry.apply(_side_by_side())
+    added = plan.added[0]
+    assert (added.ref, added.previous, added.beside) == ("behaviour@2", None, (1,))
+    assert "features.visits.window was '30d' and is None" in added.differences
+    assert "view behaviour@1" in _names(plan)["unchanged"]
+    assert [(row.name, row.version) for row in registry.list("view")] == [("behaviour", 1), ("behaviour", 2)]
+    assert registry.apply(_side_by_side()).is_empty
+
+
+def test_each_version_keeps_its_own_metadata_and_readers(registry: FeatureRegistry) -> None:
+    registry.apply(_side_by_side())
+    found = {info.ref: (info.function, info.used_by) for info in registry.features("visits count")}
+    assert found == {
+        "behaviour@1__visits": ("Count() over 30d", ()),
+        "behaviour@2__visits": ("Count() over all time", ()),
+    }
+    assert [info.version for info in registry.features("behaviour__spend sum")] == [1, 2]
+    assert [info.used_by for info in registry.features("behaviour__spend sum")] == [(), ("churn",)]
+    assert {info.version for info in registry.view("behaviour")} == {2}
+    assert {info.version for info in registry.view("behaviour@1")} == {1}
+
+
+def test_the_old_version_goes_once_it_is_declared_no_longer(registry: FeatureRegistry) -> None:
+    registry.apply(_side_by_side())
+    plan = registry.apply(_declared(version=2, features={"visits": Count(), "spend": Sum("amount", window="30d")}))
+    assert _names(plan)["removed"] == ["view behaviour@1"]
+    assert [(row.name, row.version) for row in registry.list("view")] == [("behaviour", 2)]
+
+
+@pytest.mark.parametrize("alias", ["production", "staging", "shadow"])
+def test_a_version_that_a_model_with_an_alias_reads_cant_go(
+    registry: FeatureRegistry, catalog: Catalog, alias: str
+) -> None:
+    registry.apply(_side_by_side())
+    _serve(catalog, alias, {"behaviour@1": "…"})
+    without = _declared(version=2, features={"visits": Count(), "spend": Sum("amount", window="30d")})
+    says = rf"behaviour@1 can't go: model 'churn' version 1 \({alias}\)"
+    with pytest.raises(ViewInUseError, match=says):
+        registry.plan(without)
+    with pytest.raises(ViewInUseError, match=says):
+        registry.apply(without)
+    assert len(registry.list("view")) == 2
+    _serve(catalog, alias, {"behaviour@2": "…"})
+    assert _names(registry.apply(without))["removed"] == ["view behaviour@1"]
+
+
+def test_replacing_a_version_that_is_served_is_refused_too(registry: FeatureRegistry, catalog: Catalog) -> None:
+    registry.apply(_declared())
+    _serve(catalog, "production", {"behaviour@1": "…"})
+    with pytest.raises(ViewInUseError, match="Declare it beside the new version"):
+        registry.apply(_declared(version=2))
+
+
+def test_a_challenger_in_the_routing_document_keeps_its_views(registry: FeatureRegistry, catalog: Catalog) -> None:
+    registry.apply(_declared())
+    _serve(catalog, "tried", {"behaviour@1": "…"})
+    _serve(catalog, "tried", {"behaviour@2": "…"})
+    document = {"variants": [{"name": "a", "version": 2}, {"name": "b", "version": 1}], "shadow": []}
+    with catalog.write() as rows:
+        rows.add_route(RouteRow("churn", 1, document, "", 1))
+    with pytest.raises(ViewInUseError, match="version 1 .in the routing document"):
+        registry.apply(_declared(version=2))
+
+
+def test_whatever_is_kept_stays_registered(registry: FeatureRegistry) -> None:
+    registry.apply(_declared())
+    plan = registry.apply(_declared(view="habits", version=1), keep=True)
+    assert "removed" not in _names(plan)
+    assert [row.name for row in registry.list("view")] == ["behaviour", "habits"]
+    registry.apply(_declared(version=2), keep=True)
+    assert [(row.name, row.version) for row in registry.list("view")] == [
+        ("behaviour", 1),
+        ("behaviour", 2),
+        ("habits", 1),
+    ]
+
+
+def test_model_versions_that_were_trained_on_a_feature_are_named(registry: FeatureRegistry, catalog: Catalog) -> None:
+    registry.apply(_side_by_side())
+    _serve(catalog, "production", {"behaviour@1": "…"})
+    by_ref = {info.ref: info.versions for info in registry.features("spend sum")}
+    assert by_ref == {"behaviour@1__spend": ("churn@1",), "behaviour@2__spend": ()}
+
+
 # ── Looking up ──────────────────────────────────────────────────────────────────────
 
 
@@ -187,6 +311,7 @@ def test_a_feature_is_described_with_who_uses_it(registry: FeatureRegistry) -> N
     assert derived.function == "derived from spend, visits"
     assert spend.to_document() == {
         "name": "behaviour__spend",
+        "ref": "behaviour@1__spend",
         "view": "behaviour",
         "version": 1,
         "type": "float64",
@@ -196,8 +321,11 @@ def test_a_feature_is_described_with_who_uses_it(registry: FeatureRegistry) -> N
         "owner": "growth",
         "entity": "customer",
         "source": "purchases",
+        "columns": ["at", "amount"],
+        "request": [],
         "created": "1970-01-01T00:00:01Z",
         "used_by": ["churn"],
+        "versions": [],
     }
 
 
@@ -208,6 +336,7 @@ def test_a_feature_is_described_with_who_uses_it(registry: FeatureRegistry) -> N
         ("SPEND sum", ["spend"]),
         ("team:crm visits", ["visits", "spend_a_visit"]),
         ("growth customer", ["visits", "spend", "spend_a_visit"]),
+        ("purchases.amount", ["spend", "spend_a_visit"]),
         ("weather", []),
     ],
 )
