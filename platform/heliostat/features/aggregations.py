@@ -11,7 +11,7 @@ function of nothing is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -102,12 +102,15 @@ class Aggregation:
     Args:
         column: Column name or `pyarrow.compute` expression of numbers or booleans.
         window: Length such as ``"30d"``; None means lifetime.
+        windows: Several lengths at once: a view makes a feature of each, ``spend`` over
+            ``("7d", "30d")`` becomes ``spend_7d`` and ``spend_30d``.
         where: Only events that meet this `pyarrow.compute` expression count.
         description: One line for the registry.
     """
 
     column: ColumnLike | None = None
     window: str | None = field(default=None, kw_only=True)
+    windows: Sequence[str] | None = field(default=None, kw_only=True, repr=False)
     where: pc.Expression | None = field(default=None, kw_only=True)
     description: str = field(default="", kw_only=True)
     hop_us: int | None = field(default=None, kw_only=True, repr=False)
@@ -133,8 +136,20 @@ class Aggregation:
                 f"where={self.where!r} is no expression",
                 'write one such as pyarrow.compute.field("type") == "purchase"',
             )
+        if self.windows is not None:
+            self._check_windows(self.windows)
         if self.window is not None:
             parse_duration_us(self.window)
+
+    def _check_windows(self, windows: Sequence[str]) -> None:
+        if self.window is not None:
+            raise WindowError(f"{self.function} has a window and windows", "give one of them")
+        if isinstance(windows, str) or not windows:
+            raise WindowError(
+                f"{self.function} has windows={windows!r}, which is no list", 'write windows=("7d", "30d")'
+            )
+        for each in windows:
+            parse_duration_us(each)
 
     @property
     def function(self) -> str:
@@ -150,6 +165,18 @@ class Aggregation:
     def input(self) -> Input:
         """What it looks at."""
         return Input(self.column, self.where)
+
+    def named(self, name: str) -> Iterator[tuple[str, Self]]:
+        """The features that one declaration stands for: itself, or one for each of its windows.
+
+        Args:
+            name: The declared name; the window is appended to it where there are several.
+        """
+        if self.windows is None:
+            yield name, self
+            return
+        for window in self.windows:
+            yield f"{name}_{''.join(window.split())}", replace(self, window=window, windows=None)
 
     def bound(self, *, where: pc.Expression | None, hop_us: int | None, at: str) -> Self:
         """The same aggregation inside a view: with the view's condition and hop.
@@ -305,7 +332,7 @@ class DistinctDays(Aggregation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window is None:
+        if self.window is None and self.windows is None:
             raise WindowError(
                 "DistinctDays has no window",
                 'give one: a lifetime of days has no bounded state, write window="365d"',

@@ -112,7 +112,8 @@ class FeatureView:
         name: Identifier.
         version: 1, 2, …; a changed meaning needs a higher one.
         source: Where the events come from.
-        features: Aggregations by feature name.
+        features: Aggregations by feature name; one with several windows makes a feature of each,
+            ``spend`` becomes ``spend_7d`` and ``spend_30d``.
         entity: Needed if the source is about several.
         request: What derived features take from the request, and in training from a column of the spine:
             type (``float64``, ``int64`` or ``bool``) by name.
@@ -161,11 +162,8 @@ class FeatureView:
         self.where = where
         self.tags, self.owner, self.description = dict(tags or {}), owner, description
         self.base_features: dict[str, Aggregation] = {}
-        for feature, aggregation in features.items():
+        for feature, aggregation in self._each_window(features):
             place = f"feature {name}.{feature}"
-            check_name(feature, place)
-            if not isinstance(aggregation, Aggregation):
-                raise InvalidDefinitionError(place, f"{aggregation!r} is no aggregation", 'write Count(window="30d")')
             bound = aggregation.bound(where=where, hop_us=self.hop_us, at=place)
             check_input(bound.input, source.schema, at=place)
             self.base_features[feature] = bound
@@ -173,6 +171,20 @@ class FeatureView:
         self.request: dict[str, RequestType] = {}
         for given, dtype in (request or {}).items():
             self._add_request(given, dtype)
+
+    def _each_window(self, features: Mapping[str, Aggregation]) -> Iterator[tuple[str, Aggregation]]:
+        """Features by name; one that is declared over several windows is as many."""
+        named = set[str]()
+        for declared, aggregation in features.items():
+            place = f"feature {self.name}.{declared}"
+            check_name(declared, place)
+            if not isinstance(aggregation, Aggregation):
+                raise InvalidDefinitionError(place, f"{aggregation!r} is no aggregation", 'write Count(window="30d")')
+            for feature, each in aggregation.named(declared):
+                if feature in named:
+                    raise DuplicateNameError("feature", feature, f"feature view {self.name!r}")
+                named.add(check_name(feature, place))
+                yield feature, each
 
     def _add_request(self, name: str, dtype: RequestType) -> None:
         place = f"request input {self.name}.{name}"

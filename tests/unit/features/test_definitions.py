@@ -193,3 +193,56 @@ def test_buckets_never_move() -> None:
     """These numbers are part of the storage format."""
     assert user.buckets(pa.array([0, 1, 2, 12345, -1]), 16).tolist() == [15, 1, 14, 0, 0]
     assert device.buckets(pa.array(["a|1", "b|2", "ä|3"]), 16).tolist() == [12, 4, 14]
+
+
+def test_several_windows_in_one_line_are_as_many_features_in_place() -> None:
+    declared = view(
+        features={"n": Count(window="1d"), "spend": Sum("amount", windows=("7d", "30 d")), "days": Sum("device")}
+    )
+    assert declared.feature_names == ("n", "spend_7d", "spend_30d", "days")
+    apart = view(
+        features={
+            "n": Count(window="1d"),
+            "spend_7d": Sum("amount", window="7d"),
+            "spend_30d": Sum("amount", window="30d"),
+            "days": Sum("device"),
+        }
+    )
+    assert declared.content_hash == apart.content_hash
+
+
+def test_derived_features_see_each_of_the_windows() -> None:
+    facts = view(features={"spend": Sum("amount", windows=("7d", "30d"))})
+
+    @facts.derived
+    def share(spend_7d: FloatArray, spend_30d: FloatArray) -> FloatArray:
+        return spend_7d / spend_30d
+
+    assert facts.needed(["share"]) == ("spend_7d", "spend_30d", "share")
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"spend_7d": Count(window="7d"), "spend": Sum("amount", windows=("7d", "30d"))},
+        {"spend": Sum("amount", windows=("7d", "30d")), "spend_30d": Count(window="30d")},
+        {"spend": Sum("amount", windows=("7d", "7d"))},
+    ],
+)
+def test_a_window_that_clashes_with_another_feature_is_refused(features: dict) -> None:
+    with pytest.raises(DuplicateNameError, match="spend_"):
+        view(features=features)
+
+
+def test_windows_that_cant_be_used_are_refused() -> None:
+    with pytest.raises(WindowError, match="one of them"):
+        Sum("amount", window="7d", windows=("7d", "30d"))
+    with pytest.raises(WindowError, match="no list"):
+        Sum("amount", windows="7d")  # type: ignore[arg-type]
+    with pytest.raises(WindowError, match="no list"):
+        Sum("amount", windows=())
+    with pytest.raises(WindowError, match="no duration"):
+        Sum("amount", windows=("7d", "soon"))
+    with pytest.raises(InvalidDefinitionError, match="no usable name"):
+        view(features={"spend_": Sum("amount", windows=("7d", "30d"))})
+    assert view(features={"days": DistinctDays(windows=("7d", "30d"))}).feature_names == ("days_7d", "days_30d")
