@@ -306,13 +306,29 @@ class EventLog:
         place = self.table(source, entity)
         return place.progress(place.open(), streams)
 
-    def statistics(self, source: SourceLike, entity: EntityLike) -> LogStatistics:
-        """What the log holds of a source and entity, without reading a row."""
+    def statistics(
+        self,
+        source: SourceLike,
+        entity: EntityLike,
+        *,
+        min_time_us: int | None = None,
+        max_time_us: int | None = None,
+    ) -> LogStatistics:
+        """What the log holds of a source and entity, or a read of some time would open; without reading a row.
+
+        Args:
+            source: Where the events come from.
+            entity: By whose key they are bucketed.
+            min_time_us: Only files that may hold an event at or after this instant.
+            max_time_us: Only files that may hold an event before this instant.
+        """
         place = self.table(source, entity)
         table = place.open()
         if table is None:
             return LogStatistics(NO_VERSION, 0, 0, 0, None, None, {})
         files = place.files(table)
+        kept = _pruned(files, None, source.event_time, min_time_us, max_time_us)
+        files = files.filter(pc.is_in(files.column("path"), value_set=pa.array(kept, pa.string())))
         if files.num_rows == 0:
             return LogStatistics(table.version(), 0, 0, 0, None, None, {})
         by_bucket = files.group_by(f"partition.{BUCKET}").aggregate([("num_records", "sum")])
