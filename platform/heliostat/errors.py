@@ -22,7 +22,10 @@
     ├── NotFoundError              the thing asked for doesn't exist
     │   └── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
     ├── ConflictError              somebody else was first, or a rule forbids it
-    │   └── PromotionConflictError  GateFailedError  RollbackError  RolloutError  ViewInUseError
+    │   ├── PromotionConflictError  GateFailedError  RollbackError  RolloutError  ViewInUseError
+    │   └── HistoryNeededError  EntityBusyError
+    ├── GatewayError               a client's request that a gateway refused, in the gateway's words
+    │   └── GatewayUnreachableError
     └── StorageError               a store can't be reached, or can't be trusted
         ├── OnlineStoreUnavailableError  CatalogUnavailableError  StorageNotSharedError
         ├── RingCorruptError
@@ -700,6 +703,68 @@ class StaleProgressError(ConflictError):
         return (
             f"stream {self.stream!r} is applied up to {self.found}, not {self.expected}: another sink was quicker; "
             "nothing was written, read the stream again from there"
+        )
+
+
+# ── Clients ─────────────────────────────────────────────────────────────────────────
+
+
+class GatewayError(HeliostatError):
+    """A gateway refused a request; the words are its own."""
+
+    http_status = 502
+    exit_code = 6
+
+    def __init__(self, request: str, status: int, code: str, message: str, fix: str = "") -> None:
+        super().__init__(request, status, code, message, fix)
+        self.request, self.status, self.code, self.message, self.fix = request, status, code, message, fix
+
+    def __str__(self) -> str:
+        fix = f"; {self.fix}" if self.fix else ""
+        return f"{self.request} was answered with {self.status} {self.code}: {self.message}{fix}"
+
+
+class GatewayUnreachableError(GatewayError):
+    """A gateway didn't answer, however often it was asked."""
+
+    def __init__(self, request: str, url: str, tries: int, reason: str) -> None:
+        HeliostatError.__init__(self, request, url, tries, reason)
+        self.request, self.url, self.tries, self.reason = request, url, tries, reason
+        self.status, self.code, self.message, self.fix = 0, "unreachable", reason, ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.request} got no answer from {self.url} in {self.tries} tries ({self.reason}); look whether "
+            "the gateway runs there (`heliostat up` starts one). Sending the same events again is safe"
+        )
+
+
+class HistoryNeededError(ConflictError):
+    """Events can't be dropped, since a declared window or a training instant still needs them."""
+
+    def __init__(self, source: str, before: str, needs: tuple[str, ...]) -> None:
+        super().__init__(source, before, needs)
+        self.source, self.before, self.needs = source, before, needs
+
+    def __str__(self) -> str:
+        return (
+            f"events of {self.source!r} before {self.before} are still needed: {'; '.join(self.needs)}. "
+            "Keep them longer (storage.retention), change these declarations, or force it: "
+            "then such values can't be computed again"
+        )
+
+
+class EntityBusyError(ConflictError):
+    """An entity can't be forgotten, since events about it keep coming."""
+
+    def __init__(self, entity: str, passes: int) -> None:
+        super().__init__(entity, passes)
+        self.entity, self.passes = entity, passes
+
+    def __str__(self) -> str:
+        return (
+            f"events about this {self.entity} came in during each of {self.passes} passes; what came before is gone. "
+            "Stop whoever sends them, then run this again"
         )
 
 

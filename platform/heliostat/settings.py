@@ -75,6 +75,12 @@ class StorageSettings(_Section):
     shared: bool = False
     options: dict[str, str] = Field(default_factory=dict)
     buckets: Annotated[int, Field(ge=1, le=4096)] = 16
+    retention: str | None = None
+    vacuum_after: str = "1d"
+
+    _check = field_validator("retention", "vacuum_after")(
+        lambda value: None if value is None else _checked(value, parse_duration_us)
+    )
 
     @field_validator("root")
     @classmethod

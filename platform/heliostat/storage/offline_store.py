@@ -338,6 +338,10 @@ class OfflineStore:
         table = self._table(kind, name, None).open()
         return -1 if table is None else table.version()
 
+    def table(self, kind: Kind, name: str) -> Table:
+        """The Delta table of a kind and name; it may not exist."""
+        return self._table(kind, name, {"batch": AS_OF, "dead_letters": None}.get(kind, DAY))
+
     def _table(self, kind: Kind, name: str, partition: str | None) -> Table:
         return Table(joined(self.root, kind, name), self.storage_options, partition)
 
