@@ -2,6 +2,10 @@
 
     python jobs/train_model.py --model churn --promote
     python jobs/train_model.py --instants 1997-07-01,1997-10-01 --validation 1998-01-01 --trials 0
+    python jobs/train_model.py --model fraud --spine transactions.parquet
+
+A model that takes inputs of the request is trained on a spine: a Parquet or CSV file with the entity's key
+columns, as_of and a column for each input.
 
 The candidate is registered whatever the gate says. Exit codes: 0 done; 5 the gate refused a candidate that
 was to be promoted, or somebody else moved the alias; others as for every job (docs/operations.md).
@@ -19,6 +23,7 @@ from heliostat import cluster
 from heliostat.cli import ConfigOption, HomeOption, run_job, shell_settings
 from heliostat.clock import parse_instant_us
 from heliostat.errors import ConflictError
+from heliostat.models.spine import read_spine
 from heliostat.training.trainer import train
 from heliostat.workspace import Workspace
 
@@ -31,6 +36,9 @@ def main(
     validation: Annotated[
         str, typer.Option(help="Validation instants. Default: training.validation_instants, or the last instant.")
     ] = "",
+    spine: Annotated[
+        str | None, typer.Option(help="File of rows to train on: key columns, as_of and the request's inputs.")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Parameter sets. Default: training.trials.", min=0)] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Promote it if the gate lets it through.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -49,6 +57,7 @@ def main(
                 spec,
                 instants_us=_instants(instants),
                 validation_us=_instants(validation),
+                spine=None if spine is None else read_spine(spine),
                 promote=promote,
                 progress=logging.getLogger("heliostat.train").info,
             )

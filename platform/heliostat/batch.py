@@ -25,10 +25,12 @@ from deltalake.transaction import AddAction
 from heliostat.clock import US_PER_S, format_instant, parse_duration_us
 from heliostat.errors import InvalidValueError
 from heliostat.features.bucket_tasks import over_buckets
+from heliostat.features.definitions import request_types
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.packaging import LoadedModel, ModelPackage
 from heliostat.models.registry import PRODUCTION, Selector
-from heliostat.models.rows import AS_OF, ModelRows, key_schema, version_features
+from heliostat.models.rows import ModelRows, key_schema, version_features
+from heliostat.models.spine import AS_OF, ModelSpine
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
@@ -175,8 +177,12 @@ def predict_all(
     as_of_us: int | None = None,
     cache_above: float | None = None,
     cache_ttl_s: float | None = None,
+    inputs: pa.Table | None = None,
 ) -> BatchReport:
     """Predict for a model's whole population as of an instant. Ray must be connected.
+
+    A model that takes inputs of the request can't be asked about a population: nobody has brought any.
+    For it, ``inputs`` says whom to predict for, and with what.
 
     Doing it again for the same instant replaces what was there: the same version and events give the
     same rows.
@@ -188,8 +194,11 @@ def predict_all(
         as_of_us: The instant; by default now. Events at or after it aren't known.
         cache_above: Cache predictions at or above this; None: none.
         cache_ttl_s: For how long; by default the settings'.
+        inputs: Key columns and the model's inputs, a row for each prediction; None: the population.
 
     Raises:
+        MissingInputError: If the model takes inputs of the request and none are given.
+        SpineError: If ``inputs`` lacks a column, or has one of the wrong type.
         NotFoundError: If there is no such version.
         StaleVersionError: If it was trained on features that are declared otherwise now.
         InvalidValueError: If the instant is in the future.
@@ -203,6 +212,7 @@ def predict_all(
         as_of_us=as_of_us,
         cache_above=cache_above,
         cache_ttl_s=cache_ttl_s,
+        inputs=inputs,
     )
     done = pa.concat_tables(over_buckets(scorer.run, scorer.rows.event_log.n_buckets)).to_pylist()
     instant_us = scorer.rows.instants_us[0]
@@ -229,6 +239,7 @@ def scorer_of(
     as_of_us: int | None = None,
     cache_above: float | None = None,
     cache_ttl_s: float | None = None,
+    inputs: pa.Table | None = None,
 ) -> BucketScorer:
     """All that the buckets' tasks need; arguments and errors as `predict_all`."""
     now_us = workspace.clock.now_us()
@@ -236,13 +247,12 @@ def scorer_of(
         raise InvalidValueError("as-of instant", format_instant(as_of_us), f"one up to now, {format_instant(now_us)}")
     registered = workspace.models.get(spec.name, version)
     features = version_features(registered, workspace.definitions.views, spec)
-    rows = ModelRows.of(
-        spec,
-        workspace.event_log,
-        [now_us if as_of_us is None else as_of_us],
-        labelled=False,
-        extra=features,
-    )
+    instant_us, log, spine = now_us if as_of_us is None else as_of_us, workspace.event_log, None
+    if inputs is not None:
+        instants = pa.array(np.full(inputs.num_rows, instant_us), pa.int64()).cast(TIMESTAMP)
+        kept = inputs.drop_columns([AS_OF]) if AS_OF in inputs.column_names else inputs
+        spine = ModelSpine.of(kept.append_column(AS_OF, instants), spec, log.n_buckets, also=request_types(features))
+    rows = ModelRows.of(spec, log, [instant_us], labelled=False, extra=features, spine=spine)
     cache = None
     if cache_above is not None:
         default_s = parse_duration_us(workspace.settings.batch.cache_ttl) / US_PER_S

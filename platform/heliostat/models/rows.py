@@ -14,18 +14,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from heliostat.errors import StaleVersionError
-from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
+from heliostat.errors import MissingInputError, StaleVersionError
+from heliostat.features.aggregations import FloatArray
+from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView, request_types
 from heliostat.features.offline import compute_features, earliest_us, needed_columns
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.labels import label_values
 from heliostat.models.registry import ModelVersion
+from heliostat.models.spine import AS_OF, ModelSpine
 from heliostat.schema import TIE, TIMESTAMP, arrow_type, times_us
 from heliostat.storage.event_log import EventLog
 
 IntArray = NDArray[np.int64]
 
-AS_OF = "as_of"
 LABEL = "label"
 
 
@@ -124,6 +125,8 @@ class ModelRows:
         instants_us: As-of instants.
         labelled: Whether rows get their label.
         extra: Features beyond the model's own, such as those of an older version.
+        spine: The rows themselves, where they aren't the population's at the instants; those are the
+            spine's first and last then.
     """
 
     spec: ModelSpec
@@ -132,6 +135,7 @@ class ModelRows:
     instants_us: tuple[int, ...]
     labelled: bool = True
     extra: tuple[FeatureRef, ...] = ()
+    spine: ModelSpine | None = None
 
     @classmethod
     def of(
@@ -142,10 +146,20 @@ class ModelRows:
         *,
         labelled: bool = True,
         extra: Sequence[FeatureRef] = (),
+        spine: ModelSpine | None = None,
     ) -> ModelRows:
-        """Rows as the log is now: whatever is appended meanwhile, every bucket reads the same version."""
+        """Rows as the log is now: whatever is appended meanwhile, every bucket reads the same version.
+
+        Raises:
+            MissingInputError: If features take inputs of the request, and there is no spine that has them.
+        """
         new = tuple({ref.name: ref for ref in extra if ref.name not in spec.feature_names}.values())
-        rows = cls(spec, event_log, {}, tuple(sorted(instants_us)), labelled, new)
+        instants = sorted(instants_us) if spine is None else [spine.first_us, spine.last_us]
+        rows = cls(spec, event_log, {}, tuple(instants), labelled, new, spine)
+        needed = request_types([*spec.feature_refs, *new])
+        missing = tuple(name for name in needed if spine is None or name not in spine.request)
+        if missing:
+            raise MissingInputError(missing, f"model {spec.name!r}", "a population (give a spine with these columns)")
         return replace(rows, log_versions={each.name: event_log.version(each, spec.entity) for each in rows.sources})
 
     @property
@@ -178,22 +192,28 @@ class ModelRows:
             bucket: Its number.
 
         Returns:
-            Columns of `schema`, by instant and then by key.
+            Columns of `schema`, by instant and then by key; of a spine, in its order.
 
         Raises:
             StorageError: If the log can't be read.
         """
         entity, label = self.spec.entity, self.spec.label
         events = {source.name: self._events(source, bucket) for source in self.sources}
-        rows = population_rows(self.spec, events, self.instants_us)
+        if self.spine is None:
+            rows, request = population_rows(self.spec, events, self.instants_us), dict[str, FloatArray]()
+        else:
+            rows = self.spine.rows(bucket)
+            request = {name: rows.column(name).to_numpy() for name in self.spine.request}
         keys, as_of_us = entity.encode(rows, what="the population"), times_us(rows.column(AS_OF))
-        columns = {name: rows.column(name) for name in rows.column_names}
+        columns = {name: rows.column(name) for name in rows.column_names if name not in request}
         if self.labelled:
             columns[LABEL] = pa.array(label_values(label, entity, events[label.source.name], keys, as_of_us))
         for source in self.sources:
             views = self._views_of(source)
             if views:
-                found = compute_features(views, events[source.name], keys, as_of_us, deduplicate=False)
+                found = compute_features(
+                    views, events[source.name], keys, as_of_us, request=request, deduplicate=False
+                )
                 columns.update({name: pa.array(values) for name, values in found.items()})
         return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
 
@@ -222,7 +242,7 @@ class ModelRows:
 
     def _first_us(self, views: Sequence[FeatureView]) -> int | None:
         """Nothing before this matters: neither to a window nor to who belongs to the population."""
-        since_us = self.spec.population.active_within_us
+        since_us = self.spec.population.active_within_us if self.spine is None else 0
         if since_us is None:
             return None
         instants = np.array(self.instants_us)

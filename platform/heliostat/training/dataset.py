@@ -25,7 +25,8 @@ from heliostat.features.aggregations import FloatArray
 from heliostat.features.bucket_tasks import over_buckets
 from heliostat.features.definitions import FeatureRef, content_hash
 from heliostat.models.definitions import ModelSpec
-from heliostat.models.rows import AS_OF, LABEL, ModelRows, model_sources
+from heliostat.models.rows import LABEL, ModelRows, model_sources
+from heliostat.models.spine import AS_OF, ModelSpine
 from heliostat.schema import hash64, times_us
 from heliostat.storage.event_log import EventLog
 
@@ -47,16 +48,22 @@ class Split:
         train_us: To learn from.
         validation_us: To judge by; each at least a label horizon after the last training instant.
         gap_us: Asked for, but left out: their labels would overlap validation's.
+        of_spine: Rows are a spine's: instants are the first and the last of each part, and all between them.
     """
 
     train_us: tuple[int, ...]
     validation_us: tuple[int, ...]
     gap_us: tuple[int, ...] = ()
+    of_spine: bool = False
 
     @property
     def all_us(self) -> tuple[int, ...]:
         """Training's, then validation's."""
         return self.train_us + self.validation_us
+
+    def watched_from_us(self, as_of_us: IntArray) -> int:
+        """From when on training rows are watched while fitting: the last instant; of a spine, the last fifth."""
+        return int(np.sort(as_of_us)[4 * len(as_of_us) // 5]) if self.of_spine else self.train_us[-1]
 
 
 def split_instants(
@@ -122,6 +129,50 @@ def split_instants(
     return Split(tuple(train), tuple(validation), gap)
 
 
+def split_spine(
+    spine: ModelSpine,
+    validation_us: Sequence[int] = (),
+    *,
+    horizon_us: int,
+    now_us: int,
+    model: str = "model",
+) -> Split:
+    """Split a spine by time: its last rows validate, those a label horizon earlier train.
+
+    Args:
+        spine: The rows.
+        validation_us: The first of them says from when on rows validate; without any, the last fifth does.
+        horizon_us: The label's.
+        now_us: The present: a label is known once its horizon has passed.
+        model: How messages name it.
+
+    Raises:
+        TrainingDataError: If labels aren't known yet, or nothing is left to train on or to judge by.
+    """
+    instants = np.sort(np.concatenate([times_us(rows.column(AS_OF)) for rows in spine.buckets.values()]))
+    late = int((instants > now_us - horizon_us).sum())
+    horizon = format_duration(horizon_us)
+    if late:
+        raise TrainingDataError(
+            model,
+            f"the labels of {late:,} of the spine's {len(instants):,} rows look {horizon} ahead, and it is "
+            f"{format_instant(now_us)}",
+            f"leave out rows after {format_instant(now_us - horizon_us)}",
+        )
+    from_us = min(validation_us) if validation_us else int(instants[4 * len(instants) // 5])
+    train, validation = instants[instants <= from_us - horizon_us], instants[instants >= from_us]
+    if not len(train) or not len(validation):
+        raise TrainingDataError(
+            model,
+            f"the spine has {len(train):,} rows up to a label horizon ({horizon}) before {format_instant(from_us)}, "
+            f"and {len(validation):,} from then on",
+            f"its rows reach from {format_instant(spine.first_us)} to {format_instant(spine.last_us)}: validate from "
+            "another instant, or give more rows",
+        )
+    parts = [(int(part[0]), int(part[-1])) for part in (train, validation)]
+    return Split(*parts, of_spine=True)
+
+
 def _grid(last_us: int, first_event_us: int) -> list[int]:
     steps = min(DEFAULT_INSTANTS, max(0, (last_us - first_event_us) // DEFAULT_STEP_US))
     return sorted(last_us - step * DEFAULT_STEP_US for step in range(int(steps)))
@@ -163,12 +214,14 @@ class TrainingSet:
         table: Key columns, ``as_of``, ``label`` and the features, by instant and then by key.
         split: At which instants.
         log_versions: Version of each source's event log that was read.
+        spine: Digest of the spine that named the rows; empty if the model's population did.
     """
 
     spec: ModelSpec
     table: pa.Table
     split: Split
     log_versions: Mapping[str, int]
+    spine: str = ""
 
     @cached_property
     def examples(self) -> Examples:
@@ -188,7 +241,7 @@ class TrainingSet:
     @cached_property
     def is_validation(self) -> NDArray[np.bool_]:
         """Which rows are to judge by, shape ``(n,)``."""
-        return np.isin(self.examples.as_of_us, self.split.validation_us)
+        return self.examples.as_of_us >= self.split.validation_us[0]
 
     @property
     def training(self) -> Examples:
@@ -215,7 +268,9 @@ class TrainingSet:
 
     def origin(self) -> dict[str, Any]:
         """What the rows follow from, as a JSON document."""
+        spine = {"spine": self.spine} if self.spine else {}
         return {
+            **spine,
             "model": self.spec.name,
             "views": {view.ref: view.content_hash for view in self.spec.views},
             "label": self.spec.label.content_hash,
@@ -243,25 +298,32 @@ def build_training_set(
     split: Split,
     *,
     extra: Sequence[FeatureRef] = (),
+    spine: ModelSpine | None = None,
     rows_of: RowsOf | None = None,
 ) -> TrainingSet:
-    """Take a model's rows at a split's instants, one Ray task a bucket.
+    """Take a model's rows at a split's instants, or a spine's, one Ray task a bucket.
 
     Args:
         spec: The model.
         event_log: Where its events are.
         split: Instants.
         extra: Features beyond the model's own, such as those of the version in production.
+        spine: The rows, where they aren't the population's; `split_spine` has split it.
         rows_of: Takes the rows of all buckets; by default with Ray Data.
 
     Raises:
+        MissingInputError: If features take inputs of the request, and no spine has them.
         TrainingDataError: If there are no rows to learn from or to judge by.
         StorageError: If the log can't be read.
     """
-    rows = ModelRows.of(spec, event_log, split.all_us, extra=extra)
+    rows = ModelRows.of(spec, event_log, split.all_us, extra=extra, spine=spine)
     table = (rows_of or rows_with_ray)(rows)
+    if split.of_spine:
+        instants = times_us(table.column(AS_OF))
+        table = table.filter(pa.array((instants <= split.train_us[-1]) | (instants >= split.validation_us[0])))
     order = [(AS_OF, "ascending"), *((column, "ascending") for column in spec.entity.key_columns)]
-    training_set = TrainingSet(spec, table.sort_by(order).combine_chunks(), split, rows.log_versions)
+    digest = "" if spine is None else spine.digest
+    training_set = TrainingSet(spec, table.sort_by(order).combine_chunks(), split, rows.log_versions, digest)
     for what, instants, found in (
         ("learn from", split.train_us, len(training_set.training)),
         ("judge by", split.validation_us, len(training_set.validation)),

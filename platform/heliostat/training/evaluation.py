@@ -253,8 +253,11 @@ def _slice_checks(
     return checks
 
 
+_SLICED_INSTANTS = 24  # more of them than that are a spine's, each with a row or two
+
+
 def default_slices(as_of_us: NDArray[np.int64], columns: Mapping[str, FloatArray]) -> dict[str, Mask]:
-    """Slices that every model has: by as-of instant, and by thirds of some features.
+    """Slices that every model has: by as-of instant (thirds, where they are many), and by thirds of some features.
 
     Args:
         as_of_us: As-of instants of the rows, shape ``(n,)``.
@@ -265,7 +268,13 @@ def default_slices(as_of_us: NDArray[np.int64], columns: Mapping[str, FloatArray
     """
     slices: dict[str, Mask] = {}
     instants = np.unique(as_of_us)
-    if len(instants) > 1:
+    if len(instants) > _SLICED_INSTANTS:
+        first_us, second_us = (int(instants[len(instants) * part // 3]) for part in (1, 2))
+        first, second = format_instant(first_us), format_instant(second_us)
+        slices[f"as_of<={first}"] = as_of_us <= first_us
+        slices[f"{first}<as_of<={second}"] = (as_of_us > first_us) & (as_of_us <= second_us)
+        slices[f"as_of>{second}"] = as_of_us > second_us
+    elif len(instants) > 1:
         slices.update({f"as_of={format_instant(int(each))}": as_of_us == each for each in instants})
     for name, values in columns.items():
         known = np.isfinite(values)

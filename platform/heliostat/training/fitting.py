@@ -160,9 +160,9 @@ def make_fold(training_set: TrainingSet) -> Fold:
         TrainingDataError: If a part would be empty, or has one class only.
     """
     spec, training = training_set.spec, training_set.training
-    watched_us = training_set.split.train_us[-1]
+    watched_us = training_set.split.watched_from_us(training.as_of_us)
     early = training.as_of_us <= watched_us - spec.label.horizon_us
-    watch = training.as_of_us == watched_us
+    watch = training.as_of_us >= watched_us
     if not early.any():
         watch = training.entities.view(np.uint64) % np.uint64(_WATCH_SHARE) == 0
         early = ~watch

@@ -16,22 +16,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from heliostat.clock import format_instant, parse_instant_us
 from heliostat.errors import StaleVersionError
-from heliostat.features.definitions import FeatureRef
+from heliostat.features.definitions import FeatureRef, request_types
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.metrics import Estimate, FloatArray, gain, measure, metric_named
 from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
 from heliostat.models.profile import Profile
 from heliostat.models.registry import PRODUCTION
 from heliostat.models.rows import version_features
+from heliostat.models.spine import ModelSpine
 from heliostat.training.dataset import (
     Split,
     TrainingSet,
     build_training_set,
     first_event_us,
     split_instants,
+    split_spine,
 )
 from heliostat.training.evaluation import (
     Evaluation,
@@ -153,6 +156,7 @@ def train(
     *,
     instants_us: Sequence[int] = (),
     validation_us: Sequence[int] = (),
+    spine: pa.Table | None = None,
     promote: bool = False,
     reason: str = "",
     progress: Progress | None = None,
@@ -166,11 +170,15 @@ def train(
         spec: The model.
         instants_us: Training instants; by default the settings', else chosen (see `split_instants`).
         validation_us: Validation instants; by default the settings' if ``instants_us`` aren't given either.
+        spine: The rows themselves: key columns, ``as_of`` and the model's inputs of the request. The first
+            validation instant says from when on they validate; by default the last fifth does.
         promote: Make the candidate production if the gate lets it through.
         reason: Why it is promoted; a sentence for the record.
         progress: Told what happens next.
 
     Raises:
+        MissingInputError: If the model takes inputs of the request, and no spine is given.
+        SpineError: If the spine lacks a column, or has one of the wrong type.
         TrainingDataError: If the instants or the rows don't allow it.
         TrainingFailedError: If the search or the fit breaks down.
         PromotionConflictError: If somebody else has moved the alias meanwhile.
@@ -179,10 +187,18 @@ def train(
     stopwatch = _Stopwatch()
     with stopwatch.stage("rows"):
         tell("building the training set")
-        split = _split(workspace, spec, instants_us, validation_us)
         production = Production.of(workspace, spec)
+        given = None
+        if spine is None:
+            split = _split(workspace, spec, instants_us, validation_us)
+        else:
+            production = production and production.beside(spec, spine)
+            also = None if production is None else request_types(production.features)
+            given = ModelSpine.of(spine, spec, workspace.event_log.n_buckets, also=also)
+            now_us, horizon_us = workspace.clock.now_us(), spec.label.horizon_us
+            split = split_spine(given, validation_us, horizon_us=horizon_us, now_us=now_us, model=spec.name)
         needed = () if production is None else production.features
-        training_set = build_training_set(spec, workspace.event_log, split, extra=needed)
+        training_set = build_training_set(spec, workspace.event_log, split, extra=needed, spine=given)
         training = training_set.training
     recipe = Recipe.of(spec, seed=settings.seed)
     with _scratch(workspace) as storage:
@@ -338,6 +354,13 @@ class Production:
             problem = f"label {spec.label.name!r} means something else since it was trained"
         model = workspace.models.load(spec.name, alias.version)
         return cls(alias.version, alias.revision, model, features, problem)
+
+    def beside(self, spec: ModelSpec, spine: pa.Table) -> Production:
+        """The same; not to be compared with if it takes inputs that a spine doesn't have."""
+        lacking = [name for name in request_types(self.features) if name not in {*spec.inputs, *spine.column_names}]
+        if not lacking:
+            return self
+        return replace(self, features=(), problem=f"it takes {', '.join(lacking)}, which the spine doesn't have")
 
     def scores(self, training_set: TrainingSet) -> FloatArray | None:
         """Its scores of the validation rows, shape ``(n,)``; None if it can't be compared."""
