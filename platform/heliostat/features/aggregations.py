@@ -11,15 +11,13 @@ function of nothing is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import acero
 
 from heliostat.clock import (
     US_PER_DAY,
@@ -29,70 +27,35 @@ from heliostat.clock import (
     format_duration,
     parse_duration_us,
 )
-from heliostat.errors import ExpressionError, InvalidDefinitionError, UnknownColumnError, WindowError
+from heliostat.errors import InvalidDefinitionError, WindowError
+from heliostat.features.inputs import ColumnLike, FloatArray, Input, InputValues, check_input, evaluate, text_of
+from heliostat.features.states import IDENTITY, State
 from heliostat.features.windows import check_window, default_hop_us
 
-FloatArray = NDArray[np.float64]
-ColumnLike: TypeAlias = str | pc.Expression
-Operator = Literal["add", "min", "max", "first", "last"]
-StateInput = Literal["one", "value", "time"]
-
-IDENTITY: Mapping[str, float] = {"add": 0.0, "min": np.inf, "max": -np.inf, "first": np.inf, "last": -np.inf}
-"""What an empty state holds; of ``first`` and ``last`` it is the time's, their tie and value are 0."""
+__all__ = [
+    "FUNCTIONS",
+    "IDENTITY",
+    "Aggregation",
+    "ColumnLike",
+    "Count",
+    "DistinctDays",
+    "First",
+    "FloatArray",
+    "Input",
+    "InputValues",
+    "Last",
+    "Latest",
+    "Max",
+    "Mean",
+    "Min",
+    "State",
+    "Sum",
+    "TimeSinceLast",
+    "check_input",
+    "evaluate",
+]
 
 _UNITS_US = {"second": US_PER_S, "minute": US_PER_MINUTE, "hour": US_PER_HOUR, "day": US_PER_DAY}
-
-
-@dataclass(frozen=True, eq=False)
-class Input:
-    """What an aggregation looks at: a column or expression, and which events count.
-
-    Attributes:
-        column: Column name or expression; None means the event itself.
-        where: Condition an event must meet (null is not met), or None.
-        nulls: Whether an event counts that has no value: then it says "null", instead of nothing.
-    """
-
-    column: ColumnLike | None
-    where: pc.Expression | None
-    nulls: bool = False
-
-    @property
-    def key(self) -> str:
-        """Equal for inputs that mean the same."""
-        return f"{_text(self.column)} | {_text(self.where)}" + (" | nulls" if self.nulls else "")
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """One mergeable partial result.
-
-    Attributes:
-        op: How two partials of the same tile merge.
-        of: What an event contributes: 1, the input's value, or its event time in microseconds.
-        source: The column and condition behind it.
-        across: How partials of different tiles merge; the same as ``op`` except for `DistinctDays`.
-    """
-
-    op: Operator
-    of: StateInput
-    source: Input
-    across: Operator | None = None
-
-    @property
-    def width(self) -> int:
-        """How many f8 columns it takes: ``first`` and ``last`` keep (event time, tie, value)."""
-        return 3 if self.op in ("first", "last") else 1
-
-    @property
-    def merge_across(self) -> Operator:
-        """How partials of different tiles merge."""
-        return self.across or self.op
-
-    @property
-    def key(self) -> str:
-        """Equal for states that two aggregations can share."""
-        return f"{self.op}/{self.merge_across} {self.of} {self.source.key}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,10 +124,13 @@ class Aggregation:
         """The window's length in microseconds; None means lifetime."""
         return None if self.window is None else parse_duration_us(self.window)
 
+    takes_texts: ClassVar[bool] = False
+    """Whether its column may hold texts; the feature is a category then (`heliostat.schema.text_codes`)."""
+
     @property
     def input(self) -> Input:
         """What it looks at."""
-        return Input(self.column, self.where)
+        return Input(self.column, self.where, texts=self.takes_texts)
 
     def named(self, name: str) -> Iterator[tuple[str, Self]]:
         """The features that one declaration stands for: itself, or one for each of its windows.
@@ -223,8 +189,8 @@ class Aggregation:
         window = None if self.window_us is None else format_duration(self.window_us)
         return {
             "function": self.function,
-            "column": _text(self.column),
-            "where": _text(self.where),
+            "column": text_of(self.column),
+            "where": text_of(self.where),
             "window": window,
             **hop,
         }
@@ -287,6 +253,8 @@ class Max(Aggregation):
 class First(Aggregation):
     """Value of the earliest event; among equal times, of the smaller tie."""
 
+    takes_texts = True
+
     def states(self) -> tuple[State, ...]:
         return (State("first", "value", self.input),)
 
@@ -296,6 +264,8 @@ class First(Aggregation):
 
 class Last(Aggregation):
     """Value of the latest event; among equal times, of the larger tie."""
+
+    takes_texts = True
 
     def states(self) -> tuple[State, ...]:
         return (State("last", "value", self.input),)
@@ -311,9 +281,11 @@ class Latest(Aggregation):
     sources whose rows replace each other (`heliostat.features.sources.ProfileSource`).
     """
 
+    takes_texts = True
+
     @property
     def input(self) -> Input:
-        return Input(self.column, self.where, nulls=True)
+        return Input(self.column, self.where, nulls=True, texts=True)
 
     def states(self) -> tuple[State, ...]:
         return (State("last", "value", self.input),)
@@ -381,123 +353,3 @@ class TimeSinceLast(Aggregation):
 FUNCTIONS: tuple[type[Aggregation], ...] = (
     Count, Sum, Mean, Min, Max, First, Last, Latest, DistinctDays, TimeSinceLast,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class InputValues:
-    """An input, evaluated on a batch of events.
-
-    Attributes:
-        values: Shape ``(n,)``; 1.0 where the input is the event itself. Undefined where not used.
-        used: Shape ``(n,)``: the condition holds, and the value is finite or `Input.nulls` says it needn't be.
-    """
-
-    values: FloatArray
-    used: NDArray[np.bool_]
-
-
-def evaluate(events: pa.Table, inputs: Iterable[Input]) -> dict[str, InputValues]:
-    """Evaluate inputs on a batch of events: once each, by `Input.key`.
-
-    Args:
-        events: Columns of the source, ``n`` rows.
-        inputs: Any; equal keys are evaluated once.
-
-    Returns:
-        Arrays of shape ``(n,)`` by input key.
-
-    Raises:
-        pyarrow.ArrowInvalid: If an expression names a column that isn't there.
-    """
-    distinct = {each.key: each for each in inputs}
-    expressions: dict[str, pc.Expression] = {}
-    for each in distinct.values():
-        for part in (each.column, each.where):
-            if isinstance(part, pc.Expression):
-                expressions.setdefault(str(part), part)
-    columns = _project(events, expressions)
-    n = events.num_rows
-    result: dict[str, InputValues] = {}
-    for key, each in distinct.items():
-        if each.column is None:
-            values, used = np.ones(n), np.ones(n, dtype=np.bool_)
-        else:
-            name = each.column
-            values = _as_float(events.column(name) if isinstance(name, str) else columns[str(name)])
-            used = np.isfinite(values)
-            if each.nulls:
-                values, used = np.where(used, values, np.nan), np.ones(n, dtype=np.bool_)
-        if each.where is not None:
-            used = used & _as_mask(columns[str(each.where)])
-        result[key] = InputValues(values, used)
-    return result
-
-
-def check_input(given: Input, schema: pa.Schema, *, at: str) -> None:
-    """Refuse an input that a source can't answer.
-
-    Args:
-        given: Column and condition.
-        schema: The source's schema.
-        at: How the message names the place.
-
-    Raises:
-        UnknownColumnError: If it names a column that isn't there.
-        ExpressionError: If it gives something other than numbers, or a condition that isn't true or false.
-    """
-    if isinstance(given.column, str) and given.column not in schema.names:
-        raise UnknownColumnError(given.column, at, tuple(schema.names))
-    if given.column is not None:
-        dtype = (
-            schema.field(given.column).type if isinstance(given.column, str) else _result(given.column, schema, at)
-        )
-        if not (pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_boolean(dtype)):
-            raise ExpressionError(str(given.column), at, f"it gives {dtype}, and numbers or booleans are needed")
-    if given.where is not None:
-        dtype = _result(given.where, schema, at)
-        if not pa.types.is_boolean(dtype):
-            raise ExpressionError(str(given.where), at, f"a condition gives true or false, this gives {dtype}")
-
-
-def _result(expression: pc.Expression, schema: pa.Schema, at: str) -> pa.DataType:
-    try:
-        return _project(schema.empty_table(), {"result": expression})["result"].type
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError) as error:
-        reason = str(error).splitlines()[0]
-        known = f"; columns are: {', '.join(schema.names)}"
-        raise ExpressionError(str(expression), at, reason + known) from None
-
-
-def _project(events: pa.Table, expressions: Mapping[str, pc.Expression]) -> dict[str, pa.ChunkedArray]:
-    if not expressions:
-        return {}
-    names = [f"c{position}" for position in range(len(expressions))]
-    plan = acero.Declaration.from_sequence(
-        [
-            acero.Declaration("table_source", acero.TableSourceNodeOptions(events)),
-            acero.Declaration("project", acero.ProjectNodeOptions(list(expressions.values()), names)),
-        ]
-    )
-    projected = plan.to_table(use_threads=False)
-    return {key: projected.column(name) for key, name in zip(expressions, names, strict=True)}
-
-
-def _as_float(column: pa.ChunkedArray) -> FloatArray:
-    """As float64 with NaN for null."""
-    whole = column.combine_chunks()
-    if not pa.types.is_floating(whole.type):
-        whole = (
-            whole.cast(pa.float64(), safe=False) if not pa.types.is_boolean(whole.type) else whole.cast(pa.uint8())
-        )
-    values: FloatArray = whole.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
-    return values
-
-
-def _as_mask(column: pa.ChunkedArray) -> NDArray[np.bool_]:
-    filled = pc.fill_null(column, False).combine_chunks()
-    mask: NDArray[np.bool_] = filled.to_numpy(zero_copy_only=False).astype(np.bool_, copy=False)
-    return mask
-
-
-def _text(part: ColumnLike | None) -> str | None:
-    return None if part is None else part if isinstance(part, str) else f"({part})"

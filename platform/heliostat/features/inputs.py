@@ -1,0 +1,180 @@
+"""What aggregations look at: a column or an expression of a source's events, and a condition.
+
+Evaluated once a batch, for all features together. Null, NaN and ±Inf are no values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pyarrow import acero
+
+from heliostat.errors import ExpressionError, UnknownColumnError
+from heliostat.schema import text_codes
+
+FloatArray = NDArray[np.float64]
+ColumnLike: TypeAlias = str | pc.Expression
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """What an aggregation looks at: a column or expression, and which events count.
+
+    Attributes:
+        column: Column name or expression; None means the event itself.
+        where: Condition an event must meet (null is not met), or None.
+        nulls: Whether an event counts that has no value: then it says "null", instead of nothing.
+        texts: Whether texts are taken: as their codes (`heliostat.schema.text_codes`).
+    """
+
+    column: ColumnLike | None
+    where: pc.Expression | None
+    nulls: bool = False
+    texts: bool = False
+
+    @property
+    def key(self) -> str:
+        """Equal for inputs that mean the same."""
+        return f"{text_of(self.column)} | {text_of(self.where)}" + (" | nulls" if self.nulls else "")
+
+
+@dataclass(frozen=True)
+class InputValues:
+    """An input, evaluated on a batch of events.
+
+    Attributes:
+        values: Shape ``(n,)``; 1.0 where the input is the event itself. Undefined where not used.
+        used: Shape ``(n,)``: the condition holds, and the value is finite or `Input.nulls` says it needn't be.
+    """
+
+    values: FloatArray
+    used: NDArray[np.bool_]
+
+
+def evaluate(events: pa.Table, inputs: Iterable[Input]) -> dict[str, InputValues]:
+    """Evaluate inputs on a batch of events: once each, by `Input.key`.
+
+    Args:
+        events: Columns of the source, ``n`` rows.
+        inputs: Any; equal keys are evaluated once.
+
+    Returns:
+        Arrays of shape ``(n,)`` by input key.
+
+    Raises:
+        pyarrow.ArrowInvalid: If an expression names a column that isn't there.
+    """
+    distinct = {each.key: each for each in inputs}
+    expressions: dict[str, pc.Expression] = {}
+    for each in distinct.values():
+        for part in (each.column, each.where):
+            if isinstance(part, pc.Expression):
+                expressions.setdefault(str(part), part)
+    columns = _project(events, expressions)
+    n = events.num_rows
+    result: dict[str, InputValues] = {}
+    for key, each in distinct.items():
+        if each.column is None:
+            values, used = np.ones(n), np.ones(n, dtype=np.bool_)
+        else:
+            name = each.column
+            values = _as_float(events.column(name) if isinstance(name, str) else columns[str(name)])
+            used = np.isfinite(values)
+            if each.nulls:
+                values, used = np.where(used, values, np.nan), np.ones(n, dtype=np.bool_)
+        if each.where is not None:
+            used = used & _as_mask(columns[str(each.where)])
+        result[key] = InputValues(values, used)
+    return result
+
+
+def check_input(given: Input, schema: pa.Schema, *, at: str) -> None:
+    """Refuse an input that a source can't answer.
+
+    Args:
+        given: Column and condition.
+        schema: The source's schema.
+        at: How the message names the place.
+
+    Raises:
+        UnknownColumnError: If it names a column that isn't there.
+        ExpressionError: If it gives something other than numbers (or texts, where those are taken), or a
+            condition that isn't true or false.
+    """
+    if given.column is not None:
+        dtype = column_type(given.column, schema, at=at)
+        number = pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_boolean(dtype)
+        if not (number or (given.texts and pa.types.is_string(dtype))):
+            needed = "numbers, booleans or texts" if given.texts else "numbers or booleans"
+            raise ExpressionError(str(given.column), at, f"it gives {dtype}, and {needed} are needed")
+    if given.where is not None:
+        dtype = _result(given.where, schema, at)
+        if not pa.types.is_boolean(dtype):
+            raise ExpressionError(str(given.where), at, f"a condition gives true or false, this gives {dtype}")
+
+
+def column_type(column: ColumnLike, schema: pa.Schema, *, at: str) -> pa.DataType:
+    """The type of a column or expression.
+
+    Raises:
+        UnknownColumnError: If there is no such column.
+        ExpressionError: If the expression can't be evaluated.
+    """
+    if not isinstance(column, str):
+        return _result(column, schema, at)
+    if column not in schema.names:
+        raise UnknownColumnError(column, at, tuple(schema.names))
+    return schema.field(column).type
+
+
+def _result(expression: pc.Expression, schema: pa.Schema, at: str) -> pa.DataType:
+    try:
+        return _project(schema.empty_table(), {"result": expression})["result"].type
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError) as error:
+        reason = str(error).splitlines()[0]
+        known = f"; columns are: {', '.join(schema.names)}"
+        raise ExpressionError(str(expression), at, reason + known) from None
+
+
+def _project(events: pa.Table, expressions: Mapping[str, pc.Expression]) -> dict[str, pa.ChunkedArray]:
+    if not expressions:
+        return {}
+    names = [f"c{position}" for position in range(len(expressions))]
+    plan = acero.Declaration.from_sequence(
+        [
+            acero.Declaration("table_source", acero.TableSourceNodeOptions(events)),
+            acero.Declaration("project", acero.ProjectNodeOptions(list(expressions.values()), names)),
+        ]
+    )
+    projected = plan.to_table(use_threads=False)
+    return {key: projected.column(name) for key, name in zip(expressions, names, strict=True)}
+
+
+def _as_float(column: pa.ChunkedArray) -> FloatArray:
+    """As float64 with NaN for null; texts as their codes."""
+    if pa.types.is_string(column.type):
+        return text_codes(column)
+    whole = column.combine_chunks()
+    if not pa.types.is_floating(whole.type):
+        whole = (
+            whole.cast(pa.float64(), safe=False) if not pa.types.is_boolean(whole.type) else whole.cast(pa.uint8())
+        )
+    values: FloatArray = whole.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+    return values
+
+
+def _as_mask(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    filled = pc.fill_null(column, False).combine_chunks()
+    mask: NDArray[np.bool_] = filled.to_numpy(zero_copy_only=False).astype(np.bool_, copy=False)
+    return mask
+
+
+def text_of(part: ColumnLike | None) -> str | None:
+    """A column or expression in words; None where there is none."""
+    return None if part is None else part if isinstance(part, str) else f"({part})"
