@@ -71,6 +71,11 @@ class Workspace:
             self._server = None
             opened.pop("settings", None)
 
+    @property
+    def configured(self) -> Settings:
+        """The settings as they were given: for work that doesn't touch the online store, and so needn't start it."""
+        return self._given
+
     @cached_property
     def settings(self) -> Settings:
         """The settings, with the address of the online store written in: what other processes need."""

@@ -48,8 +48,8 @@ class Stores(Protocol):
     clock: Clock
 
     @property
-    def settings(self) -> Settings:
-        """The settings."""
+    def configured(self) -> Settings:
+        """The settings as they were given; files need no online store."""
         ...
 
     @property
@@ -133,7 +133,7 @@ def ingest_files(paths: Sequence[str | Path], source: EventSource, *, workspace:
         SchemaMismatchError: If a file lacks a column, or one has a hopeless type; nothing is ingested.
     """
     started_s = time.perf_counter()
-    settings, now_us = workspace.settings.ingestion, workspace.clock.now_us()
+    settings, now_us = workspace.configured.ingestion, workspace.clock.now_us()
     check = EventCheck(source, future_tolerance_us=settings.future_tolerance_us)
     files = event_files(paths)
     letters = _DeadLetters(workspace.offline_store, source.name, now_us)

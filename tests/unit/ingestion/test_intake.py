@@ -15,10 +15,11 @@ from heliostat.errors import SchemaMismatchError, TooManyEventsError, UnknownSou
 from heliostat.features.definitions import Entity, EventSource
 from heliostat.ingestion.intake import Intake, ingest_files
 from heliostat.schema import INGESTED, TIMESTAMP
-from heliostat.settings import IngestionSettings, Settings
+from heliostat.settings import ClockSettings, IngestionSettings, Settings
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
+from heliostat.workspace import Workspace
 
 NOW_US = parse_instant_us("2020-06-01")
 USER = Entity("user", keys={"user_id": "int64"})
@@ -37,7 +38,7 @@ class Stores:
     """The parts of a workspace that ingestion needs; real ones, in a folder."""
 
     clock: ManualClock
-    settings: Settings
+    configured: Settings
     event_log: EventLog
     offline_store: OfflineStore
 
@@ -111,6 +112,13 @@ def test_file_of_which_nothing_fits_is_reported_as_such(stores: Stores, write: C
     assert report.nothing_fits
     assert report.accepted == 0
     assert not ingest_files([write()], SALES, workspace=stores).nothing_fits
+
+
+def test_files_need_no_online_store_and_start_none(tmp_path: Path, write: Callable[..., Path]) -> None:
+    settings = Settings(home=tmp_path / "home", clock=ClockSettings(kind="replay", replay_from="2020-06-01"))
+    with Workspace.open(settings) as workspace:
+        assert ingest_files([write("1,a,2020-01-01")], SALES, workspace=workspace).accepted == 1
+    assert sorted(each.name for each in settings.home.iterdir()) == ["clock.json", "data"]
 
 
 def test_report_says_how_many_and_why(stores: Stores, write: Callable[..., Path]) -> None:
