@@ -19,12 +19,15 @@ from rich.table import Table
 from heliostat import cluster
 from heliostat.clock import format_instant
 from heliostat.errors import DataError, HeliostatError, ServingUnavailableError
+from heliostat.features.costs import backfill_costs
+from heliostat.features.registry import Plan
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import ingest_files
 from heliostat.models.registry import PRODUCTION
 from heliostat.settings import Settings, load_settings
 from heliostat.storage.embedded import EmbeddedServer
+from heliostat.storage.online_store import OnlineKeys
 from heliostat.telemetry import configure_logging
 from heliostat.workspace import Workspace
 
@@ -205,29 +208,54 @@ def _ready(settings: Settings) -> str | None:
 
 
 @app.command()
+def plan(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """What `apply` would change, and what the backfill of new views costs; changes nothing."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        planned = workspace.features.plan(workspace.definitions)
+        costs = backfill_costs(
+            [workspace.definitions.view(ref) for ref in planned.new_views],
+            workspace.event_log,
+            as_of_us=workspace.clock.now_us(),
+            keys=OnlineKeys(workspace.settings.online.key_prefix, workspace.settings.project),
+            limits=RingLimits.of(workspace.settings.ingestion),
+        )
+    if as_json:
+        _print_json({**planned.to_document(), "backfill": [cost.to_document() for cost in costs]})
+        return
+    _print_plan(planned)
+    for cost in costs:
+        console.print(f"backfill of {', '.join(cost.views)}: {cost}", highlight=False)
+
+
+@app.command()
 def apply(
     config: ConfigOption = None,
     home: HomeOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change, as `plan` does.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Register what the definitions module declares, in one transaction."""
     with Workspace.open(shell_settings(config, home)) as workspace:
         registry = workspace.features
-        plan = registry.plan(workspace.definitions) if dry_run else registry.apply(workspace.definitions)
+        applied = registry.plan(workspace.definitions) if dry_run else registry.apply(workspace.definitions)
     if as_json:
-        _print_json(plan.to_document())
-        return
+        _print_json(applied.to_document())
+    else:
+        _print_plan(applied)
+
+
+def _print_plan(plan: Plan) -> None:
     for sign, what, changes in (
         ("+", "green", plan.added),
         ("~", "yellow", plan.changed),
         ("-", "red", plan.removed),
     ):
         for change in changes:
-            console.print(f"[{what}]{sign}[/] {change.kind} {change.name}@{change.version}", highlight=False)
+            beside = "".join(f", beside {change.name}@{version}" for version in change.beside)
+            console.print(f"[{what}]{sign}[/] {change.kind} {change.ref}{beside}", highlight=False)
             for difference in change.differences:
-                console.print(f"    {difference}", highlight=False)
-    console.print(f"{len(plan.unchanged)} unchanged" + (" (dry run)" if dry_run else ""))
+                console.print(f"    {difference}", highlight=False, markup=False)
+    console.print(f"{len(plan.unchanged)} unchanged")
 
 
 @app.command()
@@ -249,33 +277,56 @@ def ingest(
 
 
 @features_app.command("list")
-def features_list(
-    search: Annotated[str, typer.Argument(help="Words that must all appear.")] = "",
+def features_list(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Registered features, of all versions of views."""
+    _print_features("", config, home, as_json=as_json)
+
+
+@features_app.command("search")
+def features_search(
+    words: Annotated[list[str], typer.Argument(help="Words that must all appear: names, tags, owners, columns, …")],
     config: ConfigOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Registered features."""
+    """Registered features whose metadata hold all of the words."""
+    _print_features(" ".join(words), config, home, as_json=as_json)
+
+
+def _print_features(text: str, config: list[Path] | None, home: Path | None, *, as_json: bool) -> None:
     with Workspace.open(shell_settings(config, home)) as workspace:
-        found = workspace.features.features(search)
+        found = workspace.features.features(text)
     if as_json:
         _print_json([info.to_document() for info in found])
-    else:
-        rows = [
-            (f"{each.view}@{each.version}", each.name.partition("__")[2], each.function, each.owner) for each in found
-        ]
-        _print_table(f"{len(found)} features", ("view", "feature", "what", "owner"), rows)
+        return
+    columns = ("feature", "what", "source", "read by", "owner", "description")
+    rows = [
+        (
+            each.ref,
+            each.function,
+            f"{each.source}: {', '.join(each.columns)}",
+            ", ".join((*each.used_by, *each.versions)) or "-",
+            each.owner,
+            each.description,
+        )
+        for each in found
+    ]
+    _print_table(f"{len(found)} features", columns, rows)
 
 
 @features_app.command("get")
 def features_get(
-    view: Annotated[str, typer.Argument(help="A feature view.")],
-    entity: Annotated[str, typer.Argument(help="An entity's key; several columns are joined by |.")],
+    view: Annotated[str, typer.Argument(help="A feature view, with or without @version.")],
+    entity: Annotated[str | None, typer.Argument(help="An entity's key; several columns are joined by |.")] = None,
     config: ConfigOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """An entity's feature values now, from the online store."""
+    """All that is registered of a view's features; of an entity, their values now, from the online store."""
+    if entity is None:
+        with Workspace.open(shell_settings(config, home)) as workspace:
+            _print_json([info.to_document() for info in workspace.features.view(view)])
+        return
     with Workspace.open(shell_settings(config, home)) as workspace:
         declared = workspace.definitions.view(view)
         text = declared.entity.text(entity)

@@ -46,6 +46,13 @@ class BackfillCost:
     entities_counted: bool
     ring_bytes: int
 
+    def __str__(self) -> str:
+        about = "" if self.entities_counted else "about "
+        return (
+            f"{self.events:,} events in {self.files} files of {_megabytes(self.size_bytes)} to read, "
+            f"{about}{self.entities:,} entities, {_megabytes(self.ring_bytes)} of rings"
+        )
+
     def to_document(self) -> dict[str, Any]:
         """As a JSON object."""
         return {
@@ -81,6 +88,10 @@ def backfill_costs(
     for view in views:
         together.setdefault((view.source.name, view.entity.name), []).append(view)
     return tuple(_cost(each, event_log, as_of_us, keys, limits) for each in together.values())
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"
 
 
 def _cost(

@@ -130,6 +130,12 @@ class Plan:
         """Whether the registry already says what is declared."""
         return not (self.added or self.changed or self.removed)
 
+    @property
+    def new_views(self) -> tuple[str, ...]:
+        """References of the views that have no rings yet."""
+        changes = (*self.added, *self.changed)
+        return tuple(each.ref for each in changes if each.kind == "view" and each.previous != each.version)
+
     def to_document(self) -> dict[str, Any]:
         """As a JSON object."""
         return {
