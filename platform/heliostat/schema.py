@@ -167,6 +167,27 @@ def tie48(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     return (hashes >> np.uint64(16)).astype(np.int64)
 
 
+def text_codes(texts: pa.ChunkedArray | pa.Array) -> NDArray[np.float64]:
+    """Each text as a number that is always the same: the upper 48 bits of its hash, exact in a float64.
+
+    Args:
+        texts: Strings; null becomes NaN.
+
+    Returns:
+        Shape ``(n,)``.
+    """
+    whole = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    encoded = whole.dictionary_encode()
+    codes = np.append(tie48(hash64(encoded.dictionary)).astype(np.float64), np.nan)
+    places: NDArray[np.float64] = codes[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    return places
+
+
+def text_code(text: str) -> float:
+    """One text's number; see `text_codes`."""
+    return float(text_codes(pa.array([text]))[0])
+
+
 def bucket_of(hashes: NDArray[np.uint64], n_buckets: int) -> NDArray[np.int32]:
     """The bucket of each key's hash, in ``[0, n_buckets)``."""
     return (hashes % np.uint64(n_buckets)).astype(np.int32)

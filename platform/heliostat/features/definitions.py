@@ -16,11 +16,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.clock import format_duration, parse_duration_us
 from heliostat.errors import DuplicateNameError, InvalidDefinitionError, UnknownFeatureError
 from heliostat.features.aggregations import Aggregation, FloatArray, Input, check_input
+from heliostat.features.inputs import column_type
 from heliostat.features.request import REQUEST_TYPES, RequestType, RequestTypes, merged_types
 from heliostat.features.sources import (
     Entity,
@@ -272,6 +274,17 @@ class FeatureView:
         derived = [self.derived_features[name] for name in self.needed(features) if name in self.derived_features]
         names = {name for each in derived for name in each.request}
         return {name: dtype for name, dtype in self.request.items() if name in names}
+
+    @cached_property
+    def categorical(self) -> tuple[str, ...]:
+        """The features whose values are codes of texts (`heliostat.schema.text_codes`): categories, no quantities."""
+        return tuple(
+            name
+            for name, each in self.base_features.items()
+            if each.takes_texts
+            and each.column is not None
+            and pa.types.is_string(column_type(each.column, self.source.schema, at=f"feature {self.name}.{name}"))
+        )
 
     @property
     def stored_features(self) -> tuple[str, ...]:

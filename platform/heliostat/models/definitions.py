@@ -270,6 +270,11 @@ class ModelSpec:
         return tuple({ref.view.ref: ref.view for ref in self.feature_refs}.values())
 
     @cached_property
+    def categorical(self) -> tuple[str, ...]:
+        """Qualified names of the features that are categories."""
+        return tuple(ref.name for ref in self.feature_refs if ref.feature in ref.view.categorical)
+
+    @cached_property
     def inputs(self) -> RequestTypes:
         """What a request for a prediction has to bring, and a spine to train on: type by name."""
         return request_types(self.feature_refs)

@@ -3,7 +3,7 @@
 ``model.txt``       LightGBM's own text
 ``signature.json``  the features that the matrix's columns are, in order, with their types
 ``profile.json``    the reference profile that drift is measured against, if there is one
-``package.json``    objective, calibration, parameters, metrics
+``package.json``    objective, calibration, parameters, metrics, known categories
 
 The files say the same things the same way each time, so that the same model has the same
 digest (see `heliostat.storage.artifact_store`). The profile is any JSON document here: what
@@ -22,6 +22,7 @@ import orjson
 from numpy.typing import NDArray
 
 from heliostat.errors import InvalidPackageError, SignatureMismatchError, UnknownFeatureError
+from heliostat.models.categories import Categories
 from heliostat.models.definitions import ModelSpec
 
 FloatArray = NDArray[np.float64]
@@ -33,6 +34,7 @@ PROFILE_FILE: Final = "profile.json"
 PACKAGE_FILE: Final = "package.json"
 _FORMAT: Final = 1
 _DTYPE: Final = "float64"
+_CATEGORY: Final = "category"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,13 @@ class Signature:
 
     Attributes:
         names: Qualified feature names, ``view__feature``, in the matrix's order.
+        categorical: Those of them that are categories: codes of texts.
+        inputs: What a request has to bring: name and type.
     """
 
     names: tuple[str, ...]
+    categorical: tuple[str, ...] = ()
+    inputs: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
@@ -52,7 +58,7 @@ class Signature:
     @classmethod
     def of(cls, spec: ModelSpec) -> Signature:
         """The signature that a declared model's versions have."""
-        return cls(spec.feature_names)
+        return cls(spec.feature_names, spec.categorical, tuple(spec.inputs.items()))
 
     def check(self, names: Sequence[str], *, what: str) -> None:
         """Refuse other names, other numbers and another order.
@@ -89,7 +95,9 @@ class Signature:
 
     def to_document(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {"format": _FORMAT, "features": [[name, _DTYPE] for name in self.names]}
+        types = dict.fromkeys(self.names, _DTYPE) | dict.fromkeys(self.categorical, _CATEGORY)
+        document = {"format": _FORMAT, "features": [[name, types[name]] for name in self.names]}
+        return {**document, "inputs": [list(each) for each in self.inputs]} if self.inputs else document
 
     @classmethod
     def from_document(cls, document: Document) -> Signature:
@@ -100,9 +108,14 @@ class Signature:
         """
         _check_format(document, SIGNATURE_FILE)
         for name, dtype in document["features"]:
-            if dtype != _DTYPE:
-                raise InvalidPackageError(SIGNATURE_FILE, f"feature {name!r} is {dtype}; this release reads {_DTYPE}")
-        return cls(tuple(name for name, _ in document["features"]))
+            if dtype not in (_DTYPE, _CATEGORY):
+                known = f"{_DTYPE} and {_CATEGORY}"
+                raise InvalidPackageError(SIGNATURE_FILE, f"feature {name!r} is {dtype}; this release reads {known}")
+        return cls(
+            tuple(name for name, _ in document["features"]),
+            tuple(name for name, dtype in document["features"] if dtype == _CATEGORY),
+            tuple((name, dtype) for name, dtype in document.get("inputs", ())),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +156,7 @@ class ModelPackage:
         metrics: Figures from its evaluation, as a JSON object.
         parameters: What it was trained with, as a JSON object.
         calibration: Applied to the booster's scores, or None.
+        categories: What the booster knows of each categorical feature.
 
     Raises:
         InvalidPackageError: If the parts contradict each other or can't be read.
@@ -155,6 +169,7 @@ class ModelPackage:
     metrics: Document = field(default_factory=dict)
     parameters: Document = field(default_factory=dict)
     calibration: Calibration | None = None
+    categories: Categories = field(default_factory=Categories)
 
     def __post_init__(self) -> None:
         # LightGBM ends the whole process when it is given half of a model, so it isn't.
@@ -173,6 +188,8 @@ class ModelPackage:
             "metrics": self.metrics,
             "parameters": self.parameters,
         }
+        if self.categories:
+            package["categories"] = self.categories.to_document()
         files = {
             MODEL_FILE: self.booster_text.encode(),
             SIGNATURE_FILE: _to_json(self.signature.to_document()),
@@ -203,6 +220,7 @@ class ModelPackage:
             metrics=package["metrics"],
             parameters=package["parameters"],
             calibration=None if calibration is None else Calibration(tuple(calibration[0]), tuple(calibration[1])),
+            categories=Categories.from_document(package.get("categories", {})),
         )
 
     def load(self) -> LoadedModel:
@@ -260,8 +278,9 @@ class LoadedModel:
             raise SignatureMismatchError("the feature matrix", (f"it is {matrix.dtype}, not {_DTYPE}",), expected)
         if len(matrix) == 0:
             return np.empty(0, dtype=np.float64)
+        known = self.package.categories.encoded(matrix, expected)
         # One thread: a replica scores small batches, and its neighbours have the other cores.
-        scores = np.asarray(self._booster.predict(matrix, num_threads=1), dtype=np.float64)
+        scores = np.asarray(self._booster.predict(known, num_threads=1), dtype=np.float64)
         return scores if self.package.calibration is None else self.package.calibration(scores)
 
 

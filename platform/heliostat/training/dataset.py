@@ -169,8 +169,7 @@ def split_spine(
             f"its rows reach from {format_instant(spine.first_us)} to {format_instant(spine.last_us)}: validate from "
             "another instant, or give more rows",
         )
-    parts = [(int(part[0]), int(part[-1])) for part in (train, validation)]
-    return Split(*parts, of_spine=True)
+    return Split((int(train[0]), int(train[-1])), (int(validation[0]), int(validation[-1])), of_spine=True)
 
 
 def _grid(last_us: int, first_event_us: int) -> list[int]:
@@ -319,8 +318,8 @@ def build_training_set(
     rows = ModelRows.of(spec, event_log, split.all_us, extra=extra, spine=spine)
     table = (rows_of or rows_with_ray)(rows)
     if split.of_spine:
-        instants = times_us(table.column(AS_OF))
-        table = table.filter(pa.array((instants <= split.train_us[-1]) | (instants >= split.validation_us[0])))
+        at_us = times_us(table.column(AS_OF))
+        table = table.filter(pa.array((at_us <= split.train_us[-1]) | (at_us >= split.validation_us[0])))
     order = [(AS_OF, "ascending"), *((column, "ascending") for column in spec.entity.key_columns)]
     digest = "" if spine is None else spine.digest
     training_set = TrainingSet(spec, table.sort_by(order).combine_chunks(), split, rows.log_versions, digest)

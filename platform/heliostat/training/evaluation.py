@@ -270,10 +270,10 @@ def default_slices(as_of_us: NDArray[np.int64], columns: Mapping[str, FloatArray
     instants = np.unique(as_of_us)
     if len(instants) > _SLICED_INSTANTS:
         first_us, second_us = (int(instants[len(instants) * part // 3]) for part in (1, 2))
-        first, second = format_instant(first_us), format_instant(second_us)
-        slices[f"as_of<={first}"] = as_of_us <= first_us
-        slices[f"{first}<as_of<={second}"] = (as_of_us > first_us) & (as_of_us <= second_us)
-        slices[f"as_of>{second}"] = as_of_us > second_us
+        begin, end = format_instant(first_us), format_instant(second_us)
+        slices[f"as_of<={begin}"] = as_of_us <= first_us
+        slices[f"{begin}<as_of<={end}"] = (as_of_us > first_us) & (as_of_us <= second_us)
+        slices[f"as_of>{end}"] = as_of_us > second_us
     elif len(instants) > 1:
         slices.update({f"as_of={format_instant(int(each))}": as_of_us == each for each in instants})
     for name, values in columns.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightgbm as lgb
@@ -19,8 +19,9 @@ import numpy as np
 import ray
 
 from heliostat.errors import TrainingDataError, TrainingFailedError
+from heliostat.models.categories import Categories
 from heliostat.models.definitions import ModelSpec
-from heliostat.models.metrics import metric_named, point
+from heliostat.models.metrics import FloatArray, metric_named, point
 from heliostat.settings import TrainingSettings
 from heliostat.training.dataset import Examples, TrainingSet
 
@@ -47,12 +48,14 @@ class Recipe:
         names: Qualified feature names, in the matrix's order.
         metric: What trials are compared by.
         parameters: LightGBM parameters that no search changes.
+        categorical: Columns that are categories.
     """
 
     model: str
     names: tuple[str, ...]
     metric: str
     parameters: Parameters
+    categorical: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, spec: ModelSpec, *, seed: int) -> Recipe:
@@ -74,7 +77,18 @@ class Recipe:
             "force_row_wise": True,
             "verbosity": -1,
         }
-        return cls(spec.name, spec.feature_names, spec.metric, parameters)
+        columns = tuple(spec.feature_names.index(name) for name in spec.categorical)
+        return cls(spec.name, spec.feature_names, spec.metric, parameters, columns)
+
+    def dataset(self, matrix: FloatArray, labels: FloatArray, parameters: Parameters) -> lgb.Dataset:
+        """Rows as LightGBM takes them; categories encoded."""
+        return lgb.Dataset(
+            matrix,
+            labels,
+            feature_name=list(self.names),
+            categorical_feature=list(self.categorical) or "auto",
+            params=dict(parameters),
+        )
 
 
 def drawn_parameters(spec: ModelSpec, trials: int, *, seed: int) -> list[dict[str, Any]]:
@@ -151,15 +165,19 @@ class Trial:
         return {"parameters": dict(self.parameters), "rounds": self.rounds, "value": self.value, "loss": self.loss}
 
 
-def make_fold(training_set: TrainingSet) -> Fold:
+def make_fold(training_set: TrainingSet, categories: Categories | None = None) -> Fold:
     """Part the training rows: the last instants are watched, those a label horizon earlier learned from.
 
     When time doesn't allow that, one entity in five is watched instead.
 
+    Args:
+        training_set: Its training rows.
+        categories: How categories are encoded.
+
     Raises:
         TrainingDataError: If a part would be empty, or has one class only.
     """
-    spec, training = training_set.spec, training_set.training
+    spec, training = training_set.spec, encoded(training_set.training, training_set.spec, categories)
     watched_us = training_set.split.watched_from_us(training.as_of_us)
     early = training.as_of_us <= watched_us - spec.label.horizon_us
     watch = training.as_of_us >= watched_us
@@ -172,6 +190,13 @@ def make_fold(training_set: TrainingSet) -> Fold:
             problem = f"{len(labels)} rows to {name}" + (f", all labelled {labels[0]:g}" if len(labels) else "")
             raise TrainingDataError(spec.name, problem, "take more or other instants, or a larger population")
     return Fold(training.where(early), training.where(watch))
+
+
+def encoded(examples: Examples, spec: ModelSpec, categories: Categories | None) -> Examples:
+    """Rows as the booster takes them."""
+    if not categories:
+        return examples
+    return replace(examples, matrix=categories.encoded(examples.matrix, spec.feature_names))
 
 
 def fit_watched(
@@ -187,7 +212,7 @@ def fit_watched(
         report: Told ``loss`` and ``rounds`` every so often.
     """
     parameters = {**recipe.parameters, **drawn, "num_threads": 1}
-    fit = lgb.Dataset(fold.fit.matrix, fold.fit.labels, feature_name=list(recipe.names), params=parameters)
+    fit = recipe.dataset(fold.fit.matrix, fold.fit.labels, parameters)
     watch = lgb.Dataset(fold.watch.matrix, fold.watch.labels, reference=fit)
 
     def told(env: lgb.callback.CallbackEnv) -> None:
@@ -303,7 +328,7 @@ def fit_final(recipe: Recipe, training: Examples, best: Trial, *, workers: int, 
         train_loop_config={
             "parameters": {**recipe.parameters, **best.parameters, "num_threads": 1},
             "rounds": best.rounds,
-            "names": list(recipe.names),
+            "recipe": recipe,
             # Not a Ray Dataset: its shards differ from run to run, and so would the booster.
             "shards": [ray.put((training.matrix[rows], training.labels[rows])) for rows in parts],
         },
@@ -328,5 +353,5 @@ def _fit_worker(config: dict[str, Any]) -> str:
     parameters = dict(config["parameters"])
     if context.get_world_size() > 1:
         parameters |= {"tree_learner": "data", "pre_partition": True, **get_network_params()}
-    rows = lgb.Dataset(matrix, labels, feature_name=config["names"], params=parameters)
+    rows = config["recipe"].dataset(matrix, labels, parameters)
     return str(lgb.train(parameters, rows, num_boost_round=config["rounds"]).model_to_string())

@@ -21,6 +21,7 @@ import pyarrow as pa
 from heliostat.clock import format_instant, parse_instant_us
 from heliostat.errors import StaleVersionError
 from heliostat.features.definitions import FeatureRef, request_types
+from heliostat.models.categories import Categories
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.metrics import Estimate, FloatArray, gain, measure, metric_named
 from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
@@ -46,7 +47,7 @@ from heliostat.training.evaluation import (
     evaluate,
     judge,
 )
-from heliostat.training.fitting import Recipe, Trial, drawn_parameters, fit_final, make_fold, search
+from heliostat.training.fitting import Recipe, Trial, drawn_parameters, encoded, fit_final, make_fold, search
 from heliostat.training.lineage import lineage_of
 from heliostat.workspace import Workspace
 
@@ -201,19 +202,22 @@ def train(
         training_set = build_training_set(spec, workspace.event_log, split, extra=needed, spine=given)
         training = training_set.training
     recipe = Recipe.of(spec, seed=settings.seed)
+    categories = Categories.learned(training.matrix, spec.feature_names, spec.categorical)
     with _scratch(workspace) as storage:
         with stopwatch.stage("search"):
             sets = drawn_parameters(spec, settings.trials, seed=settings.seed)
             what = f"{len(sets)} parameter sets" if len(sets) > 1 else "the declared parameters"
             tell(f"trying {what} on {len(training):,} rows")
-            trials = search(recipe, make_fold(training_set), sets, settings, storage=storage)
+            trials = search(recipe, make_fold(training_set, categories), sets, settings, storage=storage)
         with stopwatch.stage("fit"):
             tell(f"fitting {trials[0].rounds} rounds on {settings.workers} worker(s)")
-            text = fit_final(recipe, training, trials[0], workers=settings.workers, storage=storage)
+            text = fit_final(
+                recipe, encoded(training, spec, categories), trials[0], workers=settings.workers, storage=storage
+            )
     with stopwatch.stage("verdict"):
         tell(f"judging on {len(training_set.validation):,} rows that no step has seen")
         parameters = {**recipe.parameters, **trials[0].parameters, "rounds": trials[0].rounds}
-        package = ModelPackage(text, Signature.of(spec), spec.objective, parameters=parameters)
+        package = ModelPackage(text, Signature.of(spec), spec.objective, parameters=parameters, categories=categories)
         report = conclude(workspace, spec, training_set, package, trials, production=production)
         if promote and report.gate.passed:
             tell(f"promoting version {report.version}")
