@@ -24,6 +24,7 @@ from deployments.http import Meter, answer_to, install_error_handlers, json_resp
 from heliostat.clock import Clock, format_instant
 from heliostat.errors import HeliostatError, TooManyEventsError
 from heliostat.experiments.assignment import RoutingDocument
+from heliostat.features.categories import CategoryDictionary
 from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.models.registry import ModelRegistry, ModelVersion
@@ -52,6 +53,7 @@ class Parts:
         store: The online store.
         streams: Where actuals go.
         intake: Takes events in.
+        categories: Tells the texts of categorical features.
         models: Registered versions.
         route: A model's current routing document; blocks.
         meter: Counts.
@@ -66,6 +68,7 @@ class Parts:
     store: AsyncOnlineStore
     streams: AsyncStreams
     intake: Intake
+    categories: CategoryDictionary
     models: ModelRegistry
     route: Callable[[str], RoutingDocument | None]
     meter: Meter
@@ -164,6 +167,11 @@ class Api:
         reader = self._parts.readers.of(tuple(declared.pinned[name].name for name in stored))
         now_us = self._parts.clock.now_us()
         batch, _ = await reader.aread(self._parts.store, [text], as_of_us=now_us)
+        values: dict[str, float | str] = dict(zip(stored, batch.matrix[0].tolist(), strict=True))
+        for name in declared.categorical:
+            codes = batch.matrix[0, [stored.index(name)]]
+            (known,) = await asyncio.to_thread(self._parts.categories.texts, declared, name, codes)
+            values[name] = values[name] if known is None else known
         needing = {name: declared.request_of([name]) for name in declared.feature_names if name not in stored}
         return json_response(
             {
@@ -171,7 +179,7 @@ class Api:
                 "entity": declared.entity.parse(text),
                 "as_of": format_instant(now_us),
                 "absent": bool(batch.absent[0, 0]),
-                "features": dict(zip(stored, batch.matrix[0].tolist(), strict=True)),
+                "features": values,
                 "needs_inputs": {name: list(needed) for name, needed in needing.items()},
             }
         )

@@ -146,6 +146,7 @@ def gateway_parts(
         clock=workspace.clock,
         settings=settings.ingestion,
         n_buckets=settings.storage.buckets,
+        categories=workspace.categories,
     )
 
     async def close() -> None:
@@ -163,6 +164,7 @@ def gateway_parts(
         store=store,
         streams=streams,
         intake=intake,
+        categories=workspace.categories,
         models=workspace.models,
         route=workspace.rollout.current,
         meter=meter,

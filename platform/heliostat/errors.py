@@ -23,7 +23,7 @@
     │   └── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
     ├── ConflictError              somebody else was first, or a rule forbids it
     │   ├── PromotionConflictError  GateFailedError  RollbackError  RolloutError  ViewInUseError
-    │   └── HistoryNeededError  EntityBusyError
+    │   └── CategoryCollisionError  HistoryNeededError  EntityBusyError
     ├── GatewayError               a client's request that a gateway refused, in the gateway's words
     │   └── GatewayUnreachableError
     └── StorageError               a store can't be reached, or can't be trusted
@@ -636,6 +636,20 @@ class PromotionConflictError(ConflictError):
         return (
             f"alias {self.alias!r} of model {self.model!r} was expected at {self.expected} but is at {self.found}: "
             f"somebody moved it. Look again (heliostat models show {self.model}) and repeat if it still holds"
+        )
+
+
+class CategoryCollisionError(ConflictError):
+    """Two texts of one column have the same code: one of them would be taken for the other."""
+
+    def __init__(self, column: str, text: str, other: str, code: int) -> None:
+        super().__init__(column, text, other, code)
+        self.column, self.text, self.other, self.code = column, text, other, code
+
+    def __str__(self) -> str:
+        return (
+            f"{self.column}: {self.text!r} and {self.other!r} have the same code {self.code}; write one of them "
+            "otherwise, or leave the column out of categorical features"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 from heliostat.clock import Clock
 from heliostat.errors import DefinitionError, HeliostatError, MissingFileError, RolloutError
 from heliostat.experiments.rollout import Rollout
+from heliostat.features.categories import CategoryDictionary
 from heliostat.features.registry import FeatureRegistry
 from heliostat.models.definitions import Definitions
 from heliostat.models.registry import ModelRegistry
@@ -94,6 +95,11 @@ class Workspace:
     def catalog(self) -> Catalog:
         """Versions, aliases, lineage, experiments and verdicts."""
         return Catalog.open(self._given.catalog_url)
+
+    @cached_property
+    def categories(self) -> CategoryDictionary:
+        """The texts of categorical features."""
+        return CategoryDictionary(lambda: self.catalog, self.definitions.views.values(), self.clock)
 
     @cached_property
     def event_log(self) -> EventLog:

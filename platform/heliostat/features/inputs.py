@@ -20,6 +20,7 @@ from heliostat.schema import text_codes
 
 FloatArray = NDArray[np.float64]
 ColumnLike: TypeAlias = str | pc.Expression
+Categories: TypeAlias = tuple[str, ...] | tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +32,21 @@ class Input:
         where: Condition an event must meet (null is not met), or None.
         nulls: Whether an event counts that has no value: then it says "null", instead of nothing.
         texts: Whether texts are taken: as their codes (`heliostat.schema.text_codes`).
+        categories: The only values that count, if there are any; one's value is then 2^position.
     """
 
     column: ColumnLike | None
     where: pc.Expression | None
     nulls: bool = False
     texts: bool = False
+    categories: Categories = ()
 
     @property
     def key(self) -> str:
         """Equal for inputs that mean the same."""
-        return f"{text_of(self.column)} | {text_of(self.where)}" + (" | nulls" if self.nulls else "")
+        nulls = " | nulls" if self.nulls else ""
+        categories = f" | {list(self.categories)!r}" if self.categories else ""
+        return f"{text_of(self.column)} | {text_of(self.where)}{nulls}{categories}"
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,8 @@ def evaluate(events: pa.Table, inputs: Iterable[Input]) -> dict[str, InputValues
             values, used = np.ones(n), np.ones(n, dtype=np.bool_)
         else:
             name = each.column
-            values = _as_float(events.column(name) if isinstance(name, str) else columns[str(name)])
-            used = np.isfinite(values)
-            if each.nulls:
-                values, used = np.where(used, values, np.nan), np.ones(n, dtype=np.bool_)
+            column = events.column(name) if isinstance(name, str) else columns[str(name)]
+            values, used = _members(column, each.categories) if each.categories else _numbers(column, nulls=each.nulls)
         if each.where is not None:
             used = used & _as_mask(columns[str(each.where)])
         result[key] = InputValues(values, used)
@@ -107,16 +110,30 @@ def check_input(given: Input, schema: pa.Schema, *, at: str) -> None:
         ExpressionError: If it gives something other than numbers (or texts, where those are taken), or a
             condition that isn't true or false.
     """
-    if given.column is not None:
+    if given.column is not None and given.categories:
+        _check_categories(given, column_type(given.column, schema, at=at), at)
+    elif given.column is not None:
         dtype = column_type(given.column, schema, at=at)
         number = pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_boolean(dtype)
-        if not (number or (given.texts and pa.types.is_string(dtype))):
-            needed = "numbers, booleans or texts" if given.texts else "numbers or booleans"
+        plain_text = isinstance(given.column, str) and pa.types.is_string(dtype)
+        if not (number or (given.texts and plain_text)):
+            needed = "numbers, booleans or a column of texts" if given.texts else "numbers or booleans"
             raise ExpressionError(str(given.column), at, f"it gives {dtype}, and {needed} are needed")
     if given.where is not None:
         dtype = _result(given.where, schema, at)
         if not pa.types.is_boolean(dtype):
             raise ExpressionError(str(given.where), at, f"a condition gives true or false, this gives {dtype}")
+
+
+def _check_categories(given: Input, dtype: pa.DataType, at: str) -> None:
+    try:
+        pa.array(given.categories, dtype)
+        fits = pa.types.is_integer(dtype) or pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        fits = False
+    if not fits:
+        categories = ", ".join(repr(each) for each in given.categories)
+        raise ExpressionError(str(given.column), at, f"it gives {dtype}, which can't hold the categories {categories}")
 
 
 def column_type(column: ColumnLike, schema: pa.Schema, *, at: str) -> pa.DataType:
@@ -154,6 +171,19 @@ def _project(events: pa.Table, expressions: Mapping[str, pc.Expression]) -> dict
     )
     projected = plan.to_table(use_threads=False)
     return {key: projected.column(name) for key, name in zip(expressions, names, strict=True)}
+
+
+def _numbers(column: pa.ChunkedArray, *, nulls: bool) -> tuple[FloatArray, NDArray[np.bool_]]:
+    values = _as_float(column)
+    used = np.isfinite(values)
+    return (np.where(used, values, np.nan), np.ones(len(values), dtype=np.bool_)) if nulls else (values, used)
+
+
+def _members(column: pa.ChunkedArray, categories: Categories) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """2^position of each category; what is none of them isn't used."""
+    position = pc.fill_null(pc.index_in(column, value_set=pa.array(categories, column.type)), -1)
+    found = position.combine_chunks().to_numpy(zero_copy_only=False)
+    return np.ldexp(1.0, np.maximum(found, 0)), found >= 0
 
 
 def _as_float(column: pa.ChunkedArray) -> FloatArray:

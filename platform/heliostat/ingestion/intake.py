@@ -6,6 +6,7 @@ refused with a reason. Both are idempotent on the event id.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -17,7 +18,8 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 
 from heliostat.clock import Clock
-from heliostat.errors import TooManyEventsError, UnknownSourceError
+from heliostat.errors import CatalogUnavailableError, TooManyEventsError, UnknownSourceError
+from heliostat.features.categories import CategoryDictionary
 from heliostat.features.definitions import EventSource, FeatureView
 from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.tiles import RingLimits, ring_layout
@@ -60,6 +62,11 @@ class Stores(Protocol):
     @property
     def offline_store(self) -> OfflineStore:
         """Where refused rows go."""
+        ...
+
+    @property
+    def categories(self) -> CategoryDictionary:
+        """Learns the texts of categorical features."""
         ...
 
 
@@ -131,6 +138,7 @@ def ingest_files(paths: Sequence[str | Path], source: EventSource, *, workspace:
         MissingFileError: If a path doesn't exist.
         InvalidValueError: If a file can't be read as what its name says.
         SchemaMismatchError: If a file lacks a column, or one has a hopeless type; nothing is ingested.
+        CategoryCollisionError: If two texts of a categorical feature have one code; nothing is ingested.
     """
     started_s = time.perf_counter()
     settings, now_us = workspace.configured.ingestion, workspace.clock.now_us()
@@ -141,6 +149,7 @@ def ingest_files(paths: Sequence[str | Path], source: EventSource, *, workspace:
         for file in files:
             for batch in read_batches(file, check, batch_rows=settings.batch_rows):
                 checked = check.check(batch.rows, now_us=now_us)
+                _learn(workspace.categories, source.name, workspace.categories.unknown(source.name, checked.accepted))
                 bulk.add(checked.accepted)
                 letters.add(batch, checked)
         letters.flush()  # before the commit: once the events are in, nobody would look for them again
@@ -225,6 +234,15 @@ class _Batch:
     checked: Checked
     rings: LiveRings
     updates: list[EventUpdate]
+    texts: Mapping[str, Mapping[int, str]]
+
+
+def _learn(categories: CategoryDictionary, source: str, texts: Mapping[str, Mapping[int, str]]) -> None:
+    """Features need no dictionary: a catalog that is down stops no event."""
+    try:
+        categories.learn(source, texts)
+    except CatalogUnavailableError as error:
+        _log.warning("new categories of %s aren't written down yet: %s", source, error)
 
 
 class Intake:
@@ -237,6 +255,7 @@ class Intake:
         clock: Tells the present.
         settings: How events are taken in.
         n_buckets: The event log's number of buckets.
+        categories: Learns the texts of categorical features; None: nobody does.
     """
 
     def __init__(
@@ -248,8 +267,9 @@ class Intake:
         clock: Clock,
         settings: IngestionSettings,
         n_buckets: int,
+        categories: CategoryDictionary | None = None,
     ) -> None:
-        self._online, self._clock, self._settings = online, clock, settings
+        self._online, self._clock, self._settings, self._categories = online, clock, settings, categories
         limits = RingLimits(lateness_us=settings.lateness_us, future_tolerance_us=settings.future_tolerance_us)
         self._remember_ms = remember_ms(limits)
         self._sources = {source.name: source for source in sources}
@@ -259,7 +279,7 @@ class Intake:
         self._rings = {
             source.name: LiveRings(
                 source,
-                [ring_layout(view, limits) for view in views if view.source is source],
+                [ring_layout(view, limits) for view in views if view.source.name == source.name],
                 keys=online.keys,
                 n_buckets=n_buckets,
             )
@@ -285,6 +305,8 @@ class Intake:
         if not isinstance(self._online, OnlineStore):
             raise TypeError("this intake has an asyncio store; use asubmit")
         batch = self._prepared(source, events)
+        if self._categories is not None and batch.texts:
+            _learn(self._categories, source, batch.texts)
         outcomes = self._online.apply_events(batch.updates, remember_ms=self._remember_ms)
         return _results(batch, outcomes)
 
@@ -293,6 +315,8 @@ class Intake:
         if not isinstance(self._online, AsyncOnlineStore):
             raise TypeError("this intake has a blocking store; use submit")
         batch = self._prepared(source, events)
+        if self._categories is not None and batch.texts:  # seldom: the first time that a process sees them
+            await asyncio.to_thread(_learn, self._categories, source, batch.texts)
         outcomes = await self._online.apply_events(batch.updates, remember_ms=self._remember_ms)
         return _results(batch, outcomes)
 
@@ -307,7 +331,8 @@ class Intake:
         rings = self._rings[name]
         accepted = checked.accepted
         updates = rings.updates(accepted, event_entries(accepted, ingested_us=now_us)) if accepted.num_rows else []
-        return _Batch(source, events, checked, rings, updates)
+        texts = {} if self._categories is None else self._categories.unknown(name, accepted)
+        return _Batch(source, events, checked, rings, updates, texts)
 
 
 def _results(batch: _Batch, outcomes: Sequence[EventOutcome]) -> list[EventResult]:

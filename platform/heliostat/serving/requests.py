@@ -18,6 +18,7 @@ from heliostat.errors import InvalidFieldError, MalformedBodyError, MissingInput
 from heliostat.features.definitions import Entity
 from heliostat.features.request import EXPECTED, RequestTypes, request_value
 from heliostat.models.definitions import Definitions, ModelSpec
+from heliostat.schema import text_code
 
 _INT64 = 2**63
 _FIELDS = ("model", "entity_ids", "features", "inputs")
@@ -376,6 +377,9 @@ def _values(given: object, spec: ModelSpec, known: Collection[str], where: str) 
             raise UnknownOverrideError(name, spec.name, tuple(known))
         if value is None:
             values[name] = math.nan
+            continue
+        if isinstance(value, str) and any(name in (each, each.split("__", 1)[1]) for each in spec.categorical):
+            values[name] = text_code(value)
             continue
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise InvalidFieldError(f"{where}.{name}", f"is {_kind(value)}", "a finite number, true, false or null")

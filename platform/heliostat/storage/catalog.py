@@ -14,7 +14,7 @@ there is no second copy that could disagree with its history.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -36,6 +36,7 @@ from heliostat.storage.catalog_tables import (
     VerdictRow,
     VersionRow,
     alias_changes,
+    categories,
     definitions,
     metadata,
     model_versions,
@@ -48,6 +49,7 @@ from heliostat.storage.catalog_tables import (
 _Row = TypeVar("_Row")
 
 _BUSY_TIMEOUT_S: Final = 30
+_CODES_AT_ONCE: Final = 500
 _CONNECT_TIMEOUT_S: Final = 10
 _WRITER_LOCK: Final = 0x48454C494F  # "HELIO": the advisory lock that makes a PostgreSQL catalog single-writer.
 
@@ -150,6 +152,17 @@ class CatalogReader:
             query = query.where(runs.c.kind == kind)
         return self._all(RunRow, query)
 
+    def categories(self, source: str, column: str, codes: Iterable[int]) -> dict[int, str]:
+        """What the dictionary says of some codes of a source's column: text by code."""
+        found: dict[int, str] = {}
+        asked = list(codes)
+        for part in (asked[first : first + _CODES_AT_ONCE] for first in range(0, len(asked), _CODES_AT_ONCE)):
+            query = select(categories.c.code, categories.c.text).where(
+                (categories.c.source == source) & (categories.c.column == column) & categories.c.code.in_(part)
+            )
+            found.update({int(code): str(text) for code, text in self._connection.execute(query)})
+        return found
+
 
 class CatalogWriter(CatalogReader):
     """The rows inside the one write transaction: nothing that it reads can change before it ends."""
@@ -182,6 +195,12 @@ class CatalogWriter(CatalogReader):
     def add_route(self, row: RouteRow) -> None:
         """Replace a model's routing document: ``revision`` is one above the current one, or 1."""
         self._connection.execute(insert(routes).values(**_as_values(row)))
+
+    def add_categories(self, source: str, column: str, texts: Mapping[int, str], *, at_us: int) -> None:
+        """Add to the dictionary of a source's column; what it says of a code can't be changed afterwards."""
+        shared = {"source": source, "column": column, "at_us": at_us}
+        values = [{**shared, "code": code, "text": each} for code, each in texts.items()]
+        self._connection.execute(insert(categories), values)
 
     def add_verdict(self, model: str, version: int | None, kind: str, document: Document, *, at_us: int) -> int:
         """Record what was concluded; returns the verdict's number."""
@@ -290,6 +309,13 @@ class Catalog:
             found = self._schema_version()
         if found != SCHEMA_VERSION:
             raise CatalogSchemaError(self.url, int(found or 0), SCHEMA_VERSION)
+        if self._lacks_tables():  # a later release brought more of them
+            with self.write() as rows:
+                metadata.create_all(rows._connection)
+
+    def _lacks_tables(self) -> bool:
+        with _translated(self.url), self._engine.connect() as connection:
+            return not set(metadata.tables) <= set(inspect(connection).get_table_names())
 
     def _schema_version(self) -> int | None:
         with _translated(self.url), self._engine.connect() as connection:

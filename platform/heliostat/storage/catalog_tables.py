@@ -1,7 +1,7 @@
 """The catalog's tables, and the rows that come out of them.
 
-Evidence (model versions, alias changes, routes, verdicts) is append-only: triggers refuse
-every UPDATE and DELETE, whoever sends it.
+Evidence (model versions, alias changes, routes, verdicts) and the dictionary of categories are
+append-only: triggers refuse every UPDATE and DELETE, whoever sends it.
 """
 
 from __future__ import annotations
@@ -81,6 +81,14 @@ class _RouteColumns(TypedColumns):
     at_us = Column(BigInteger, nullable=False)
 
 
+class _CategoryColumns(TypedColumns):
+    source: Named[str] = Column(primary_key=True)
+    column: Named[str] = Column(primary_key=True)
+    code = Column(BigInteger, primary_key=True, autoincrement=False)
+    text: Named[str]
+    at_us = Column(BigInteger, nullable=False)
+
+
 class _VerdictColumns(TypedColumns):
     id = Column(_RowId, Identity(), primary_key=True)
     model: Named[str] = Column(index=True)
@@ -109,6 +117,7 @@ definitions = Table("definitions", metadata, _DefinitionColumns)
 model_versions = Table("model_versions", metadata, _VersionColumns)
 alias_changes = Table("alias_changes", metadata, _AliasColumns, _version_key())
 routes = Table("routes", metadata, _RouteColumns)
+categories = Table("categories", metadata, _CategoryColumns)
 verdicts = Table("verdicts", metadata, _VerdictColumns)
 runs = Table("runs", metadata, _RunColumns)
 
@@ -125,7 +134,7 @@ _NEVER = {
         FOR EACH ROW EXECUTE FUNCTION %(table)s_no_{verb}()
     """,
 }
-for _table in (model_versions, alias_changes, routes, verdicts):
+for _table in (model_versions, alias_changes, routes, verdicts, categories):
     for _dialect, _trigger in _NEVER.items():
         for _verb in ("update", "delete"):
             _ddl = DDL(_trigger.format(verb=_verb, refusal=_REFUSAL))  # type: ignore[no-untyped-call] # SQLAlchemy's

@@ -12,10 +12,12 @@ import pytest
 
 from heliostat.clock import ManualClock, parse_instant_us
 from heliostat.errors import SchemaMismatchError, TooManyEventsError, UnknownSourceError
+from heliostat.features.categories import CategoryDictionary
 from heliostat.features.definitions import Entity, EventSource
 from heliostat.ingestion.intake import Intake, ingest_files
 from heliostat.schema import INGESTED, TIMESTAMP
 from heliostat.settings import ClockSettings, IngestionSettings, Settings
+from heliostat.storage.catalog import Catalog
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
@@ -41,13 +43,16 @@ class Stores:
     configured: Settings
     event_log: EventLog
     offline_store: OfflineStore
+    categories: CategoryDictionary
 
 
 @pytest.fixture
 def stores(tmp_path: Path) -> Stores:
     root = str(tmp_path / "data")
     settings = Settings(ingestion=IngestionSettings(batch_rows=2))
-    return Stores(ManualClock(NOW_US), settings, EventLog(root, n_buckets=2), OfflineStore(root))
+    clock = ManualClock(NOW_US)
+    categories = CategoryDictionary(lambda: Catalog.open(f"sqlite:///{tmp_path}/catalog.db"), [], clock)
+    return Stores(clock, settings, EventLog(root, n_buckets=2), OfflineStore(root), categories)
 
 
 @pytest.fixture
