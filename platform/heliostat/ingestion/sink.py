@@ -7,8 +7,11 @@ they are applied, and only trims; two sinks at once can't both apply an entry.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -17,12 +20,15 @@ from typing import Protocol, Self
 import numpy as np
 import pyarrow as pa
 
-from heliostat.clock import Clock, parse_instant_us
+from heliostat.clock import US_PER_DAY, US_PER_HOUR, Clock, parse_duration_us, parse_instant_us
 from heliostat.errors import StaleProgressError, StorageError, StreamEntryError
 from heliostat.features.definitions import EventSource
 from heliostat.ingestion.checking import EventCheck
+from heliostat.ingestion.lease import SinkLease
 from heliostat.schema import INGESTED
+from heliostat.settings import Settings
 from heliostat.storage.delta import Progress, StreamId
+from heliostat.storage.erasure import vacuum
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
 from heliostat.storage.streams import StreamName, Streams, events_from, rows_from
@@ -33,6 +39,9 @@ _ENTRIES_A_STREAM = 10_000
 _TRIES = 5
 _COMMITS_A_COMPACTION = 50
 _LONGEST_PAUSE_S = 30.0
+# How often it is said that another sink runs, and how often old files are deleted.
+_SAID_EVERY_S = 60.0
+_VACUUM_EVERY_S = 3600.0
 
 # Whether an event came from the future was judged when it was taken in.
 _END_OF_TIME_US = parse_instant_us("9999-12-31")
@@ -87,6 +96,11 @@ class SinkStores(Protocol):
     clock: Clock
 
     @property
+    def settings(self) -> Settings:
+        """The settings."""
+        ...
+
+    @property
     def streams(self) -> Streams:
         """Where it comes from."""
         ...
@@ -117,6 +131,7 @@ class Sink:
         offline_store: Where predictions, actuals and unreadable entries go.
         sources: The declared event sources.
         clock: Tells when an unreadable entry was put aside.
+        vacuum_after_us: How long files that were merged stay for those that still read them, microseconds.
     """
 
     streams: Streams
@@ -124,7 +139,9 @@ class Sink:
     offline_store: OfflineStore
     sources: Sequence[EventSource]
     clock: Clock
+    vacuum_after_us: int = US_PER_DAY
     _commits: int = field(default=0, init=False)
+    _vacuumed_s: float = field(default=-math.inf, init=False)
 
     @classmethod
     def of(cls, stores: SinkStores) -> Self:
@@ -135,10 +152,13 @@ class Sink:
             offline_store=stores.offline_store,
             sources=tuple(stores.definitions.sources.values()),
             clock=stores.clock,
+            vacuum_after_us=parse_duration_us(stores.settings.storage.vacuum_after),
         )
 
     def run_forever(self, interval_s: float, stop: threading.Event) -> Drained:
-        """Drain again and again; a store that is away for a while is waited for.
+        """Drain again and again; a store that is away, or a full disk, is waited for.
+
+        Of several sinks that run, one drains; another takes over when it ends or is killed.
 
         Args:
             interval_s: Pause between two drains, seconds.
@@ -148,17 +168,29 @@ class Sink:
             What was moved in all.
         """
         total, pause_s = Drained(), interval_s
+        lease, said_s = SinkLease(self.streams, interval_s=interval_s), -math.inf
         while not stop.is_set():
             try:
-                moved = self.drain_once()
-            except StorageError as error:
+                other = lease.other()
+                if other is None:
+                    moved = self.drain_once()
+                    self._vacuum()
+            except (StorageError, StaleProgressError) as error:
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-                _log.warning("nothing was drained, next try in %.0f s: %s", pause_s, error)
-            else:
-                total, pause_s = total + moved, interval_s
+                _log.warning("not everything was drained, next try in %.1f s: %s", pause_s, error)
+                stop.wait(pause_s)
+                continue
+            pause_s = interval_s
+            if other is None:
+                total += moved
                 if moved != Drained():
                     _log.info("drained %s", moved)
+            elif time.monotonic() > said_s + _SAID_EVERY_S:
+                said_s = time.monotonic()
+                _log.warning("another sink runs (%s): this one waits until it ends; one is enough", other)
             stop.wait(pause_s)
+        with contextlib.suppress(StorageError):
+            lease.release()
         return total
 
     def drain_once(self) -> Drained:
@@ -285,17 +317,38 @@ class Sink:
             _log.warning("%d entries for %s can't be applied; they are dead letters now", len(letters), name)
         self.offline_store.append_dead_letters(name, pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
 
+    # ── Small files ──────────────────────────────────────────────────────────────
+
     def _compact(self) -> None:
-        """Merge the small files that drains leave, now and then."""
+        """Merge the small files that drains leave, now and then; what fails is tried again later."""
         if self._commits < _COMMITS_A_COMPACTION:
             return
         self._commits = 0
-        for source in self.sources:
-            for entity in source.entities:
-                self.event_log.compact(source, entity)
-        for name in RECORDS:
-            for model in self.offline_store.tables(name):
-                self.offline_store.compact(name, model)
+        try:
+            for source in self.sources:
+                for entity in source.entities:
+                    self.event_log.compact(source, entity)
+            for name in RECORDS:
+                for model in self.offline_store.tables(name):
+                    self.offline_store.compact(name, model)
+        except StorageError as error:
+            _log.warning("small files weren't merged: %s", error)
+
+    def _vacuum(self) -> None:
+        """Delete the files that were merged into others long enough ago that nobody reads them any more.
+
+        What a killed sink has written and not committed goes as well, a day later.
+        """
+        if time.monotonic() < self._vacuumed_s + _VACUUM_EVERY_S:
+            return
+        self._vacuumed_s = time.monotonic()
+        hours = -(-self.vacuum_after_us // US_PER_HOUR)
+        try:
+            for source in self.sources:
+                for entity in source.entities:
+                    vacuum(self.event_log.table(source, entity), hours=hours)
+        except StorageError as error:
+            _log.warning("old files weren't deleted: %s", error)
 
 
 def _is_new(entry: StreamId, applied: StreamId | None) -> bool:

@@ -142,6 +142,42 @@ class Streams:
                 pipeline.xrange(stream, count=1)
             return min((_stream_id(found[0][0])[0] for found in pipeline.execute() if found), default=None)
 
+    def claim(self, holder: bytes, *, ttl_ms: int, instead_of: bytes | None = None) -> bytes:
+        """Say who drains the streams, unless somebody else does.
+
+        Args:
+            holder: Who wants to.
+            ttl_ms: How long that holds unless it is said again.
+            instead_of: Who doesn't any more, though it still says so.
+
+        Returns:
+            Who does: ``holder``, or somebody else.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        key = f"{self.keys.root}:sink"
+        with self._reported():
+            if self.client.set(key, holder, nx=True, px=ttl_ms):
+                return holder
+            found: bytes | None = self.client.get(key)
+            # Two that do this at the same instant may both think it is them: see `ingestion.lease`.
+            if found is None or found in (holder, instead_of):
+                self.client.set(key, holder, px=ttl_ms)
+                return holder
+            return found
+
+    def unclaim(self, holder: bytes) -> None:
+        """Say that somebody no longer drains the streams.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        key = f"{self.keys.root}:sink"
+        with self._reported():
+            if self.client.get(key) == holder:
+                self.client.delete(key)
+
     def close(self) -> None:
         """Close all connections."""
         self.client.close()
