@@ -54,6 +54,7 @@ def add_routes(app: FastAPI, api: Api, definitions: Definitions) -> None:
     _post(app, "/predict", api.predict, _predict_schema(model), (400, 404, 413, 422, 503, 504))
     _post(app, "/events", api.events, _events_schema(definitions), (400, 404, 413, 422, 503))
     _post(app, "/actuals", api.actuals, _actuals_schema(model), (400, 404, 413, 422, 503))
+    _get(app, "/features", api.list_features, (503,))
     _get(app, "/features/{view}/{entity:path}", api.features, (404, 422, 503))
     _get(app, "/models", api.list_models, (503,))
     _get(app, "/models/{model}/{version}", api.model_version, (404, 503))
@@ -118,10 +119,10 @@ def _events_schema(definitions: Definitions) -> Document:
     event: Document = {"type": "object"}
     example: Document = {"source": "purchases", "events": []}
     if source is not None:
-        event["properties"] = {field.name: _field_schema(field.type) for field in source.schema}
+        event["properties"] = {field.name: _field_schema(field.type) for field in source.given_schema}
         example = {
             "source": source.name,
-            "events": [{field.name: _field_example(field.type) for field in source.schema}],
+            "events": [{field.name: _field_example(field.type) for field in source.given_schema}],
         }
     return {
         "type": "object",

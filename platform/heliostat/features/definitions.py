@@ -29,6 +29,7 @@ from heliostat.features.sources import (
     EntityKey,
     EventSource,
     KeyType,
+    ProfileSource,
     check_name,
     content_hash,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "FeatureView",
     "FloatArray",
     "KeyType",
+    "ProfileSource",
     "check_name",
     "content_hash",
     "request_types",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from heliostat.errors import InvalidDefinitionError, InvalidValueError, KeyColumnError, UnknownColumnError
 from heliostat.schema import arrow_type, bucket_of, cast_column, describe_schema, hash64, normalized
+
+ROW_ID: Final = "row_id"
+"""The column that names a row of a source whose rows aren't named by whoever sends them."""
 
 KeyType = Literal["int64", "string"]
 EntityKey = int | str | Mapping[str, int | str]
@@ -265,7 +268,16 @@ class EventSource:
                     )
 
     def __repr__(self) -> str:
-        return f"EventSource({self.name!r}, {describe_schema(self.schema)})"
+        return f"{type(self).__name__}({self.name!r}, {describe_schema(self.schema)})"
+
+    @property
+    def given_schema(self) -> pa.Schema:
+        """The columns that whoever sends events gives; `identified` adds the others."""
+        return self.schema
+
+    def identified(self, events: pa.Table) -> pa.Table:
+        """Events with all columns, made of those with the columns of `given_schema`."""
+        return events
 
     def describe(self) -> dict[str, Any]:
         """A JSON document with all that its meaning depends on."""
@@ -281,3 +293,60 @@ class EventSource:
     def content_hash(self) -> str:
         """Changes if and only if the meaning does."""
         return content_hash(self.describe())
+
+
+class ProfileSource(EventSource):
+    """A stream of records that replace each other: what is known about an entity, and since when.
+
+    A view over it asks for ``Latest("country")``: the value of the newest row before the instant, null if
+    that row says null. Rows come in like events, in bulk and live, in any order.
+
+    A row is named by its entity and the instant it holds from, so it needs no id of its own: the same pair
+    twice is one row, and the first that came stays. A correction is a row with a later instant.
+
+    Args:
+        name: Identifier.
+        schema: Arrow schema of a row, keys included; timestamps without a zone are UTC.
+        entity: The entity it is about.
+        updated_at: The timestamp column: from when on a row holds.
+        description: One line for the registry.
+
+    Raises:
+        UnknownColumnError: If a named column isn't in the schema.
+        InvalidDefinitionError: If a column has a type that can't serve, or the name that rows' ids have.
+    """
+
+    def __init__(
+        self, name: str, *, schema: pa.Schema, entity: Entity, updated_at: str, description: str = ""
+    ) -> None:
+        if ROW_ID in schema.names:
+            raise InvalidDefinitionError(
+                f"profile source {name!r}", f"column {ROW_ID!r} is made from key and instant", "rename yours"
+            )
+        super().__init__(
+            name,
+            schema=schema.append(pa.field(ROW_ID, pa.string())),
+            entity=entity,
+            event_time=updated_at,
+            event_id=ROW_ID,
+            description=description,
+        )
+
+    @property
+    def given_schema(self) -> pa.Schema:
+        """The schema without rows' ids."""
+        return pa.schema([field for field in self.schema if field.name != ROW_ID])
+
+    def identified(self, events: pa.Table) -> pa.Table:
+        """Rows with their ids."""
+        columns = [
+            *(events.column(column).cast(pa.string()) for column in self.entities[0].key_columns),
+            events.column(self.event_time).cast(pa.int64()).cast(pa.string()),
+        ]
+        # Lengths in front: no two keys of several columns give one text.
+        lengths = [pc.utf8_length(column).cast(pa.string()) for column in columns[:-1]]
+        return pa.table([*events.columns, pc.binary_join_element_wise(*lengths, *columns, "|")], schema=self.schema)
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON document with all that its meaning depends on."""
+        return {**super().describe(), "kind": "profile"}

@@ -66,7 +66,7 @@ class EventCheck:
             SchemaMismatchError: Naming every such column.
         """
         problems = []
-        for field in self.source.schema:
+        for field in self.source.given_schema:
             if field.name not in schema.names:
                 problems.append(f"column {field.name!r} is missing (there are: {', '.join(schema.names)})")
                 continue
@@ -76,7 +76,7 @@ class EventCheck:
             except _UNREADABLE:
                 problems.append(f"column {field.name!r} is {found}, not {field.type}")
         if problems:
-            raise SchemaMismatchError(what, tuple(problems), describe_schema(self.source.schema))
+            raise SchemaMismatchError(what, tuple(problems), describe_schema(self.source.given_schema))
 
     def check(self, events: pa.Table | Sequence[Any], *, now_us: int) -> Checked:
         """Judge events.
@@ -89,7 +89,7 @@ class EventCheck:
         reasons: dict[int, str] = {}
         columns: list[pa.Array] = []
         given = events if isinstance(events, pa.Table) else _objects(events, reasons)
-        for field in self.source.schema:
+        for field in self.source.given_schema:
             values: Any = (
                 given.column(field.name) if isinstance(given, pa.Table) else [row.get(field.name) for row in given]
             )
@@ -97,7 +97,7 @@ class EventCheck:
             columns.append(column)
             for row, value in unreadable:
                 reasons.setdefault(row, f"{field.name} is {_shown(value)}, which is no {field.type}")
-        table = pa.table(columns, schema=self.source.schema)
+        table = self.source.identified(pa.table(columns, schema=self.source.given_schema))
         for row, reason in self._faults(table, now_us):
             reasons.setdefault(row, reason)
         rejected = np.array(sorted(reasons), dtype=np.int64)
@@ -108,7 +108,8 @@ class EventCheck:
     def _faults(self, table: pa.Table, now_us: int) -> list[tuple[int, str]]:
         """Rows whose values can be read and still can't be right."""
         source, found = self.source, list[tuple[int, str]]()
-        required = dict.fromkeys((*self._keys, source.event_id, source.event_time))
+        given = source.given_schema.names
+        required = dict.fromkeys(name for name in (*self._keys, source.event_id, source.event_time) if name in given)
         required.update(dict.fromkeys(field.name for field in source.schema if not field.nullable))
         for name in required:
             nulls = table.column(name).is_null()

@@ -97,13 +97,13 @@ def _parquet_batches(file: Path, check: EventCheck, batch_rows: int) -> Iterator
     with pq.ParquetFile(file) as parquet:
         check.require_columns(parquet.schema_arrow, what=str(file))
         begin = 0
-        for batch in parquet.iter_batches(batch_size=batch_rows, columns=check.source.schema.names):
+        for batch in parquet.iter_batches(batch_size=batch_rows, columns=check.source.given_schema.names):
             yield Batch(str(file), pa.Table.from_batches([batch]), np.arange(begin, begin + batch.num_rows))
             begin += batch.num_rows
 
 
 def _csv_batches(file: Path, check: EventCheck, batch_rows: int) -> Iterator[Batch]:
-    names = check.source.schema.names
+    names = check.source.given_schema.names
     if file.stat().st_size == 0:
         raise pa.ArrowInvalid("it is empty; its first line should name the columns")
     skip_all = pacsv.ParseOptions(invalid_row_handler=lambda _: "skip", newlines_in_values=True)
