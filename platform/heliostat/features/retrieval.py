@@ -25,6 +25,7 @@ from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
 from heliostat.features.merging import MergePlan, merge_rings, parse_rings
 from heliostat.features.tiles import BoolArray, RingGroup, RingLimits, ring_layout
+from heliostat.schema import integer_buckets
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineStore
 
@@ -174,7 +175,11 @@ class FeatureReader:
 
     def _places(self, entity: Entity, texts: Sequence[str]) -> list[str]:
         """What each key's name ends with: bucket and key."""
-        tags, buckets = self._tags, entity.buckets(entity.encoded(texts), self._n_buckets).tolist()
+        tags, n_buckets = self._tags, self._n_buckets
+        if entity.has_integer_key:
+            buckets = integer_buckets([int(text) for text in texts], n_buckets)
+        else:
+            buckets = entity.buckets(entity.encoded(texts), n_buckets).tolist()
         return [tags[bucket] + text for bucket, text in zip(buckets, texts, strict=True)]
 
     def decode(
