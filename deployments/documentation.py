@@ -97,6 +97,8 @@ def _predict_schema(model: ModelSpec | None) -> Document:
     example: Document = {"entity_ids": [_key_example(model)]}
     if model is not None:
         example = {"model": model.name, **example, "features": [{model.feature_names[0]: 3}]}
+        if model.inputs:
+            example["inputs"] = [{name: _INPUT_EXAMPLES[dtype] for name, dtype in model.inputs.items()}]
     values = {"type": "object", "additionalProperties": {"type": ["number", "boolean", "null"]}}
     return {
         "type": "object",
@@ -109,8 +111,29 @@ def _predict_schema(model: ModelSpec | None) -> Document:
                 "description": "Values that replace stored ones: one object for each entity id, or by entity id",
                 "oneOf": [{"type": "array", "items": values}, {"type": "object", "additionalProperties": values}],
             },
+            "inputs": _inputs_schema(model),
         },
         "example": example,
+    }
+
+
+_INPUT_EXAMPLES: Document = {"float64": 9.5, "int64": 3, "bool": True}
+_INPUT_TYPES = {"float64": "number", "int64": "integer", "bool": "boolean"}
+
+
+def _inputs_schema(model: ModelSpec | None) -> Document:
+    types = {} if model is None else model.inputs
+    item: Document = {
+        "type": "object",
+        "required": list(types),
+        "additionalProperties": False,
+        "properties": {name: {"type": [_INPUT_TYPES[dtype], "null"]} for name, dtype in types.items()},
+    }
+    needed = f"Model {model.name} needs {', '.join(types)}" if model and types else "This model needs none"
+    return {
+        "description": "What derived features take from the request, all of it for every entity: one object for "
+        f"each entity id, or by entity id. {needed}; `GET /models` says what each one needs",
+        "oneOf": [{"type": "array", "items": item}, {"type": "object", "additionalProperties": item}],
     }
 
 

@@ -87,6 +87,8 @@ class ModelVersion:
             "created": format_instant(self.created_us),
             "artifact": self.artifact,
             "features": list(self.signature.names),
+            "categorical": list(self.signature.categorical),
+            "inputs": dict(self.signature.inputs),
             "views": sorted(self.lineage.get("view_hashes", {})),
             "metrics": dict(self.metrics),
             "parameters": dict(self.parameters),
