@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all check format bench clean lock
+.PHONY: help setup demo test test-slow test-all services check format bench clean lock
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,7 +31,13 @@ test: $(READY) ## All tests but the slow ones
 test-slow: $(READY) ## The slow tests alone
 	@exec $(BIN)/python -m pytest -m slow -q
 
-test-all: test test-slow ## All tests
+services: ## Install what some contract tests need and no Python package brings: PostgreSQL, from Debian's packages
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+			&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql; } \
+		|| echo "PostgreSQL can't be installed here (that needs root and apt-get); its tests are skipped." >&2
+
+test-all: services test test-slow ## All tests
 
 check: $(READY) ## Formatting, lint, types, import contracts
 	$(BIN)/ruff format --check .

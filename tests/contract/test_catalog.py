@@ -1,8 +1,7 @@
-"""One contract, several databases: SQLite always, PostgreSQL where CATALOG_POSTGRES_URL names one."""
+"""One contract, several databases: SQLite always, PostgreSQL where it is installed or CATALOG_POSTGRES_URL names one."""
 
 from __future__ import annotations
 
-import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -17,8 +16,6 @@ from heliostat.errors import CatalogSchemaError, CatalogUnavailableError
 from heliostat.storage.catalog import Catalog
 from heliostat.storage.catalog_tables import AliasRow, DefinitionRow, RouteRow, VersionRow
 
-POSTGRES_URL = os.environ.get("CATALOG_POSTGRES_URL", "")
-
 VERSION = VersionRow("churn", 1, "digest", {"features": []}, {"auc": 0.75}, {"log": 3}, None, {"seed": 1}, 1_000)
 ALIAS = AliasRow("churn", "production", 1, 1, None, "promote", "first", {"gate": {"passed": True}}, 2_000)
 ROUTE = RouteRow("churn", 1, {"coverage": 1.0}, "first", 3_000)
@@ -29,13 +26,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/of/its/own/catalog.db"
         return
-    if not POSTGRES_URL:
-        pytest.skip("CATALOG_POSTGRES_URL names no server")
+    postgres_url = request.getfixturevalue("postgres_url")
     schema = f"catalog_{uuid.uuid4().hex}"
-    server = create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT")
+    server = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with server.connect() as connection:
         connection.execute(text(f"CREATE SCHEMA {schema}"))
-    yield f"{POSTGRES_URL}{'&' if '?' in POSTGRES_URL else '?'}options=-csearch_path%3D{schema}"
+    yield f"{postgres_url}{'&' if '?' in postgres_url else '?'}options=-csearch_path%3D{schema}"
     with server.connect() as connection:
         connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
     server.dispose()
