@@ -22,6 +22,8 @@ from heliostat.schema import arrow_type, bucket_of, cast_column, describe_schema
 ROW_ID: Final = "row_id"
 """The column that names a row of a source whose rows aren't named by whoever sends them."""
 
+_INT64 = 2**63
+
 KeyType = Literal["int64", "string"]
 EntityKey = int | str | Mapping[str, int | str]
 """One entity's key as users write it: a scalar, or a mapping of key columns."""
@@ -147,6 +149,12 @@ class Entity:
         else:
             return "|".join(quote(unquote(part), safe="") for part in self._split(str(key)))
         return parts[0] if len(parts) == 1 else "|".join(quote(part, safe="") for part in parts)
+
+    def texts(self, keys: Sequence[EntityKey]) -> list[str]:
+        """Many keys as text; see `text`."""
+        if self.has_integer_key:  # most keys: no look at each one's parts
+            return [str(key) if type(key) is int and -_INT64 <= key < _INT64 else self.text(key) for key in keys]
+        return [self.text(key) for key in keys]
 
     def _part(self, column: str, value: int | str) -> str:
         if self.keys[column] == "int64":

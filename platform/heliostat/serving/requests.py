@@ -20,7 +20,6 @@ from heliostat.features.request import EXPECTED, RequestTypes, request_value
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.schema import text_code
 
-_INT64 = 2**63
 _FIELDS = ("model", "entity_ids", "features", "inputs")
 
 Overrides = Mapping[int, Mapping[str, float]]
@@ -293,11 +292,7 @@ def entity_texts(entity: Entity, entity_ids: Sequence[Any]) -> tuple[str, ...]:
     Raises:
         InvalidValueError: If an id doesn't fit the entity's key.
     """
-    if entity.has_integer_key:  # most requests: no look at each key's parts
-        return tuple(
-            str(each) if type(each) is int and -_INT64 <= each < _INT64 else entity.text(each) for each in entity_ids
-        )
-    return tuple(entity.text(each) for each in entity_ids)
+    return tuple(entity.texts(entity_ids))
 
 
 def _by_row(

@@ -178,6 +178,13 @@ def test_encoded_keys_are_the_same_from_a_table_and_from_texts(keys: list[tuple[
 def test_a_key_of_the_wrong_type_is_refused(key: object) -> None:
     with pytest.raises(InvalidValueError, match="user"):
         user.text(key)
+    with pytest.raises(InvalidValueError, match="user"):
+        user.texts([7, key])
+
+
+def test_many_keys_have_the_texts_of_each() -> None:
+    keys = [7, -(2**63), 2**63 - 1, "12", np.int64(5)]
+    assert user.texts(keys) == [user.text(key) for key in keys] == ["7", str(-(2**63)), str(2**63 - 1), "12", "5"]
 
 
 def test_null_and_missing_keys_are_refused_with_the_column() -> None:
