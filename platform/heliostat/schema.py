@@ -206,7 +206,8 @@ def integer_buckets(keys: Sequence[int], n_buckets: int) -> list[int]:
     """
     if len(keys) > _FEW:
         mixed = _splitmix64(np.array(keys, dtype=np.int64).view(np.uint64))
-        return bucket_of(mixed, n_buckets).tolist()
+        buckets: list[int] = bucket_of(mixed, n_buckets).tolist()
+        return buckets
     return [_splitmix64_of(key) % n_buckets for key in keys]
 
 
