@@ -25,6 +25,7 @@ from heliostat.clock import Clock, format_instant
 from heliostat.errors import HeliostatError, TooManyEventsError
 from heliostat.experiments.assignment import RoutingDocument
 from heliostat.features.categories import CategoryDictionary
+from heliostat.features.metadata import FeatureMetadata
 from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.models.registry import ModelRegistry, ModelVersion
@@ -55,6 +56,7 @@ class Parts:
         intake: Takes events in.
         categories: Tells the texts of categorical features.
         models: Registered versions.
+        metadata: Registered features whose metadata hold all words of a text; blocks.
         route: A model's current routing document; blocks.
         meter: Counts.
         close: Lets go of all of this, when the application is shut down.
@@ -70,6 +72,7 @@ class Parts:
     intake: Intake
     categories: CategoryDictionary
     models: ModelRegistry
+    metadata: Callable[[str], tuple[FeatureMetadata, ...]]
     route: Callable[[str], RoutingDocument | None]
     meter: Meter
     close: Callable[[], Awaitable[None]]
@@ -184,6 +187,11 @@ class Api:
             }
         )
 
+    async def list_features(self, search: str = "") -> Response:
+        """Registered features of all versions of views: meaning, lineage, owner, readers; ``search`` names words."""
+        found = await asyncio.to_thread(self._parts.metadata, search)
+        return json_response({"features": [each.to_document() for each in found]})
+
     async def list_models(self) -> Response:
         """The declared models: what serves, and which versions there are."""
         return json_response({"models": await asyncio.to_thread(self._describe_models)})
@@ -197,6 +205,7 @@ class Api:
                 "model": spec.name,
                 "description": spec.description,
                 "entity": spec.entity.describe(),
+                "inputs": dict(spec.inputs),
                 "serving": None if (route := self._parts.route(spec.name)) is None else route.to_document(),
                 "versions": [
                     {"version": each.version, "status": each.status, "aliases": list(each.aliases)}

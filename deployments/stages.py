@@ -166,6 +166,7 @@ def gateway_parts(
         intake=intake,
         categories=workspace.categories,
         models=workspace.models,
+        metadata=workspace.features.features,
         route=workspace.rollout.current,
         meter=meter,
         close=close,

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         Sum,
         TimeSinceLast,
     )
-    from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
+    from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView, ProfileSource
+    from heliostat.features.precomputed import PrecomputedView
     from heliostat.models.definitions import Gate, Label, ModelSpec, Population
 
 __all__ = [
@@ -45,11 +46,18 @@ __all__ = [
     "Min",
     "ModelSpec",
     "Population",
+    "PrecomputedView",
+    "ProfileSource",
     "Sum",
     "TimeSinceLast",
 ]
 
-_ROOMS = ("heliostat.features.aggregations", "heliostat.features.definitions", "heliostat.models.definitions")
+_ROOMS = (
+    "heliostat.features.aggregations",
+    "heliostat.features.definitions",
+    "heliostat.features.precomputed",
+    "heliostat.models.definitions",
+)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the vocabulary holds

@@ -223,7 +223,7 @@ def test_production_that_means_something_else_now_lets_nobody_through(workspace:
     report = _concluded(workspace, spec)
     assert report.compared_with is None
     assert [check.name for check in report.gate.failures] == ["production"]
-    assert "recent_purchases mean something else" in report.gate.failures[0].reason
+    assert "recent_purchases@1, which it was trained on, isn't declared any more" in report.gate.failures[0].reason
     assert recent_purchases.content_hash != changed.content_hash
 
 

@@ -344,11 +344,12 @@ class Definitions:
     models: Mapping[str, ModelSpec]
 
     @classmethod
-    def of(cls, declared: Sequence[object]) -> Definitions:
+    def of(cls, declared: Sequence[object], *, merge: bool = False) -> Definitions:
         """Collect declarations; what they refer to is taken along.
 
         Args:
             declared: Any objects, such as the values of a module; others than declarations are passed over.
+            merge: Of declarations that mean the same the first stays; otherwise they are refused too.
 
         Raises:
             DuplicateNameError: If two different declarations of one kind share a name, or two views also
@@ -375,7 +376,8 @@ class Definitions:
         while waiting:
             each = waiting.pop(0)
             kind, known = place(each)
-            if known.setdefault(_identity(each), each) is not each:
+            same = known.setdefault(_identity(each), each)
+            if same is not each and not (merge and same.content_hash == each.content_hash):
                 raise DuplicateNameError(kind, _identity(each), "the definitions module")
             waiting.extend(part for part in _referred(each) if place(part)[1].get(_identity(part)) is not part)
         return cls(entities, sources, views, labels, models)

@@ -353,7 +353,7 @@ class Production:
         try:
             features = version_features(registered, workspace.definitions.views, spec)
         except StaleVersionError as error:
-            problem = f"its features of {', '.join(error.views)} mean something else since it was trained"
+            problem = f"{', '.join(error.views)}, which it was trained on, isn't declared any more"
         if registered.lineage.get("label_hash", spec.label.content_hash) != spec.label.content_hash:
             problem = f"label {spec.label.name!r} means something else since it was trained"
         model = workspace.models.load(spec.name, alias.version)
