@@ -109,12 +109,14 @@ def connect(settings: Settings) -> Iterator[None]:
     set_environment()
     own = contextlib.ExitStack()
     address = os.environ.get("RAY_ADDRESS") or head_address(settings.home)
-    environment = {"env_vars": settings.environment()}
+    # Ray writes these down in its logs. Secrets go in the settings that tasks are given, and by the environment.
+    environment = {"env_vars": settings.environment(secrets=False)}
     if address:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="WARNING")
     else:
         folder = own.enter_context(tempfile.TemporaryDirectory(prefix="hs-serve-", ignore_cleanup_errors=True))
         os.environ.update(_ingress_environment(Path(folder)))
+        os.environ.update(dict(settings.environment().items() - environment["env_vars"].items()))
         with _temporary_files(folder):
             ray.init(
                 num_cpus=logical_cpus(settings),
@@ -152,8 +154,8 @@ def _temporary_files(folder: str) -> Iterator[None]:
 
 
 def _ingress_environment(folder: Path) -> dict[str, str]:
-    """Files and ports of Serve's HAProxy, so that several clusters on one machine keep apart."""
-    metrics_port, stats_port = _free_ports(2)
+    """Files and ports of Serve's HAProxy and of the proxy behind it, so that clusters on one machine keep apart."""
+    metrics_port, stats_port, fallback_port, fallback_grpc_port = _free_ports(4)
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -161,6 +163,8 @@ def _ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
     }
 
 

@@ -73,7 +73,7 @@ class StorageSettings(_Section):
 
     root: str | None = None
     shared: bool = False
-    options: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, str] = Field(default_factory=dict, repr=False)  # may hold secrets
     buckets: Annotated[int, Field(ge=1, le=4096)] = 16
     retention: str | None = None
     vacuum_after: str = "1d"
@@ -91,7 +91,7 @@ class StorageSettings(_Section):
 class OnlineSettings(_Section):
     """The online store and the streams: a server that speaks the Redis protocol."""
 
-    url: str | None = None
+    url: str | None = Field(default=None, repr=False)  # may hold a password
     cluster: bool = False
     key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "hs"
     timeout_s: Annotated[float, Field(gt=0)] = 2.0
@@ -101,14 +101,14 @@ class OnlineSettings(_Section):
     @classmethod
     def _known_scheme(cls, value: str | None) -> str | None:
         if value is not None and value.partition("://")[0] not in ("redis", "rediss", "unix"):
-            raise ValueError(f"{value!r} is no Redis address; write redis://host:6379/0, rediss://… or unix:///path")
+            raise ValueError("it is no Redis address; write redis://host:6379/0, rediss://… or unix:///path")
         return value
 
 
 class CatalogSettings(_Section):
     """Versions, aliases, lineage, experiments and verdicts: a database."""
 
-    url: str | None = None
+    url: str | None = Field(default=None, repr=False)  # may hold a password
 
 
 class RaySettings(_Section):
@@ -280,10 +280,15 @@ class Settings(_Section):
         origin_us = parse_instant_us(self.clock.replay_from)
         return ReplayClock.anchored(origin_us, self.home / "clock.json", speed=self.clock.speed)
 
-    def environment(self) -> dict[str, str]:
-        """Environment variables from which `load_settings` makes these settings again in another process."""
+    def environment(self, *, secrets: bool = True) -> dict[str, str]:
+        """Environment variables from which `load_settings` makes these settings again in another process.
+
+        Args:
+            secrets: Whether passwords and keys are among them; not where somebody writes them down.
+        """
         leaves = _leaves(self.model_dump(mode="json"), Settings().model_dump(mode="json"))
-        return {PREFIX + "HOME": str(self.home)} | {PREFIX + name: text for name, text in leaves}
+        told = {PREFIX + name: text for name, text in leaves if secrets or not _is_secret(name, text)}
+        return {PREFIX + "HOME": str(self.home)} | told
 
 
 def load_settings(
@@ -326,7 +331,9 @@ def load_settings(
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"setting {path or '(all)'}", f"{message} (got {first['input']!r})") from None
+        secret = path.startswith("storage.options") or path.endswith(".url")  # and so isn't repeated
+        given = "" if secret else f" (got {first['input']!r})"
+        raise SettingsError(f"setting {path or '(all)'}", f"{message}{given}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -396,6 +403,13 @@ def _from_variables(variables: Mapping[str, str]) -> dict[str, Any]:
             value = text
         place[last.upper() if groups == ["storage", "options"] else last] = value
     return tree
+
+
+def _is_secret(name: str, text: str) -> bool:
+    """Whether a variable holds a password or a key."""
+    if name.startswith("STORAGE__OPTIONS__"):
+        return any(word in name for word in ("SECRET", "TOKEN", "PASSWORD", "KEY", "CREDENTIAL"))
+    return name.endswith("__URL") and "@" in text and ":" in text.partition("://")[2].rpartition("@")[0]
 
 
 def _leaves(tree: Mapping[str, Any], default: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

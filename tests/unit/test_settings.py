@@ -93,6 +93,34 @@ def test_object_store_options_come_from_the_environment_in_upper_case() -> None:
     assert settings.storage.options == {"AWS_REGION": "eu"}
 
 
+SECRETS = {
+    "HELIOSTAT_STORAGE__OPTIONS__AWS_SECRET_ACCESS_KEY": "s3cret",
+    "HELIOSTAT_STORAGE__OPTIONS__AWS_SESSION_TOKEN": "s3cret",
+    "HELIOSTAT_ONLINE__URL": "rediss://:s3cret@cache:6379",
+    "HELIOSTAT_CATALOG__URL": "postgresql+psycopg://me:s3cret@db/catalog",
+}
+
+
+def test_secrets_are_in_no_text_of_the_settings_and_in_no_environment_that_is_written_down() -> None:
+    plain = {"HELIOSTAT_STORAGE__OPTIONS__AWS_REGION": "eu", "HELIOSTAT_STORAGE__ROOT": "s3://bucket/data"}
+    settings = load_settings(environ=SECRETS | plain, base=None)
+    assert "s3cret" not in f"{settings!r} {settings}"
+    told = settings.environment(secrets=False)
+    assert not [name for name, text in told.items() if "s3cret" in text]
+    assert plain.items() <= told.items()
+    assert load_settings(environ=settings.environment(), base=None) == settings
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [("HELIOSTAT_ONLINE__URL", "http://:s3cret@cache"), ("HELIOSTAT_STORAGE__OPTIONS__AWS_SECRET", "[s3cret]")],
+)
+def test_a_wrong_value_that_may_be_secret_is_refused_without_repeating_it(variable: tuple[str, str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environ=dict([variable]), base=None)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_paths_of_local_stores_follow_the_home(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     assert settings.data_root == str(tmp_path / "data")

@@ -81,7 +81,7 @@ class Table:
     """
 
     uri: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets
     partition: str | None = None
 
     @property
