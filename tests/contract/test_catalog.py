@@ -1,4 +1,4 @@
-"""One contract, several databases: SQLite always, PostgreSQL where it is installed or CATALOG_POSTGRES_URL names one."""
+"""One contract, several databases: SQLite always, PostgreSQL where it is installed or a variable names one."""
 
 from __future__ import annotations
 

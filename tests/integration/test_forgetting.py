@@ -18,6 +18,7 @@ from heliostat import forgetting
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import EntityBusyError, InvalidValueError
 from heliostat.features.definitions import FeatureView
+from heliostat.features.materialize import BucketTask
 from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
@@ -139,9 +140,8 @@ def found_in(workspace: Workspace) -> list[str]:
         if any(mark in told for mark in marks):
             places.append(str(path.relative_to(workspace.configured.home)))
     client = workspace.online.client
-    for key in client.scan_iter(count=1000):
-        if any(mark in key + (client.dump(key) or b"") for mark in marks):
-            places.append(key.decode())
+    held = {key.decode(): key + (client.dump(key) or b"") for key in client.scan_iter(count=1000)}
+    places.extend(key for key, told in held.items() if any(mark in told for mark in marks))
     return places
 
 
@@ -184,8 +184,6 @@ def offline(workspace: Workspace, view: FeatureView, texts: list[str]) -> np.nda
 
 def materialized(workspace: Workspace) -> None:
     """The rings of all views from the log, as the job makes them."""
-    from heliostat.features.materialize import BucketTask
-
     for view in workspace.definitions.views.values():
         task = BucketTask(
             (view,),
@@ -204,15 +202,13 @@ def test_nothing_of_a_forgotten_entity_is_found_in_any_byte_and_others_are_as_be
     materialized(workspace)
     Sink.of(workspace).drain_once()
     before = rows_of_others(workspace)
-    fill_again = {"predictions": 2, "events/sales/user": 7, "dead_letters/sales": 2}
     places = found_in(workspace)
     assert any(each.startswith("valkey/appendonlydir") for each in places)
     for kind in ("events/sales/user", "events/sales/shop", "predictions", "actuals", "features", "batch", "dead_"):
         assert any(each.startswith(f"data/{kind}") for each in places), f"{kind} holds nothing to erase: {places}"
     report = forget(workspace, USER, MARK)
     assert report.left == ()
-    assert report.rows["events/sales/user"] >= fill_again["events/sales/user"]
-    assert report.rows["events/sales/user"] == report.rows["events/sales/shop"] == report.rows["events/sales/device"]
+    assert {report.rows[f"events/sales/{each.name}"] for each in SALES.entities} == {7}, "of each entity's table"
     assert report.rows["predictions/churn"] == report.rows["dead_letters/sales"] == 2
     assert report.rows["actuals/churn"] == 2, "also the one that only names a forgotten prediction"
     assert found_in(workspace) == []
@@ -258,9 +254,7 @@ def test_forgetting_again_changes_nothing_and_the_catalog_has_a_hash_of_the_key(
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 8, 11, 14, 18, 24, 30, 40])
-def test_run_that_was_killed_is_run_again(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
+def test_run_that_was_killed_is_run_again(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """It ends at its so-many-th step, wherever that is, as if it were killed."""
     fill(workspace)
     materialized(workspace)
@@ -321,10 +315,9 @@ def test_files_that_nobody_committed_are_told_and_go_when_nothing_else_writes(wo
     rows = pa.Table.from_pylist([event(MARK, "north", 1)], SALES.schema)
     table.write(rows, value="0")
     report = forget(workspace, USER, MARK)
-    assert report.left == (
-        "1 files of events/sales/user that nobody has committed, perhaps yet: "
-        "run this again in a day, or with --exclusive while nothing writes",
-    )
+    (left,) = report.left
+    assert left.startswith("1 files of events/sales/user that nobody has committed")
+    assert "run this again in a day, or with --exclusive" in left
     assert report.exit_code == 5
     report = forget(workspace, USER, MARK, exclusive=True)
     assert (report.left, report.exit_code) == ((), 0)

@@ -187,10 +187,12 @@ def vacuum(place: Table, *, hours: int = 0, exclusive: bool = False) -> int:
     table = place.open()
     if table is None:
         return 0
-    removed = 0
+    removed, filesystem = 0, place.filesystem()
     try:
         for full, age in ((False, hours), (True, 0 if exclusive else max(hours, _ABANDONED_HOURS))):
-            found = table.vacuum(age, enforce_retention_duration=False, full=full)
+            # It names all files that the table's history ever let go, those that are long deleted as well.
+            named = table.vacuum(age, enforce_retention_duration=False, full=full)
+            found = [each for each in filesystem.get_file_info(named) if each.type is pafs.FileType.File]
             if found:
                 table.vacuum(age, dry_run=False, enforce_retention_duration=False, full=full)
                 table = place.current()
