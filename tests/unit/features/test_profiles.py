@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import InvalidDefinitionError, UnknownColumnError
 from heliostat.features.aggregations import Latest
-from heliostat.features.backfill import bucket_rings
 from heliostat.features.definitions import Entity, EventSource, FeatureView, ProfileSource
 from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.checking import EventCheck
-from heliostat.schema import TIE, TIMESTAMP, hash64, text_code, tie48
+from heliostat.schema import TIMESTAMP, text_code
 from heliostat.storage.online_store import OnlineKeys
+from tests.rings import rings_of
 
 NOW_US = parse_instant_us("2024-06-01")
 KEYS, LIMITS = OnlineKeys("hs", "test"), RingLimits(US_PER_DAY, 60_000_000)
@@ -49,9 +49,7 @@ def offline(rows: pa.Table, as_of_us: int = NOW_US) -> dict[str, list[float]]:
 
 
 def online(rows: pa.Table) -> np.ndarray:
-    logged = rows.append_column(TIE, pa.array(tie48(hash64(rows[profiles.event_id]))))
-    writes = bucket_rings([account], logged, bucket=0, keys=KEYS, as_of_us=NOW_US, limits=LIMITS)
-    rings = {write.key: write.ring for write in writes}
+    rings = rings_of([account], rows, keys=KEYS, n_buckets=1, as_of_us=NOW_US, limits=LIMITS)
     reader = FeatureReader([*account], keys=KEYS, n_buckets=1, limits=LIMITS)
     return reader.decode([rings.get(key) for key in reader.keys(["1", "2", "3"])], as_of_us=NOW_US).matrix
 

@@ -18,16 +18,16 @@ from heliostat.errors import (
     UnknownFeatureError,
 )
 from heliostat.features.aggregations import Count, Mean
-from heliostat.features.backfill import bucket_rings
 from heliostat.features.bucket_join import check_spine, entity_joins
 from heliostat.features.definitions import Entity, EventSource, FeatureView, FloatArray, request_types
 from heliostat.features.offline import compute_features
 from heliostat.features.request import RequestTypes, request_columns, request_value
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
-from heliostat.schema import TIE, TIMESTAMP, hash64, tie48
+from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineKeys
+from tests.rings import rings_of
 
 NOW_US = parse_instant_us("2020-06-01T12:00:00")
 LIMITS = RingLimits(US_PER_DAY, 60_000_000)
@@ -88,9 +88,7 @@ REQUESTS: list[dict[str, Any]] = [
 def served(names: tuple[str, ...], requests: list[dict[str, Any]]) -> FloatArray:
     """The vectors that a request gets, from rings."""
     reader = FeatureReader([spending[name] for name in names], keys=KEYS, n_buckets=1, limits=LIMITS)
-    events = EVENTS.append_column(TIE, pa.array(tie48(hash64(EVENTS["id"]))))
-    writes = bucket_rings([spending], events, bucket=0, keys=KEYS, as_of_us=NOW_US, limits=LIMITS)
-    rings = {write.key: write.ring for write in writes}
+    rings = rings_of([spending], EVENTS, keys=KEYS, n_buckets=1, as_of_us=NOW_US, limits=LIMITS)
     inputs = {
         name: np.array([request_value(each[name], dtype) for each in requests])
         for name, dtype in reader.request.items()

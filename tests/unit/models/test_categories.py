@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import ExpressionError, InvalidPackageError
 from heliostat.features.aggregations import Count, First, Last, Latest, Sum
-from heliostat.features.backfill import bucket_rings
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureReader
@@ -20,9 +19,10 @@ from heliostat.features.tiles import RingLimits
 from heliostat.models.categories import Categories
 from heliostat.models.definitions import Label, ModelSpec
 from heliostat.models.packaging import ModelPackage, Signature
-from heliostat.schema import TIE, TIMESTAMP, hash64, text_code, text_codes, tie48
+from heliostat.schema import TIMESTAMP, text_code, text_codes
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.training.fitting import Recipe
+from tests.rings import rings_of
 
 NOW_US = parse_instant_us("2024-06-01")
 KEYS, LIMITS = OnlineKeys("hs", "test"), RingLimits(US_PER_DAY, 60_000_000)
@@ -73,9 +73,7 @@ def test_a_code_is_a_whole_number_that_a_float_holds_exactly(text: str) -> None:
 def test_both_engines_give_the_code_of_the_same_text() -> None:
     table, users = events(), [str(each) for each in range(42)]
     offline = compute_features([places], table, user.encoded(users), np.full(len(users), NOW_US))
-    logged = table.append_column(TIE, pa.array(tie48(hash64(table["id"]))))
-    writes = bucket_rings([places], logged, bucket=0, keys=KEYS, as_of_us=NOW_US, limits=LIMITS)
-    rings = {write.key: write.ring for write in writes}
+    rings = rings_of([places], table, keys=KEYS, n_buckets=1, as_of_us=NOW_US, limits=LIMITS)
     reader = FeatureReader([*places], keys=KEYS, n_buckets=1, limits=LIMITS)
     online = reader.decode([rings.get(key) for key in reader.keys(users)], as_of_us=NOW_US)
     np.testing.assert_array_equal(online.matrix, np.column_stack([offline[name] for name in online.names]))

@@ -1,0 +1,44 @@
+"""Rings as history makes them, without a log and without a server: what reads need to be tested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat.features.definitions import FeatureView
+from heliostat.features.inputs import evaluate
+from heliostat.features.tiles import RingLimits, pack_rings, ring_layout, tile_states
+from heliostat.schema import hash64, tie48, times_us
+from heliostat.storage.online_store import OnlineKeys
+
+
+def rings_of(
+    views: Sequence[FeatureView],
+    events: pa.Table,
+    *,
+    keys: OnlineKeys,
+    n_buckets: int,
+    as_of_us: int,
+    limits: RingLimits,
+) -> dict[str, bytes]:
+    """What the online store holds of views after events of their source, by key."""
+    found: dict[str, bytes] = {}
+    for view in views:
+        source, entity = view.source, view.entity
+        before = events.filter(pa.array(times_us(events.column(source.event_time)) < as_of_us))
+        encoded = entity.encode(before)
+        distinct = encoded.unique()
+        codes = encoded.dictionary_encode().indices.to_numpy().astype(np.int64)
+        times, ties = times_us(before.column(source.event_time)), tie48(hash64(before.column(source.event_id)))
+        order = np.lexsort((ties, times, codes))
+        layout = ring_layout(view, limits)
+        inputs = evaluate(before.take(pa.array(order)), list(layout.inputs))
+        buckets, texts = entity.buckets(distinct, n_buckets), distinct.cast(pa.string()).to_pylist()
+        for group in layout.groups:
+            tiles = tile_states(group, codes[order], times[order], ties[order], inputs)
+            packed = pack_rings(group, tiles, len(texts), as_of_us=as_of_us, limits=limits)
+            for at, text in enumerate(texts):
+                found[keys.ring(view.ref, group.name, text, int(buckets[at]))] = packed[at].tobytes()
+    return found
