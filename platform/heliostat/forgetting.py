@@ -24,17 +24,17 @@ from typing import Any, Final
 from urllib.parse import quote
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from heliostat.errors import EntityBusyError, HeliostatError, StaleProgressError
-from heliostat.features.backfill import bucket_rings
+from heliostat.features.bucket_rings import BucketTask
 from heliostat.features.definitions import Entity, EntityKey, EventSource, FeatureView
-from heliostat.features.offline import earliest_us, needed_columns
-from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.sink import Sink
-from heliostat.schema import BUCKET, TIE, arrow_type, cast_column
+from heliostat.schema import BUCKET, arrow_type, cast_column
 from heliostat.storage.delta import Table, arrow_schema, joined
 from heliostat.storage.erasure import (
     Doomed,
@@ -302,7 +302,20 @@ class _Forgetting:
                 continue
             if self._is_about(owner, about):
                 found.append(key)
-        return found
+        return [*found, *self._bucket_states(views)]
+
+    def _bucket_states(self, views: Mapping[str, Entity]) -> list[str]:
+        """What materialization notes of a bucket, where it names the entity; without it, all of that is made anew."""
+        prefix = f"{self._keys.root}:m:"
+        states = self._workspace.online.get_many([key for key in self._server.find("m:") if key.startswith(prefix)])
+        return [
+            key
+            for key, document in states.items()
+            if any(
+                self._is_about(views.get(key.removeprefix(prefix).partition(":")[0]), text)
+                for text in orjson.loads(document).get("left", ())
+            )
+        ]
 
     def _drain(self) -> None:
         """Everything that waits in streams into its tables; of sources that nobody declares, out of them."""
@@ -386,26 +399,11 @@ class _Forgetting:
     def _mend(self, source: EventSource, views: Sequence[FeatureView], texts: Sequence[str]) -> None:
         workspace, entity = self._workspace, views[0].entity
         limits, now_us = RingLimits.of(workspace.configured.ingestion), workspace.clock.now_us()
-        encoded = entity.encoded(texts)
-        buckets = entity.buckets(encoded, workspace.event_log.n_buckets)
+        buckets = entity.buckets(entity.encoded(texts), workspace.event_log.n_buckets)
+        version = workspace.event_log.version(source, entity)
+        task = BucketTask(tuple(views), workspace.event_log, version, workspace.online_config, now_us, limits)
         for bucket in np.unique(buckets).tolist():
-            own = np.flatnonzero(buckets == bucket).tolist()
-            groups = [(view, group) for view in views for group in ring_layout(view, limits).groups]
-            self._server.delete(
-                [self._keys.ring(view.ref, group.name, texts[at], bucket) for view, group in groups for at in own]
-            )
-            events = workspace.event_log.read_bucket(
-                source,
-                entity,
-                bucket,
-                columns=[*needed_columns(views), TIE],
-                min_time_us=earliest_us(views, np.array([now_us])),
-                max_time_us=now_us,
-            )
-            events = events.filter(pc.is_in(entity.encode(events), value_set=encoded.take(pa.array(own))))
-            if events.num_rows:
-                writes = bucket_rings(views, events, bucket=bucket, keys=self._keys, as_of_us=now_us, limits=limits)
-                workspace.online.write_rings(writes)
+            task.remake(bucket, [texts[at] for at in np.flatnonzero(buckets == bucket).tolist()], workspace.online)
 
 
 def _columns(table: Table) -> list[str]:
