@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,15 @@ def read_batches(file: Path, check: EventCheck, *, batch_rows: int) -> Iterator[
     except (pa.ArrowInvalid, OSError) as error:
         said = str(error).splitlines()[0]
         raise InvalidValueError("event file", str(file), f"a readable {_format(file)} file ({said})") from error
+
+
+def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each read while the one before is worked on."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        coming = reader.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)
+            yield batch
 
 
 def _format(path: Path) -> str | None:

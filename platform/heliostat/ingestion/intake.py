@@ -24,7 +24,7 @@ from heliostat.features.definitions import EventSource, FeatureView
 from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.tiles import RingLimits, ring_layout
 from heliostat.ingestion.checking import Checked, EventCheck, as_json
-from heliostat.ingestion.files import Batch, event_files, read_batches
+from heliostat.ingestion.files import Batch, event_files, read_ahead, read_batches
 from heliostat.settings import IngestionSettings, Settings
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.event_updates import EventOutcome, EventUpdate
@@ -147,7 +147,7 @@ def ingest_files(paths: Sequence[str | Path], source: EventSource, *, workspace:
     letters = _DeadLetters(workspace.offline_store, source.name, now_us)
     with workspace.event_log.bulk(source, ingested_us=now_us) as bulk:
         for file in files:
-            for batch in read_batches(file, check, batch_rows=settings.batch_rows):
+            for batch in read_ahead(read_batches(file, check, batch_rows=settings.batch_rows)):
                 checked = check.check(batch.rows, now_us=now_us)
                 _learn(workspace.categories, source.name, workspace.categories.unknown(source.name, checked.accepted))
                 bulk.add(checked.accepted)

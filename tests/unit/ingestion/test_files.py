@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 from heliostat.errors import HeliostatError, InvalidValueError, MissingFileError, SchemaMismatchError
 from heliostat.features.definitions import Entity, EventSource
 from heliostat.ingestion.checking import EventCheck
-from heliostat.ingestion.files import Batch, event_files, read_batches
+from heliostat.ingestion.files import Batch, event_files, read_ahead, read_batches
 from heliostat.schema import TIMESTAMP
 
 SALES = EventSource(
@@ -136,3 +137,26 @@ def test_file_that_is_not_what_its_name_says_is_refused_by_name(tmp_path: Path, 
     file.write_bytes(content)
     with pytest.raises(InvalidValueError, match=name):
         _read(file)
+
+
+def test_batches_that_are_read_ahead_are_the_same_and_so_are_their_errors(tmp_path: Path) -> None:
+    file = _csv(tmp_path, "".join(f"e{number},x,{number},2020-01-01,n\n" for number in range(50)))
+    plain = _read(file, batch_rows=7)
+    ahead = list(read_ahead(read_batches(file, CHECK, batch_rows=7)))
+    assert [each.rows for each in ahead] == [each.rows for each in plain]
+    with pytest.raises(SchemaMismatchError):
+        list(read_ahead(read_batches(_wrong(tmp_path), CHECK, batch_rows=7)))
+
+
+def test_somebody_who_stops_reading_ahead_leaves_no_thread_behind(tmp_path: Path) -> None:
+    file = _csv(tmp_path, "".join(f"e{number},x,{number},2020-01-01,n\n" for number in range(50)))
+    batches = read_ahead(read_batches(file, CHECK, batch_rows=7))
+    next(batches)
+    batches.close()
+    assert not [each.name for each in threading.enumerate() if each.name.startswith("read-ahead")]
+
+
+def _wrong(tmp_path: Path) -> Path:
+    file = tmp_path / "wrong.csv"
+    file.write_text("a,b\n1,2\n")
+    return file
