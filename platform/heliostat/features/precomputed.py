@@ -29,6 +29,10 @@ COMPUTED_AT: Final = "computed_at"
 ROW_ID: Final = "row_id"
 
 
+class WrittenSource(EventSource):
+    """The rows of one version of a `PrecomputedView`; its columns change with the view's version alone."""
+
+
 class PrecomputedView(FeatureView):
     """Named, versioned features of one entity that programs compute and write.
 
@@ -71,7 +75,7 @@ class PrecomputedView(FeatureView):
             (ROW_ID, pa.int64()),
             *((feature, pa.float64()) for feature in described),
         ]
-        source = EventSource(
+        source = WrittenSource(
             f"{name}_v{version}",
             schema=pa.schema(columns),
             entity=entity,

@@ -19,6 +19,7 @@ from heliostat.clock import Clock
 from heliostat.errors import DefinitionConflictError, UnknownViewError, ViewInUseError
 from heliostat.features.definitions import FeatureView
 from heliostat.features.metadata import FeatureMetadata, about_view, all_metadata, serving_readers
+from heliostat.features.precomputed import WrittenSource
 from heliostat.storage.catalog import Catalog, CatalogReader
 from heliostat.storage.catalog_tables import DefinitionRow
 
@@ -360,7 +361,8 @@ def _step(
             (f"version {stored[-1].version} is registered and {version} never was",),
             f"Raise its version to {stored[-1].version + 1}",
         )
-    _check_fixed(kind, item.name, meaning, last)
+    if not isinstance(item, WrittenSource):  # of which the view says what to do
+        _check_fixed(kind, item.name, meaning, last)
     base = by_version.get(previous) if previous is not None else last
     differences = () if base is None else tuple(_differences(base.document["meaning"], meaning))
     return _Step(Change(kind, item.name, version, previous, differences, beside), item, same)
