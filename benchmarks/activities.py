@@ -75,32 +75,29 @@ def activity_score(weighted_activity: FloatArray) -> FloatArray:
     return np.log1p(weighted_activity)
 
 
-def ten_features(name: str, *, where: pc.Expression | None = None) -> FeatureView:
+def ten_features(name: str, *, where: pc.Expression | None = None, part: slice = slice(None)) -> FeatureView:
     """A view with ten features over sliding windows of 14 and 30 days, kept in daily tiles.
 
     Args:
         name: The view's.
         where: Only these activities count.
+        part: Which of the ten.
     """
     long, short = f"{WINDOW_DAYS}d", "14d"
-    return FeatureView(
-        name,
-        version=1,
-        source=user_activities,
-        where=where,
-        features={
-            "count_30d": Count(window=long),
-            "count_14d": Count(window=short),
-            "duration_30d": Sum("session_duration", window=long),
-            "duration_14d": Sum("session_duration", window=short),
-            "avg_duration_30d": Mean("session_duration", window=long),
-            "shortest_30d": Min("session_duration", window=long),
-            "longest_30d": Max("session_duration", window=long),
-            "weight_30d": Sum(_weight(), window=long),
-            "active_days_30d": DistinctDays(window=long),
-            "days_since_last": TimeSinceLast(unit="day", window=long),
-        },
-    )
+    features = {
+        "count_30d": Count(window=long),
+        "count_14d": Count(window=short),
+        "duration_30d": Sum("session_duration", window=long),
+        "duration_14d": Sum("session_duration", window=short),
+        "avg_duration_30d": Mean("session_duration", window=long),
+        "shortest_30d": Min("session_duration", window=long),
+        "longest_30d": Max("session_duration", window=long),
+        "weight_30d": Sum(_weight(), window=long),
+        "active_days_30d": DistinctDays(window=long),
+        "days_since_last": TimeSinceLast(unit="day", window=long),
+    }
+    chosen = dict(list(features.items())[part])
+    return FeatureView(name, version=1, source=user_activities, where=where, features=chosen)
 
 
 def events(n_events: int, n_users: int, seed: int) -> pa.Table:

@@ -19,6 +19,7 @@ import time
 import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 ENTITY, KEY, TIME = "user", "user_id", "event_timestamp"
 
@@ -47,7 +48,7 @@ class Repository:
             )
         )
 
-    def apply(self, views: dict[str, dict[str, object]]) -> dict[str, object]:
+    def apply(self, views: dict[str, dict[str, Any]]) -> dict[str, object]:
         """Declare views by name: the Parquet ``file`` and the names of its ``features``, all float64."""
         from feast import Entity, FeatureView, Field, FileSource, ValueType
         from feast.types import Float64
