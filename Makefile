@@ -54,7 +54,7 @@ bench: $(READY) ## Benchmarks side by side with what a user would pick instead
 	$(BIN)/python benchmarks/serving.py
 
 lock: $(READY) ## Write the lock file anew
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra demo --extra dev \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra demo --extra kafka --extra dev \
 		--no-header --no-annotate pyproject.toml -o requirements.lock --upgrade
 
 clean: ## Remove the environment, local state and caches
