@@ -23,7 +23,7 @@
     │   └── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
     ├── ConflictError              somebody else was first, or a rule forbids it
     │   ├── PromotionConflictError  GateFailedError  RollbackError  RolloutError  ViewInUseError
-    │   └── CategoryCollisionError  HistoryNeededError  EntityBusyError
+    │   └── CategoryCollisionError  HistoryNeededError  EntityBusyError  MaterializationConflictError
     ├── GatewayError               a client's request that a gateway refused, in the gateway's words
     │   └── GatewayUnreachableError
     └── StorageError               a store can't be reached, or can't be trusted
@@ -704,6 +704,20 @@ class RolloutError(ConflictError):
 
     def __str__(self) -> str:
         return f"model {self.model!r} can't {self.step}: {self.state}; {self.fix}"
+
+
+class MaterializationConflictError(ConflictError):
+    """A bucket's rings are being materialized by somebody who began later."""
+
+    def __init__(self, bucket: str) -> None:
+        super().__init__(bucket)
+        self.bucket = bucket
+
+    def __str__(self) -> str:
+        return (
+            f"another materialization of {self.bucket} began meanwhile and goes on alone; "
+            "wait for it to end, then run this one again if it is of other views"
+        )
 
 
 class StaleProgressError(ConflictError):

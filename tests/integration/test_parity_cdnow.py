@@ -15,7 +15,7 @@ from configs.churn.cdnow import write_parquet
 from configs.churn.definitions import customer, purchase_history, purchases, recent_purchases
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.features.live import LiveRings, remember_ms
-from heliostat.features.materialize import BucketTask
+from heliostat.features.bucket_rings import BucketJob, BucketTask
 from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
@@ -97,7 +97,7 @@ def test_rings_kernel_and_oracle_agree_on_a_thousand_customers_at_five_instants(
         version = log.version(purchases, customer)
         task = BucketTask(VIEWS, log, version, store.config, as_of_us, limits)
         for bucket in range(settings.storage.buckets):
-            task.run(bucket, store)
+            task.run(BucketJob(bucket, None, as_of_us), store)
         check(store, settings, cdnow, as_of_us)
         since_us = as_of_us
     assert INSTANTS_US[-1] - times_us(cdnow["purchased_at"]).max() <= 2 * US_PER_DAY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR
-from heliostat.features.backfill import bucket_rings
+from heliostat.features.backfill import BucketRings, RingPlan
 from heliostat.features.definitions import FeatureView
 from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.offline import compute_features, unique_events
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits, ring_layout
-from heliostat.schema import TIE, hash64, tie48, times_us
+from heliostat.schema import ID_HASH, hash64, times_us
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
+from heliostat.storage.ring_writes import RingCounts, RingLayouts
 from tests.oracles import Oracle, derived
 from tests.strategies import DEVICE, KEYS, ORIGIN_US, SHOP, SPAN_US, UNKNOWN, USER, event_streams, key_table, views
 
@@ -51,25 +53,23 @@ class Online:
         updates = self.live.updates(events, [(b"e", b"payload")] * events.num_rows)
         return list(self.store.apply_events(updates, remember_ms=remember_ms(LIMITS)))
 
-    def materialize(self, log: pa.Table, as_of_us: int) -> dict[str, int]:
-        """As `BucketTask.run` does, from a table instead of the log."""
-        log = log.append_column(TIE, pa.array(tie48(hash64(log[self.view.source.event_id]))))
-        log = log.filter(pa.array(times_us(log[self.view.source.event_time]) < as_of_us))
+    def materialize(self, log: pa.Table, as_of_us: int, *, covers: bool = False) -> dict[str, int]:
+        """As `BucketTask.run` does, from a table instead of the log and the streams."""
+        source, plan = self.view.source, RingPlan((self.view,), self.store.keys, as_of_us, LIMITS)
+        log = log.append_column(ID_HASH, pa.array(hash64(log[source.event_id]).view(np.int64)))
+        if not covers:
+            log = log.filter(pa.array(times_us(log[source.event_time]) < as_of_us))
         buckets = self.view.entity.buckets(self.view.entity.encode(log), N_BUCKETS)
-        writes = [
-            write
-            for bucket in range(N_BUCKETS)
-            for write in bucket_rings(
-                [self.view],
-                log.filter(pa.array(buckets == bucket)),
-                bucket=bucket,
-                keys=self.store.keys,
-                as_of_us=as_of_us,
-                limits=LIMITS,
-            )
-        ]
-        counts = self.store.write_rings(writes)
-        return {"written": counts.written, "unchanged": counts.unchanged, "ahead": counts.ahead}
+        counts = RingCounts()
+        for bucket in range(N_BUCKETS):
+            own = log.filter(pa.array(buckets == bucket))
+            recent = own.filter(pa.array(times_us(own[source.event_time]) >= plan.open_us))
+            rings = BucketRings.of(plan, bucket, own, recent)
+            lease = self.store.begin_bucket(source.name, self.view.entity.name, bucket)
+            layouts = RingLayouts(plan.described, covers, remember_ms(LIMITS))
+            for codes in self.store.write_rings(list(layouts.calls(lease, rings.writes()))):
+                counts += RingCounts.of(codes)
+        return asdict(counts)
 
     def rows(self, keys: list[tuple[Any, ...]], as_of_us: int) -> list[dict[str, float]]:
         entity = self.view.entity

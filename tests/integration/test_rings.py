@@ -23,16 +23,18 @@ from configs.churn import definitions as churn
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import InvalidValueError, OnlineStoreUnavailableError, UnknownViewError
 from heliostat.features.aggregations import Count, First, Last, Max, Sum, TimeSinceLast
+from heliostat.features.bucket_rings import BucketJob, BucketTask
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.live import LiveRings, remember_ms
-from heliostat.features.materialize import BucketTask, materialize
+from heliostat.features.materialize import materialize
 from heliostat.features.offline import compute_features, unique_events
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits, ring_layout
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import Settings
 from heliostat.storage.event_log import EventLog
-from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore, RingCounts
+from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore
+from heliostat.storage.ring_writes import RingCounts
 from jobs.materialize_features import main
 
 LIMITS = RingLimits(lateness_us=US_PER_DAY, future_tolerance_us=60_000_000)
@@ -369,11 +371,14 @@ def test_a_server_without_memory_is_reported_and_loses_nothing(own_server: int) 
 # ── Materializing ───────────────────────────────────────────────────────────────────
 
 
-def materialized(event_log: EventLog, store: OnlineStore, view: FeatureView, as_of_us: int = NOW_US) -> RingCounts:
+def materialized(
+    event_log: EventLog, store: OnlineStore, view: FeatureView, as_of_us: int = NOW_US, *, present: bool = True
+) -> RingCounts:
     """All buckets of one view, in this process."""
     version = event_log.version(view.source, view.entity)
-    task = BucketTask((view,), event_log, version, store.config, as_of_us, LIMITS)
-    return sum((task.run(bucket, store)[2] for bucket in range(N_BUCKETS)), RingCounts())
+    task = BucketTask((view,), event_log, version, store.config, as_of_us, LIMITS, present)
+    done = [task.run(BucketJob(bucket, None, as_of_us), store) for bucket in range(N_BUCKETS)]
+    return sum((each.rings for each in done), RingCounts())
 
 
 def test_history_gives_what_live_events_give_and_twice_is_once(store: OnlineStore, event_log: EventLog) -> None:
@@ -431,7 +436,7 @@ def test_a_life_ring_that_is_ahead_of_an_earlier_instant_is_left_alone(
     events = random_orders(300, seed=12)
     event_log.append(orders, events, ingested_us=NOW_US)
     materialized(event_log, store, habits)
-    counts = materialized(event_log, store, habits, NOW_US - 10 * US_PER_DAY)
+    counts = materialized(event_log, store, habits, NOW_US - 10 * US_PER_DAY, present=False)
     assert counts.ahead > 0
     np.testing.assert_allclose(
         vectors(store, habits, USERS), offline_vectors(habits, events, USERS), rtol=1e-12, atol=1e-9
@@ -447,7 +452,7 @@ def test_what_live_events_moved_into_a_base_isnt_lost_to_an_earlier_instants_his
     materialized(event_log, store, habits, NOW_US + 1)
     apply(store, events.slice(1), habits)
     event_log.append(orders, events.slice(1), ingested_us=NOW_US)
-    assert materialized(event_log, store, habits, NOW_US + 6 * US_PER_DAY).ahead == 1
+    assert materialized(event_log, store, habits, NOW_US + 6 * US_PER_DAY, present=False).ahead == 1
     assert vectors(store, habits, ["1"], NOW_US + 21 * US_PER_DAY)[0][:4].tolist() == [5.0, 50.0, 0.0, 20.0]
 
 

@@ -1,75 +1,216 @@
-"""A bucket's events -> its entities' rings, as history has them. Pure.
+"""A bucket's events -> all rings of its entities, as history has them. Pure.
 
-`heliostat.features.materialize` reads the events and sends the rings.
+`heliostat.features.bucket_rings` reads the events and sends the rings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from heliostat.features.aggregations import evaluate
+from heliostat.features.aggregations import InputValues, evaluate
 from heliostat.features.definitions import FeatureView
-from heliostat.features.tiles import RingGroup, RingLimits, TileStates, pack_rings, ring_layout, tile_states
-from heliostat.schema import TIE, times_us
-from heliostat.storage.online_store import OnlineKeys, RingWrite
+from heliostat.features.tiles import (
+    BoolArray,
+    IntArray,
+    RingGroup,
+    RingLayout,
+    RingLimits,
+    TileStates,
+    pack_rings,
+    ring_layout,
+    tile_states,
+)
+from heliostat.schema import ID_HASH, hash64, tie48, times_us
+from heliostat.storage.online_store import OnlineKeys
+from heliostat.storage.ring_writes import EntityWrite
 
-_RINGS_AT_ONCE_BYTES = 64 * 2**20
+_RINGS_AT_ONCE_BYTES = 16 * 2**20
+_EVENTS_AT_ONCE = 250_000
 
 
-def bucket_rings(
-    views: Sequence[FeatureView],
-    events: pa.Table,
-    *,
-    bucket: int,
-    keys: OnlineKeys,
-    as_of_us: int,
-    limits: RingLimits,
-) -> Iterator[RingWrite]:
-    """The rings of one bucket's entities, as its events have them.
+@dataclass(frozen=True)
+class RingPlan:
+    """The rings of some views of one source and entity, at an instant.
 
-    Args:
+    Attributes:
         views: All of one source and entity.
-        events: Distinct events before ``as_of_us``, in any order: the columns of
-            `heliostat.features.offline.needed_columns`, and ``_tie``.
-        bucket: The bucket's number.
         keys: The store's key names.
         as_of_us: The instant that the rings are made for.
         limits: What the rings' layouts allow for.
-
-    Yields:
-        One write for each entity and group with an event in reach.
     """
-    source, entity = views[0].source, views[0].entity
-    encoded = entity.encode(events, what=f"events of {source.name!r}").dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    times, ties = times_us(events.column(source.event_time)), times_us(events.column(TIE))
-    order = np.lexsort((ties, times, codes))
-    codes, times, ties, events = codes[order], times[order], ties[order], events.take(pa.array(order))
-    texts = encoded.dictionary.cast(pa.string()).to_pylist()
-    layouts = [ring_layout(view, limits) for view in views]
-    inputs = evaluate(events, [given for layout in layouts for given in layout.inputs])
-    for layout in layouts:
-        for group in layout.groups:
-            tiles = tile_states(group, codes, times, ties, inputs)
-            prefix = f"{keys.ring_prefix(layout.view.ref, group.name)}{{b{bucket}}}:"
-            yield from _writes(group, tiles, texts, prefix, as_of_us, limits)
+
+    views: tuple[FeatureView, ...]
+    keys: OnlineKeys
+    as_of_us: int
+    limits: RingLimits
+
+    @cached_property
+    def layouts(self) -> tuple[RingLayout, ...]:
+        """Each view's."""
+        return tuple(ring_layout(view, self.limits) for view in self.views)
+
+    @cached_property
+    def groups(self) -> tuple[RingGroup, ...]:
+        """All of them; writes name them by their position."""
+        return tuple(group for layout in self.layouts for group in layout.groups)
+
+    @cached_property
+    def prefixes(self) -> tuple[str, ...]:
+        """What each group's keys begin with."""
+        return tuple(
+            self.keys.ring_prefix(layout.view.ref, group.name) for layout in self.layouts for group in layout.groups
+        )
+
+    @cached_property
+    def described(self) -> tuple[tuple[bytes, int], ...]:
+        """Each group's packed descriptor, and its first tile that late events may still change."""
+        return tuple(
+            (group.descriptor, self.limits.first_live_tile(self.as_of_us, group.hop_us)) for group in self.groups
+        )
+
+    @property
+    def open_us(self) -> int:
+        """Events from here on are in an open tile of some group."""
+        return min(first * group.hop_us for (_, first), group in zip(self.described, self.groups, strict=True))
 
 
-def _writes(
-    group: RingGroup, tiles: TileStates, texts: Sequence[str], prefix: str, as_of_us: int, limits: RingLimits
-) -> Iterator[RingWrite]:
-    if not group.life:
-        newest = as_of_us // group.hop_us
-        tiles = tiles.between(newest - group.n_slots + 1, newest)
-    first_live = limits.first_live_tile(as_of_us, group.hop_us)
-    step = max(1, _RINGS_AT_ONCE_BYTES // len(group.empty_ring))
-    for first in range(0, len(texts), step):
-        own = tiles.of_entities(first, first + step)
-        present = np.unique(own.codes)
-        own = TileStates(np.searchsorted(present, own.codes), own.tiles, own.slots)
-        rings = pack_rings(group, own, len(present), as_of_us=as_of_us, limits=limits)
-        for position, code in enumerate(present.tolist()):
-            yield RingWrite(prefix + texts[first + code], group.descriptor, first_live, rings[position].tobytes())
+@dataclass(frozen=True, eq=False)
+class BucketRings:
+    """What one bucket's events make of its entities' rings.
+
+    Attributes:
+        plan: Which rings.
+        bucket: The bucket's number.
+        texts: The entities' keys.
+        present: For each group, whether each entity has an event in its reach, shape ``(n_entities,)``.
+    """
+
+    plan: RingPlan
+    bucket: int
+    texts: list[str]
+    present: list[BoolArray]
+    _events: _SortedEvents
+    _recent: dict[str, list[str]]
+
+    @classmethod
+    def of(
+        cls, plan: RingPlan, bucket: int, events: pa.Table, recent: pa.Table, *, also: Sequence[str] = ()
+    ) -> BucketRings:
+        """Sort a bucket's events.
+
+        Args:
+            plan: Which rings.
+            bucket: The bucket's number.
+            events: Distinct events, in any order: the columns of
+                `heliostat.features.offline.needed_columns`, and ``_id_hash``.
+            recent: Of those in open tiles: key columns and id.
+            also: Keys of entities whose rings are cleared if they have no events.
+        """
+        source, entity = plan.views[0].source, plan.views[0].entity
+        what = f"events of {source.name!r}"
+        encoded = entity.encode(events, what=what).dictionary_encode()
+        texts: list[str] = encoded.dictionary.cast(pa.string()).to_pylist()
+        texts += sorted(set(also) - set(texts))
+        prefix = plan.keys.seen(source.name, entity.name, "", bucket)
+        seen: dict[str, list[str]] = {}
+        ids = recent.column(source.event_id).cast(pa.string()).to_pylist()
+        for text, event_id in zip(entity.encode(recent, what=what).cast(pa.string()).to_pylist(), ids, strict=True):
+            seen.setdefault(text, []).append(prefix + event_id)
+        present = [np.zeros(len(texts), dtype=np.bool_) for _ in plan.groups]
+        codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        return cls(plan, bucket, texts, present, _SortedEvents.of(plan, events, codes), seen)
+
+    def writes(self) -> Iterator[EntityWrite]:
+        """Each entity's rings, some entities' at a time; fills in ``present``."""
+        groups, tag = self.plan.groups, f"{{b{self.bucket}}}:"
+        prefixes = [prefix + tag for prefix in self.plan.prefixes]
+        ring_bytes = sum(len(group.empty_ring) for group in groups)
+        at_once = max(1, _RINGS_AT_ONCE_BYTES // ring_bytes)
+        for first, last in self._events.chunks(len(self.texts), at_once):
+            chunk = self._events.of_entities(first, last)
+            rings = [self._rings(at, group, chunk, first, last) for at, group in enumerate(groups)]
+            for entity, each in enumerate(zip(*rings, strict=True), first):
+                text = self.texts[entity]
+                keyed = tuple((prefixes[at] + text, at, ring) for at, ring in enumerate(each))
+                yield EntityWrite(entity, keyed, self._recent.get(text, ()))
+
+    def _rings(self, at: int, group: RingGroup, chunk: _SortedEvents, first: int, last: int) -> list[bytes]:
+        tiles = tile_states(group, chunk.codes, chunk.times_us, chunk.ties, chunk.inputs)
+        if not group.life and len(tiles.tiles):
+            newest = max(self.plan.as_of_us // group.hop_us, int(tiles.tiles.max()))
+            tiles = tiles.between(newest - group.n_slots + 1, newest)
+        here = np.unique(tiles.codes)
+        own = TileStates(np.searchsorted(here, tiles.codes), tiles.tiles, tiles.slots)
+        packed = pack_rings(group, own, len(here), as_of_us=self.plan.as_of_us, limits=self.plan.limits)
+        data, size = packed.tobytes(), len(group.empty_ring)
+        rings = [b""] * (last - first)
+        for position, code in enumerate(here.tolist()):
+            rings[code] = data[position * size : (position + 1) * size]
+        self.present[at][first + here] = True
+        return rings
+
+    def hashes(self, group: int) -> NDArray[np.uint64]:
+        """Of the keys of entities with an event in a group's reach, once `writes` is through; shape ``(n,)``."""
+        return hash64(pa.array(self.texts, pa.string()).filter(pa.array(self.present[group])))
+
+
+@dataclass(frozen=True, eq=False)
+class _SortedEvents:
+    """Events in the order (entity, event time, tie), shape ``(n,)`` each."""
+
+    codes: IntArray
+    times_us: IntArray
+    ties: IntArray
+    inputs: dict[str, InputValues]
+
+    @classmethod
+    def of(cls, plan: RingPlan, events: pa.Table, codes: IntArray) -> _SortedEvents:
+        times = times_us(events.column(plan.views[0].source.event_time))
+        ties = tie48(events.column(ID_HASH).to_numpy().view(np.uint64))
+        inputs = evaluate(events, [given for layout in plan.layouts for given in layout.inputs])
+        order = np.lexsort((ties, times, codes))
+        return cls(
+            codes[order],
+            times[order],
+            ties[order],
+            {key: InputValues(each.values[order], each.used[order]) for key, each in inputs.items()},
+        )
+
+    def chunks(self, n_entities: int, at_once: int) -> Iterator[tuple[int, int]]:
+        """Runs of entities with a bounded number of them and, unless one has more alone, of events."""
+        ends = np.searchsorted(self.codes, np.arange(1, n_entities + 1))
+        first = 0
+        while first < n_entities:
+            before = int(ends[first - 1]) if first else 0
+            last = int(np.searchsorted(ends, before + _EVENTS_AT_ONCE, side="right"))
+            last = min(max(last, first + 1), first + at_once, n_entities)
+            yield first, last
+            first = last
+
+    def of_entities(self, first: int, last: int) -> _SortedEvents:
+        low, high = np.searchsorted(self.codes, [first, last])
+        inputs = {key: InputValues(each.values[low:high], each.used[low:high]) for key, each in self.inputs.items()}
+        return _SortedEvents(self.codes[low:high] - first, self.times_us[low:high], self.ties[low:high], inputs)
+
+
+def group_of_key(plan: RingPlan, key: str) -> tuple[int, int, str] | None:
+    """The group, bucket and entity of a ring's key; None if it is no ring of the plan's groups."""
+    for at, prefix in enumerate(plan.prefixes):
+        if key.startswith(prefix):
+            tag, _, text = key[len(prefix) :].partition(":")
+            return at, int(tag[2:-1]), text
+    return None
+
+
+def views_together(views: Sequence[FeatureView]) -> tuple[tuple[FeatureView, ...], ...]:
+    """Views by source and entity: those that are made from the same events."""
+    together: dict[tuple[str, str], list[FeatureView]] = {}
+    for view in views:
+        together.setdefault((view.source.name, view.entity.name), []).append(view)
+    return tuple(tuple(each) for each in together.values())

@@ -27,7 +27,7 @@ def remember_ms(limits: RingLimits) -> int:
     Long enough that a repetition after it can only fall into complete tiles, which the next
     materialization takes from the event log; there each id is one event for ever.
     """
-    return (limits.lateness_us + US_PER_DAY) // US_PER_MS
+    return (limits.lateness_us + US_PER_DAY + limits.future_tolerance_us) // US_PER_MS
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ class LiveRings:
         # The first entity's update carries the event to its stream; others are needed only for rings.
         self._entities: list[tuple[Entity, list[RingLayout]]] = []
         for position, entity in enumerate(source.entities):
-            own = [each for each in layouts if each.view.source is source and each.view.entity is entity]
+            own = [
+                each
+                for each in layouts
+                if (each.view.source.name, each.view.entity.name) == (source.name, entity.name)
+            ]
             if position == 0 or own:
                 self._entities.append((entity, own))
         self._inputs = [given for each in layouts for given in each.inputs]
@@ -73,7 +77,7 @@ class LiveRings:
         limits = RingLimits.of(settings.ingestion)
         return cls(
             source,
-            [ring_layout(view, limits) for view in views if view.source is source],
+            [ring_layout(view, limits) for view in views if view.source.name == source.name],
             keys=OnlineKeys(settings.online.key_prefix, settings.project),
             n_buckets=settings.storage.buckets,
         )
@@ -118,11 +122,13 @@ class LiveRings:
         buckets = entity.buckets(encoded, self._n_buckets).tolist()
         rings = [ring for layout in layouts for ring in self._rings(layout, times, ties, inputs)]
         streams = [self._keys.events(self._source.name, bucket) for bucket in range(self._n_buckets)]
+        epochs = [self._keys.epoch(bucket) for bucket in range(self._n_buckets)]
         updates = []
         for event, (text, bucket) in enumerate(zip(encoded.cast(pa.string()).to_pylist(), buckets, strict=True)):
             place = f"{{b{bucket}}}:{text}"
             updates.append(
                 EventUpdate(
+                    epoch_key=epochs[bucket],
                     seen_key=self._keys.seen(self._source.name, entity.name, ids[event], bucket),
                     stream_key=None if fields is None else streams[bucket],
                     fields=() if fields is None else fields[event],

@@ -1,30 +1,48 @@
 """Event log -> online rings: a view's history brought beside what live events made of it.
 
-One task a bucket: read the bucket's events, add them up to tiles, pack rings, and let the
-server merge each with the ring it holds (`heliostat.storage.ring_scripts.WRITE_RING`).
-Complete tiles come from the log, tiles that late events may still change stay as live events
-made them. Running it twice, or beside live ingestion, changes nothing.
+One Ray task a bucket: read the bucket's events, add them up to tiles, pack rings, and let the server
+put each beside the ring it holds (`heliostat.storage.ring_scripts.WRITE_RINGS`). Running it twice, or
+beside live ingestion, changes nothing.
+
+Each bucket says, beside its rings, which version of the log they were made from. So a run that is
+killed goes on where it was, and a run looks only at entities with events that the last one hadn't
+seen: windows that merely slide need no write, since whoever reads a ring masks it by time. Now and
+then (``full_every_us``) all entities are looked at, and rings that nothing is left of are cleared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
-import pyarrow.compute as pc
-import ray.data
+import pyarrow as pa
+from numpy.typing import NDArray
 
-from heliostat.clock import format_instant
-from heliostat.features.backfill import bucket_rings
+from heliostat.clock import US_PER_DAY, format_instant
+from heliostat.features.backfill import RingPlan, group_of_key, views_together
+from heliostat.features.bucket_rings import (
+    BucketDone,
+    BucketJob,
+    BucketState,
+    BucketTask,
+    RateLimit,
+    RunBuckets,
+    done_of,
+    job_table,
+    layout_name,
+)
 from heliostat.features.definitions import FeatureView
-from heliostat.features.offline import earliest_us, needed_columns
+from heliostat.features.live import remember_ms
 from heliostat.features.tiles import RingLimits
-from heliostat.schema import TIE
-from heliostat.storage.event_log import EventLog
-from heliostat.storage.online_store import OnlineConfig, OnlineStore, RingCounts
+from heliostat.schema import TIMESTAMP, hash64
+from heliostat.storage.event_log import NO_VERSION, EventLog
+from heliostat.storage.online_store import OnlineConfig, OnlineStore
+from heliostat.storage.ring_writes import BucketLease, EntityWrite, RingCounts, RingLayouts
+from heliostat.storage.table_changes import TableChanges, table_changes
 
 
 @dataclass(frozen=True)
@@ -34,18 +52,31 @@ class Materialization:
     Attributes:
         views: References of the views.
         as_of_us: The instant that the rings were made for.
-        log_version: The event log's version that was read.
+        log_version: Everything up to this version of the event log is in them.
+        buckets: Buckets that had something to do.
+        full: How many of those had all of their entities looked at.
         events: Events read.
-        entities: Entities among them.
-        rings: What became of their rings.
+        entities: Entities whose rings were sent.
+        rings: What became of them.
+        n_bytes: Of the rings that were sent.
+        seconds: How long it took.
     """
 
     views: tuple[str, ...]
     as_of_us: int
     log_version: int
+    buckets: int
+    full: int
     events: int
     entities: int
     rings: RingCounts
+    n_bytes: int
+    seconds: float
+
+    @property
+    def entities_per_s(self) -> float:
+        """Entities a second."""
+        return self.entities / self.seconds if self.seconds else 0.0
 
     def describe(self) -> dict[str, Any]:
         """A JSON document: what the job prints and the store keeps under `OnlineKeys.materialized`."""
@@ -53,79 +84,49 @@ class Materialization:
             "views": list(self.views),
             "as_of": format_instant(self.as_of_us),
             "log_version": self.log_version,
+            "buckets": self.buckets,
+            "buckets_full": self.full,
             "events": self.events,
             "entities": self.entities,
             "rings_written": self.rings.written,
             "rings_unchanged": self.rings.unchanged,
             "rings_ahead": self.rings.ahead,
+            "rings_busy": self.rings.busy,
+            "rings_cleared": self.rings.cleared,
+            "bytes": self.n_bytes,
+            "seconds": round(self.seconds, 3),
+            "entities_per_s": round(self.entities_per_s),
         }
+
+    def __str__(self) -> str:
+        told = {"ahead": self.rings.ahead, "busy": self.rings.busy, "cleared": self.rings.cleared}
+        return (
+            f"{', '.join(self.views)}: {self.events:,} events of {self.entities:,} entities, as of "
+            f"{format_instant(self.as_of_us)}; rings: {self.rings.written:,} written, {self.rings.unchanged:,} "
+            f"unchanged{''.join(f', {count:,} {name}' for name, count in told.items() if count)}; "
+            f"{self.buckets} buckets in {self.seconds:.1f} s, {self.entities_per_s:,.0f} entities/s"
+        )
 
 
 @dataclass(frozen=True)
-class BucketTask:
-    """All that one bucket's materialization needs; picklable.
+class Step:
+    """How far a materialization is.
 
     Attributes:
-        views: All of one source and entity.
-        event_log: Where the events are.
-        log_version: The version of it that is read.
-        online: Where the rings are.
-        as_of_us: Events before this instant count.
-        limits: What the rings' layouts allow for.
+        views: References of the views under way.
+        done: Buckets that are done.
+        total: Buckets that have something to do.
+        entities: Entities whose rings were sent so far.
     """
 
-    views: tuple[FeatureView, ...]
-    event_log: EventLog
-    log_version: int
-    online: OnlineConfig
-    as_of_us: int
-    limits: RingLimits
+    views: tuple[str, ...]
+    done: int
+    total: int
+    entities: int
 
-    def run(self, bucket: int, store: OnlineStore) -> tuple[int, int, RingCounts]:
-        """Materialize one bucket.
 
-        Args:
-            bucket: Its number.
-            store: The online store.
-
-        Returns:
-            Events read, entities among them, and what became of the rings.
-
-        Raises:
-            StorageError: If the log can't be read or the store doesn't answer.
-        """
-        source, entity = self.views[0].source, self.views[0].entity
-        events = self.event_log.read_bucket(
-            source,
-            entity,
-            bucket,
-            columns=[*needed_columns(self.views), TIE],
-            min_time_us=earliest_us(self.views, np.array([self.as_of_us])),
-            max_time_us=self.as_of_us,
-            version=self.log_version,
-        )
-        writes = bucket_rings(
-            self.views,
-            events,
-            bucket=bucket,
-            keys=self.online.keys,
-            as_of_us=self.as_of_us,
-            limits=self.limits,
-        )
-        keys = entity.encode(events, what=f"events of {source.name!r}")
-        return events.num_rows, pc.count_distinct(keys).as_py(), store.write_rings(writes)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """As `run`, for Ray Data: a row with the bucket's number in, counts out."""
-        with OnlineStore(self.online) as store:
-            events, entities, rings = self.run(int(row["id"]), store)
-        return {
-            "events": events,
-            "entities": entities,
-            "written": rings.written,
-            "unchanged": rings.unchanged,
-            "ahead": rings.ahead,
-        }
+OnStep: TypeAlias = Callable[[Step], None]
+"""Is told of every bucket that is done, and once before the first."""
 
 
 def materialize(
@@ -135,56 +136,232 @@ def materialize(
     online: OnlineConfig,
     as_of_us: int,
     limits: RingLimits,
+    present: bool = True,
+    full: bool = False,
+    full_every_us: int = US_PER_DAY,
+    rate: RateLimit | None = None,
     concurrency: int | None = None,
+    on_ray: bool = True,
+    on_step: OnStep | None = None,
 ) -> tuple[Materialization, ...]:
-    """Materialize views: one Ray task a bucket of each (source, entity), which its views share.
+    """Materialize views: one task a bucket of each (source, entity), which its views share.
 
     Args:
         views: Any.
         event_log: Where the events are.
         online: Where the rings go.
-        as_of_us: Events before this instant count: now, or earlier. An earlier one than the last time
-            changes nothing that is newer.
+        as_of_us: Events before this instant count.
         limits: What the rings' layouts allow for.
+        present: Whether the instant is now. An earlier one changes nothing that is newer; it looks at all
+            entities and is no beginning for the next run.
+        full: Look at all entities, also where nothing has changed.
+        full_every_us: Do so by itself after this long.
+        rate: How fast rings may be written, over all tasks.
         concurrency: Most buckets at once; None: as many as there are CPUs.
+        on_ray: False: in this process, one bucket after the other.
+        on_step: Told how far it is.
 
     Returns:
         What was done, for each (source, entity).
 
     Raises:
-        StorageError: If the log can't be read or the store doesn't answer.
+        StorageError: If the log can't be read or the store doesn't answer; what was done stays done.
+        MaterializationConflictError: If another materialization of the same began meanwhile.
     """
-    together: dict[tuple[str, str], list[FeatureView]] = {}
-    for view in views:
-        together.setdefault((view.source.name, view.entity.name), []).append(view)
-    return tuple(
-        _materialized(
-            BucketTask(
-                views=tuple(each),
-                event_log=event_log,
-                log_version=event_log.version(each[0].source, each[0].entity),
-                online=online,
-                as_of_us=as_of_us,
-                limits=limits,
-            ),
-            concurrency,
-        )
-        for each in together.values()
-    )
+    done = []
+    for together in views_together(list(views)):
+        version = event_log.version(together[0].source, together[0].entity)
+        task = BucketTask(together, event_log, version, online, as_of_us, limits, present)
+        done.append(_Run(task, full, full_every_us, rate or RateLimit(), concurrency, on_ray, on_step).run())
+    return tuple(done)
 
 
-def _materialized(task: BucketTask, concurrency: int | None) -> Materialization:
-    n_buckets = task.event_log.n_buckets
-    rows = ray.data.range(n_buckets, override_num_blocks=n_buckets).map(task, concurrency=concurrency).take_all()
-    done = Materialization(
-        views=tuple(view.ref for view in task.views),
-        as_of_us=task.as_of_us,
-        log_version=task.log_version,
-        events=sum(row["events"] for row in rows),
-        entities=sum(row["entities"] for row in rows),
-        rings=sum((RingCounts(row["written"], row["unchanged"], row["ahead"]) for row in rows), RingCounts()),
-    )
-    with OnlineStore(task.online) as store:
-        document = orjson.dumps(done.describe())
-        store.put_many({task.online.keys.materialized(view.ref): document for view in task.views})
-    return done
+@dataclass
+class _Run:
+    """One materialization of views of one source and entity."""
+
+    task: BucketTask
+    full: bool
+    full_every_us: int
+    rate: RateLimit
+    concurrency: int | None
+    on_ray: bool
+    on_step: OnStep | None
+    finished: list[BucketDone] = field(default_factory=list)
+
+    def run(self) -> Materialization:
+        """Do it, and say in the store that it is done."""
+        started_s, task = time.monotonic(), self.task
+        with OnlineStore(task.online) as store:
+            jobs = self._jobs(store)
+            self._say(len(jobs))
+            for done in self._over(jobs):
+                self.finished.append(done)
+                self._say(len(jobs))
+            cleared = self._swept(store) if task.present else RingCounts()
+            result = Materialization(
+                views=tuple(view.ref for view in task.views),
+                as_of_us=task.as_of_us,
+                log_version=task.log_version,
+                buckets=len(jobs),
+                full=sum(done.full for done in self.finished),
+                events=sum(done.events for done in self.finished),
+                entities=sum(done.entities for done in self.finished),
+                rings=sum((done.rings for done in self.finished), cleared),
+                n_bytes=sum(done.n_bytes for done in self.finished),
+                seconds=time.monotonic() - started_s,
+            )
+            document = orjson.dumps(result.describe())
+            store.put_many({task.online.keys.materialized(view.ref): document for view in task.views})
+        return result
+
+    def _say(self, total: int) -> None:
+        if self.on_step is not None:
+            entities = sum(done.entities for done in self.finished)
+            self.on_step(Step(tuple(view.ref for view in self.task.views), len(self.finished), total, entities))
+
+    def _over(self, jobs: Sequence[BucketJob]) -> Iterator[BucketDone]:
+        if not jobs:
+            return
+        if not self.on_ray:
+            task = replace(self.task, rate=self.rate)
+            with OnlineStore(task.online) as store:
+                yield from (task.run(job, store) for job in jobs)
+            return
+        # So that programs without Ray don't wait for its import.
+        import ray
+
+        from heliostat.cluster import cpus_a_task
+        from heliostat.features.bucket_tasks import over_blocks
+
+        at_once = self.concurrency or max(1, int(ray.cluster_resources().get("CPU", 1.0) / cpus_a_task()))
+        task = replace(self.task, rate=self.rate.shared(min(at_once, len(jobs))))
+        blocks = [job_table(job) for job in jobs]
+        for batch in over_blocks(RunBuckets(task), blocks, concurrency=self.concurrency):
+            yield from (done_of(row) for row in batch.to_pylist())
+
+    # ── What is to be done ───────────────────────────────────────────────────────
+
+    def _jobs(self, store: OnlineStore) -> list[BucketJob]:
+        task = self.task
+        buckets = task.event_log.buckets
+        every = [BucketJob(bucket, None, task.as_of_us) for bucket in buckets]
+        if self.full or not task.present:
+            return every
+        states = self._states(store)
+        known = [state.version for state in states.values()]
+        source, entity = task.views[0].source, task.views[0].entity
+        place = task.event_log.table(source, entity)
+        changes = None
+        if known and task.log_version != NO_VERSION:
+            changes = table_changes(place, after=min(known), through=task.log_version)
+        elif known:
+            changes = TableChanges({}, {})
+        if changes is None:
+            return every
+        last_us = self._last_times()
+        jobs = (self._job(bucket, states.get(bucket), changes, last_us.get(bucket)) for bucket in buckets)
+        return [job for job in jobs if job is not None]
+
+    def _states(self, store: OnlineStore) -> dict[int, BucketState]:
+        """What each bucket's rings were made from, where that holds for all views."""
+        task, found = self.task, dict[int, BucketState]()
+        layouts = {view.ref: layout_name(view, task.limits) for view in task.views}
+        for bucket in task.event_log.buckets:
+            documents = store.read([store.keys.bucket_state(ref, bucket) for ref in layouts])
+            states = [BucketState.of(document) for document in documents]
+            usable = [
+                state
+                for state, layout in zip(states, layouts.values(), strict=True)
+                if state is not None
+                and state.layout == layout
+                and NO_VERSION <= state.version <= task.log_version
+                and state.as_of_us <= task.as_of_us < state.full_us + self.full_every_us
+            ]
+            if len(usable) == len(layouts):
+                found[bucket] = BucketState(
+                    "",
+                    version=min(state.version for state in usable),
+                    as_of_us=min(state.as_of_us for state in usable),
+                    full_us=min(state.full_us for state in usable),
+                    left=tuple({text for state in usable for text in state.left}),
+                )
+        return found
+
+    def _last_times(self) -> dict[int, int]:
+        """The last event time of each bucket, as the log's statistics have it."""
+        source, entity = self.task.views[0].source, self.task.views[0].entity
+        place = self.task.event_log.table(source, entity)
+        table = place.open(self.task.log_version) if self.task.log_version != NO_VERSION else None
+        found: dict[int, int] = {}
+        if table is None:
+            return found
+        files, name = place.files(table), f"max.{source.event_time}"
+        if not files.num_rows:
+            return found
+        buckets = files.column(f"partition.{place.partition}").to_pylist()
+        unknown = np.iinfo(np.int64).max
+        if name in files.column_names:
+            ends = files.column(name).cast(TIMESTAMP).cast(pa.int64()).to_pylist()
+        else:
+            ends = [None] * len(buckets)
+        for bucket, end in zip(buckets, ends, strict=True):
+            found[int(bucket)] = max(found.get(int(bucket), 0), unknown if end is None else end)
+        return found
+
+    def _job(
+        self, bucket: int, state: BucketState | None, changes: TableChanges, last_us: int | None
+    ) -> BucketJob | None:
+        paths = None if state is None else changes.since(str(bucket), state.version)
+        if state is None or paths is None:
+            return BucketJob(bucket, None, self.task.as_of_us)
+        # Events that the log had already, but that hadn't happened yet at the last instant.
+        due = last_us is not None and last_us >= state.as_of_us > 0 and state.as_of_us < self.task.as_of_us
+        if not paths and not due and not state.left:
+            return None
+        return BucketJob(bucket, state.as_of_us, state.full_us, paths, state.left)
+
+    # ── What nothing is left of ──────────────────────────────────────────────────
+
+    def _swept(self, store: OnlineStore) -> RingCounts:
+        """Clear the rings, of buckets that were looked at in full, of which the log knows nothing."""
+        plan, swept = self.task.plan, RingCounts()
+        by_bucket = {done.bucket: done for done in self.finished if done.full}
+        if not by_bucket:
+            return swept
+        known = {
+            (bucket, group): np.sort(np.frombuffer(done.present[group], dtype=np.uint64))
+            for bucket, done in by_bucket.items()
+            for group in range(len(plan.groups))
+        }
+        source, entity = self.task.views[0].source, self.task.views[0].entity
+        layouts = RingLayouts(plan.described, True, remember_ms(self.task.limits))
+        for view in self.task.views:
+            for keys in store.scan(f"{store.keys.root}:r:{view.ref}:"):
+                doomed, outdated = _unknown_rings(plan, keys, known)
+                swept += RingCounts(cleared=store.remove(outdated))
+                for bucket, writes in doomed.items():
+                    lease = BucketLease(store.keys.fence(source.name, entity.name, bucket), by_bucket[bucket].token)
+                    for codes in store.write_rings(list(layouts.calls(lease, writes))):
+                        counts = RingCounts.of(codes)
+                        swept += RingCounts(written=counts.written, cleared=counts.cleared)
+        return swept
+
+
+def _unknown_rings(
+    plan: RingPlan, keys: Sequence[str], known: dict[tuple[int, int], NDArray[np.uint64]]
+) -> tuple[dict[int, list[EntityWrite]], list[str]]:
+    """Of some rings' keys: by bucket, those of entities without events; and those of layouts that are no more."""
+    places = [group_of_key(plan, key) for key in keys]
+    outdated = [key for key, place in zip(keys, places, strict=True) if place is None]
+    rings = [(key, *place) for key, place in zip(keys, places, strict=True) if place is not None]
+    doomed: dict[int, list[EntityWrite]] = {}
+    hashes = hash64(pa.array([text for *_, text in rings], pa.string())) if rings else np.empty(0, np.uint64)
+    for (key, group, bucket, _), each in zip(rings, hashes, strict=True):
+        present = known.get((bucket, group))
+        if present is None:
+            continue
+        at = int(np.searchsorted(present, each))
+        if at == len(present) or present[at] != each:
+            doomed.setdefault(bucket, []).append(EntityWrite(0, ((key, group, b""),)))
+    return doomed, outdated

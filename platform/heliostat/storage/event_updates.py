@@ -25,12 +25,14 @@ class EventUpdate:
     """All that one event does to one entity's part of the store.
 
     Attributes:
+        epoch_key: Counts the bucket's materializations: which of them an event comes after.
         seen_key: Set once the event is applied; another event with the same key is a duplicate.
         stream_key: Where the event is appended; None: nowhere.
         fields: Field, value, field, value, …: the stream's entry.
         rings: Key, packed descriptor and slot (tile number, then the state's columns) of each ring.
     """
 
+    epoch_key: str
     seen_key: str
     stream_key: str | None
     fields: tuple[bytes, ...]
@@ -78,7 +80,7 @@ def event_calls(updates: Sequence[EventUpdate], *, remember_ms: int) -> Iterator
 
 def _call(updates: Sequence[EventUpdate], positions: Sequence[int], remember_ms: int) -> EventCall:
     descriptors: dict[bytes, int] = {}
-    keys: list[str] = []
+    keys: list[str] = [updates[positions[0]].epoch_key]
     arguments: list[bytes | int] = []
     for at in positions:
         update = updates[at]

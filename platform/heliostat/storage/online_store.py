@@ -8,6 +8,7 @@ Redis Cluster. `OnlineStore` blocks; `AsyncOnlineStore` is the same for asyncio.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -23,15 +24,17 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from heliostat.errors import OnlineStoreUnavailableError
+from heliostat.errors import MaterializationConflictError, OnlineStoreUnavailableError
 from heliostat.settings import Settings
 from heliostat.storage.event_updates import OUTCOMES, EventCall, EventOutcome, EventUpdate, event_calls
-from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RING, Script
+from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RINGS, Script
+from heliostat.storage.ring_writes import SUPERSEDED, BucketLease, RingCall
 
 _Command: TypeAlias = tuple[Any, ...]
 
 _CHUNK = 500
 _EVENT_CALLS = 32
+_SCANNED = 5_000
 _FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
@@ -70,6 +73,18 @@ class OnlineKeys:
     def events(self, source: str, bucket: int) -> str:
         """The stream of one bucket's events."""
         return f"{self.root}:events:{source}:{{b{bucket}}}"
+
+    def epoch(self, bucket: int) -> str:
+        """Counts the materializations that have begun of a bucket."""
+        return f"{self.root}:epoch:{{b{bucket}}}"
+
+    def fence(self, source: str, entity: str, bucket: int) -> str:
+        """The token of whoever began last to materialize a bucket of a source and entity."""
+        return f"{self.root}:fence:{source}:{entity}:{{b{bucket}}}"
+
+    def bucket_state(self, view_ref: str, bucket: int) -> str:
+        """The document that says which of the log's files a bucket's rings were made from."""
+        return f"{self.root}:m:{view_ref}:{{b{bucket}}}"
 
     def materialized(self, view_ref: str) -> str:
         """The document that says how far a view's rings came from the event log."""
@@ -162,50 +177,6 @@ class OnlineConfig:
         """A client's error, as Heliostat reports it."""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return OnlineStoreUnavailableError(self.shown_url, reason)
-
-
-@dataclass(frozen=True, slots=True)
-class RingWrite:
-    """One ring as the event log has it.
-
-    Attributes:
-        key: Where it goes.
-        descriptor: Packed `RingDescriptor`.
-        first_live_tile: Tiles from here on stay as live events made them.
-        ring: All slots.
-    """
-
-    key: str
-    descriptor: bytes
-    first_live_tile: int
-    ring: bytes
-
-    def command(self) -> tuple[tuple[str, ...], tuple[bytes | int, ...]]:
-        """Keys and arguments of `WRITE_RING`."""
-        return (self.key,), (self.descriptor, self.first_live_tile, self.ring)
-
-
-@dataclass(frozen=True, slots=True)
-class RingCounts:
-    """What became of rings from history.
-
-    Attributes:
-        written: Changed something.
-        unchanged: Held just that already.
-        ahead: Left alone, since live events had moved their base beyond what history says for sure.
-    """
-
-    written: int = 0
-    unchanged: int = 0
-    ahead: int = 0
-
-    def __add__(self, other: RingCounts) -> RingCounts:
-        return RingCounts(self.written + other.written, self.unchanged + other.unchanged, self.ahead + other.ahead)
-
-    @classmethod
-    def of(cls, replies: Sequence[int]) -> RingCounts:
-        """From the replies of `WRITE_RING`."""
-        return cls(unchanged=replies.count(0), written=replies.count(1), ahead=replies.count(2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,13 +318,51 @@ class OnlineStore:
         replies = self._run(APPLY_EVENTS, ((call.keys, call.arguments) for call in calls), at_once=_EVENT_CALLS)
         return _outcomes(calls, replies)
 
-    def write_rings(self, writes: Iterable[RingWrite]) -> RingCounts:
-        """Bring rings from history beside those that live events made; twice is as good as once.
+    def begin_bucket(self, source: str, entity: str, bucket: int) -> BucketLease:
+        """Begin to materialize a bucket: whoever had begun before can't write it any more.
 
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        return RingCounts.of(self._run(WRITE_RING, (write.command() for write in writes)))
+        fence = self.keys.fence(source, entity, bucket)
+        (token,) = self._pipeline([("INCR", self.keys.epoch(bucket))])
+        self._pipeline([("SET", fence, token)])
+        return BucketLease(fence, int(token))
+
+    def write_rings(self, calls: Sequence[RingCall]) -> list[Sequence[int]]:
+        """Bring rings from history beside those that live events made; twice is as good as once.
+
+        Returns:
+            What became of each call's rings, as `WRITE_RINGS` answers.
+
+        Raises:
+            MaterializationConflictError: If another materialization of the bucket has begun meanwhile.
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        replies = self._run(WRITE_RINGS, ((call.keys, call.arguments) for call in calls))
+        if SUPERSEDED in replies:
+            raise MaterializationConflictError(calls[replies.index(SUPERSEDED)].keys[0])
+        return replies
+
+    def scan(self, prefix: str) -> Iterator[list[str]]:
+        """All keys that begin with a prefix, some at a time; one may come twice.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        pattern = re.sub(r"([*?\[\]^\\])", r"\\\1", prefix) + "*"
+        with self._reported():
+            found = (each.decode() for each in self.client.scan_iter(match=pattern, count=_SCANNED))
+            while chunk := list(islice(found, _SCANNED)):
+                yield chunk
+
+    def remove(self, keys: Sequence[str]) -> int:
+        """Remove keys; returns how many there were.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        return sum(self._pipeline([("UNLINK", key) for key in keys])) if keys else 0
 
     def _run(
         self,

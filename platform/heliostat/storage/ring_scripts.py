@@ -1,12 +1,14 @@
-"""The two programs that run inside the online server: events in, one ring from history.
+"""The two programs that run inside the online server: events in, rings from history.
 
 Both know a ring only by its descriptor (`RingDescriptor.pack`), so that one program serves
 every view. A ring is a string of slots; a slot is a tile number (f8) and the state's columns
 (f8 each, little endian). Of the tile number:
 
 - ``-inf``: the slot is empty;
-- a whole number: live events went into it;
-- with a fraction: it came from the event log alone, which may fill it again. The fraction grows
+- with a fraction below 1/4: live events went into it. The fraction is the stamp of its bucket's
+  epoch, a count of the materializations that have begun: one that began later than the slot was
+  touched has read all that is in it, and may replace it;
+- with a larger one: it came from the event log alone, which may fill it again. The fraction grows
   with the instant it was filled for, so that an older view of the log never replaces a newer one.
 
 A ring of kind ``life`` keeps, in slot 0, the base: everything that the later slots no longer
@@ -21,6 +23,9 @@ from dataclasses import dataclass
 from typing import Final
 
 _HEADER = struct.Struct("<IIdBB")
+
+EPOCHS: Final = 65_536
+"""Epochs are counted modulo this; a stamp is the count over four times this."""
 
 OPERATOR_CODES: Final = {"add": "a", "min": "n", "max": "x", "first": "f", "last": "l"}
 
@@ -72,10 +77,10 @@ local function describe(text)
 end
 """
 
-# Events of one bucket, each atomic by itself. KEYS, for each event: seen, [stream], rings…;
-# ARGV: life of the seen key in ms, number of descriptors, the descriptors; then, for each event: number
-# of stream fields (0: no stream), the fields, number of rings, and for each of those the number of its
-# descriptor and its slot. Answers a number an event: 0 known already, 1 applied, 2 too old for a ring.
+# Events of one bucket, each atomic by itself. KEYS: the bucket's epoch; then, for each event: seen,
+# [stream], rings…; ARGV: life of the seen key in ms, number of descriptors, the descriptors; then, for
+# each event: number of stream fields (0: no stream), the fields, number of rings, and for each of those
+# the number of its descriptor and its slot. Answers a number an event: 0 known already, 1 applied, 2 too old for a ring.
 # The stream comes before the rings: should a ring fail, the event is history already, and
 # materializing repairs the ring.
 APPLY_EVENTS: Final = Script(
@@ -117,6 +122,8 @@ local function into_base(key, operators, slot_bytes, slot, tile)
   redis.call('SETRANGE', key, 0, struct.pack('<d', boundary) .. merged(operators, base, slot))
 end
 
+local stamp = (tonumber(redis.call('GET', KEYS[1]) or 0) % 65536) / 262144
+
 local function update(key, descriptor, slot)
   local n_slots, slot_bytes, expire_ms, life, operators, empty = describe(descriptor)
   local tile = unpack_f8('<d', slot)
@@ -130,12 +137,12 @@ local function update(key, descriptor, slot)
   local late = 0
   local held_tile = floor(unpack_f8('<d', held))
   if held_tile == tile then
-    redis.call('SETRANGE', key, offset, sub(slot, 1, 8) .. merged(operators, held, slot))
+    redis.call('SETRANGE', key, offset, struct.pack('<d', tile + stamp) .. merged(operators, held, slot))
   elseif held_tile < tile then
     if life and held_tile > -math.huge then
       into_base(key, operators, slot_bytes, held, held_tile)
     end
-    redis.call('SETRANGE', key, offset, slot)
+    redis.call('SETRANGE', key, offset, struct.pack('<d', tile + stamp) .. sub(slot, 9))
   elseif life then
     into_base(key, operators, slot_bytes, slot, tile)
   else
@@ -147,7 +154,7 @@ local function update(key, descriptor, slot)
   return late
 end
 
-local remember, argument, key, outcomes = ARGV[1], 3 + tonumber(ARGV[2]), 1, {}
+local remember, argument, key, outcomes = ARGV[1], 3 + tonumber(ARGV[2]), 2, {}
 while argument <= #ARGV do
   local n_fields, first_ring = tonumber(ARGV[argument]), key + 1
   local slot = argument + n_fields + 2
@@ -178,42 +185,118 @@ return outcomes
 """
 )
 
-# One ring from history. KEYS: ring; ARGV: descriptor, the first tile that may still be live, the ring.
-# Tiles below that one come from history; the others stay as live events made them, and are filled
-# where none did. A life ring whose base has taken in such a tile stays as it is: it is ahead.
-WRITE_RING: Final = Script(
+# Rings of entities of one bucket, from history. Each entity is atomic, with the memory of its recent
+# events' ids. KEYS: the fence; then, for each entity: its rings, its seen keys. ARGV: the token that the
+# fence must hold, whether history covers all that live events have done before the token's epoch began
+# ('1' or '0'), life of seen keys in ms, number of ring layouts, for each its descriptor and the first tile
+# that is still open to late events; then, for each entity: number of rings, number of seen keys, and for
+# each ring its layout's number and its bytes ('': no events).
+# Tiles before the first open one come from history. An open tile of live events comes from it as well if
+# it covers them; else it stays, with all open tiles of the entity, and no id is remembered. Where history
+# doesn't cover, what live events or a later history made stays.
+# Answers -1 if the fence holds another token; else a number a ring: 0 unchanged, 1 written, 2 left alone
+# since its base is ahead, 3 has open tiles that history doesn't cover yet, 4 cleared, 5 isn't there.
+WRITE_RINGS: Final = Script(
     _COMMON
     + """
-local n_slots, slot_bytes, expire_ms, life = describe(ARGV[1])
-local first_live, fresh = tonumber(ARGV[2]), ARGV[3]
-local held = redis.call('GET', KEYS[1])
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  return -1
+end
+local token, covers, remember, layouts = tonumber(ARGV[1]) % 65536, ARGV[2] == '1', ARGV[3], {}
+local argument, key, codes = 5, 2, {}
+for i = 1, tonumber(ARGV[4]) do
+  local n_slots, slot_bytes, expire_ms, life, _, empty = describe(ARGV[argument])
+  layouts[i] = {n_slots, slot_bytes, expire_ms, life, string.rep(empty, n_slots), tonumber(ARGV[argument + 1])}
+  argument = argument + 2
+end
 
-local function put(ring)
+local function composed(layout, held, fresh, frozen)
+  local n_slots, slot_bytes, _, life, _, first_live = unpack(layout)
+  local slots, first, live, busy = {}, 0, false, false
+  if life then
+    if unpack_f8('<d', held) > first_live then
+      return held, false, false, true
+    end
+    slots[1], first = sub(fresh, 1, slot_bytes), 1
+  end
+  for i = first, n_slots - 1 do
+    local at = i * slot_bytes + 1
+    local held_tile, keep = unpack_f8('<d', held, at), false
+    if held_tile >= first_live then
+      local fraction = held_tile % 1
+      if fraction >= 0.25 then
+        keep = frozen or not covers and held_tile > unpack_f8('<d', fresh, at)
+      else
+        if covers and (fraction * 262144 - token) % 65536 < 32768 then
+          busy = true
+        end
+        keep = frozen or not covers and floor(held_tile) >= floor(unpack_f8('<d', fresh, at))
+        live = live or keep
+      end
+    elseif frozen then
+      keep = unpack_f8('<d', fresh, at) >= first_live
+    end
+    slots[i + 1] = sub(keep and held or fresh, at, at + slot_bytes - 1)
+  end
+  return table.concat(slots), live, busy, false
+end
+
+local function put(ring_key, layout, held, ring, cleared)
+  local expire_ms = layout[3]
+  if cleared and ring == layout[5] then
+    if not held then
+      return 5
+    end
+    redis.call('UNLINK', ring_key)
+    return 4
+  end
+  if ring ~= held then
+    if expire_ms > 0 then
+      redis.call('SET', ring_key, ring, 'PX', string.format('%.0f', expire_ms))
+    else
+      redis.call('SET', ring_key, ring)
+    end
+    return 1
+  end
   if expire_ms > 0 then
-    redis.call('SET', KEYS[1], ring, 'PX', string.format('%.0f', expire_ms))
-  else
-    redis.call('SET', KEYS[1], ring)
+    redis.call('PEXPIRE', ring_key, string.format('%.0f', expire_ms))
   end
-  return ring == held and 0 or 1
+  return 0
 end
 
-if not held or #held ~= #fresh or held == fresh then
-  return put(fresh)
-end
-local slots, first = {}, 0
-if life then
-  if unpack_f8('<d', held) > first_live then
-    return 2
+while argument <= #ARGV do
+  local n_rings, n_seen = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
+  local held, fresh, rings, ahead, any_live, any_busy = {}, {}, {}, {}, false, false
+  for i = 1, n_rings do
+    local layout = layouts[tonumber(ARGV[argument + 2 * i])]
+    local found, given = redis.call('GET', KEYS[key + i - 1]), ARGV[argument + 2 * i + 1]
+    fresh[i] = given == '' and layout[5] or given
+    held[i] = found and #found == #fresh[i] and found
+    if not held[i] or held[i] == fresh[i] then
+      rings[i] = fresh[i]
+    else
+      local live, busy
+      rings[i], live, busy, ahead[i] = composed(layout, held[i], fresh[i], false)
+      any_live, any_busy = any_live or live, any_busy or busy
+    end
   end
-  slots[1], first = sub(fresh, 1, slot_bytes), 1
+  for i = 1, n_rings do
+    local layout, code = layouts[tonumber(ARGV[argument + 2 * i])], 2
+    if any_busy and not ahead[i] then
+      rings[i] = composed(layout, held[i] or layout[5], fresh[i], true)
+    end
+    if not ahead[i] then
+      code = put(KEYS[key + i - 1], layout, held[i], rings[i], ARGV[argument + 2 * i + 1] == '')
+    end
+    codes[#codes + 1] = any_busy and 3 or code
+  end
+  if not any_live and not any_busy then
+    for i = 0, n_seen - 1 do
+      redis.call('SET', KEYS[key + n_rings + i], '', 'NX', 'PX', remember)
+    end
+  end
+  key, argument = key + n_rings + n_seen, argument + 2 + 2 * n_rings
 end
-for i = first, n_slots - 1 do
-  local at = i * slot_bytes + 1
-  local held_tile, fresh_tile = unpack_f8('<d', held, at), unpack_f8('<d', fresh, at)
-  local live = held_tile == floor(fresh_tile)
-  local keep = held_tile >= first_live and (held_tile > fresh_tile or live)
-  slots[i + 1] = sub(keep and held or fresh, at, at + slot_bytes - 1)
-end
-return put(table.concat(slots))
+return codes
 """
 )

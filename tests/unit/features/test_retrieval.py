@@ -12,12 +12,12 @@ import pytest
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import InvalidDefinitionError, InvalidValueError, RingCorruptError, UnknownFeatureError
 from heliostat.features.aggregations import Count, Last, Sum, TimeSinceLast
-from heliostat.features.backfill import bucket_rings
+from heliostat.features.backfill import BucketRings, RingPlan
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView, FloatArray
 from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureBatch, FeatureReader
 from heliostat.features.tiles import RingLimits
-from heliostat.schema import TIE, TIMESTAMP, hash64, tie48
+from heliostat.schema import ID_HASH, TIMESTAMP, hash64
 from heliostat.storage.online_store import OnlineKeys
 
 KEYS = OnlineKeys("hs", "test")
@@ -95,19 +95,17 @@ def reader(*features: FeatureRef) -> FeatureReader:
 
 def stored(views: Sequence[FeatureView], events: pa.Table = EVENTS) -> Mapping[str, bytes]:
     """A store's content: the views' rings."""
-    events = events.append_column(TIE, pa.array(tie48(hash64(events["order_id"]))))
+    hashes = hash64(events["order_id"]).view(np.int64)
+    events = events.append_column(ID_HASH, pa.array(hashes))
     buckets = user.buckets(user.encode(events), N_BUCKETS)
+    plan = RingPlan(tuple(views), KEYS, NOW_US, LIMITS)
+    own = [events.filter(pa.array(buckets == bucket)) for bucket in range(N_BUCKETS)]
     return {
-        write.key: write.ring
-        for bucket in range(N_BUCKETS)
-        for write in bucket_rings(
-            views,
-            events.filter(pa.array(buckets == bucket)),
-            bucket=bucket,
-            keys=KEYS,
-            as_of_us=NOW_US,
-            limits=LIMITS,
-        )
+        key: ring
+        for bucket, each in enumerate(own)
+        for write in BucketRings.of(plan, bucket, each, each).writes()
+        for key, _, ring in write.rings
+        if ring
     }
 
 

@@ -5,6 +5,7 @@ from heliostat.storage.event_updates import EventUpdate, event_calls
 
 def update(name: str, bucket: int, *, stream: bool = True, rings: tuple[bytes, ...] = (b"d1", b"d2")) -> EventUpdate:
     return EventUpdate(
+        epoch_key=f"epoch{bucket}",
         seen_key=f"hs:p:d:s:u:{{b{bucket}}}:{name}",
         stream_key=f"stream{bucket}" if stream else None,
         fields=(b"e", name.encode()) if stream else (),
@@ -15,7 +16,7 @@ def update(name: str, bucket: int, *, stream: bool = True, rings: tuple[bytes, .
 def test_a_calls_keys_and_arguments_are_what_the_script_expects() -> None:
     (call,) = event_calls([update("a", 3), update("b", 3, rings=(b"d2",))], remember_ms=5000)
     seen = "hs:p:d:s:u:{b3}:"
-    assert call.keys == (f"{seen}a", "stream3", "a-d1", "a-d2", f"{seen}b", "stream3", "b-d2")
+    assert call.keys == ("epoch3", f"{seen}a", "stream3", "a-d1", "a-d2", f"{seen}b", "stream3", "b-d2")
     head = (5000, 2, b"d1", b"d2")
     assert call.arguments == (*head, *(2, b"e", b"a", 2, 1, b"slot", 2, b"slot"), *(2, b"e", b"b", 1, 2, b"slot"))
     assert call.updates == (0, 1)
@@ -23,7 +24,7 @@ def test_a_calls_keys_and_arguments_are_what_the_script_expects() -> None:
 
 def test_an_update_without_a_stream_has_no_fields() -> None:
     (call,) = event_calls([update("a", 3, stream=False, rings=())], remember_ms=5000)
-    assert (call.keys, call.arguments) == (("hs:p:d:s:u:{b3}:a",), (5000, 0, 0, 0))
+    assert (call.keys, call.arguments) == (("epoch3", "hs:p:d:s:u:{b3}:a"), (5000, 0, 0, 0))
 
 
 def test_updates_of_a_bucket_share_a_call_in_their_order_and_no_call_has_two_buckets() -> None:

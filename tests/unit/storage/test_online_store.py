@@ -16,10 +16,9 @@ from heliostat.storage.online_store import (
     OnlineConfig,
     OnlineKeys,
     OnlineStore,
-    RingCounts,
     StoreInfo,
 )
-from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RING, RingDescriptor
+from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RINGS, RingDescriptor
 
 KEYS = OnlineKeys("hs", "shop")
 
@@ -36,6 +35,9 @@ def test_all_keys_of_an_entity_hash_by_its_bucket_whatever_its_key_looks_like(te
         KEYS.ring("behaviour@1", "1d.0f0f0f0f", text, 7),
         KEYS.seen("purchases", "customer", text, 7),
         KEYS.events("purchases", 7),
+        KEYS.epoch(7),
+        KEYS.fence("purchases", "customer", 7),
+        KEYS.bucket_state("behaviour@1", 7),
     ]
     assert {hash_tag(key) for key in keys} == {"b7"}
 
@@ -96,18 +98,15 @@ def test_nothing_to_read_asks_nobody(tmp_path: Path) -> None:
 
 
 def test_a_descriptor_tells_the_server_all_it_needs() -> None:
-    packed = RingDescriptor(32, True, "afx", b"\x00" * 48, 90_000).pack()
-    assert struct.unpack_from("<IIdBB", packed) == (32, 48, 90_000.0, 1, 3)
-    assert packed[18:] == b"afx" + b"\x00" * 48
+    operators = (("add", 1), ("first", 3), ("max", 1), ("add", 300), ("moments", 3), ("or", 1))
+    packed = RingDescriptor(32, True, operators, b"\x00" * 48, 90_000).pack()
+    assert struct.unpack_from("<IIdBH", packed) == (32, 48, 90_000.0, 1, 8)
+    assert packed[19:] == b"afxb\x2c\x01mo" + b"\x00" * 48
 
 
 def test_the_two_scripts_have_names_of_their_own() -> None:
-    assert APPLY_EVENTS.sha != WRITE_RING.sha
+    assert APPLY_EVENTS.sha != WRITE_RINGS.sha
     assert len(APPLY_EVENTS.sha) == 40
-
-
-def test_replies_are_counted() -> None:
-    assert RingCounts.of([1, 1, 0, 2]) + RingCounts(written=1) == RingCounts(written=3, unchanged=1, ahead=1)
 
 
 def test_a_clusters_information_is_added_up() -> None:

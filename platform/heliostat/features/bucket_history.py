@@ -1,0 +1,146 @@
+"""One bucket's events, whole: what the event log holds, and what lies in streams on its way there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from heliostat.errors import StreamEntryError
+from heliostat.features.backfill import RingPlan
+from heliostat.features.offline import earliest_us, needed_columns, unique_events
+from heliostat.schema import ID_HASH, INGESTED, TIMESTAMP, hash64, times_us
+from heliostat.storage.event_log import EventLog
+from heliostat.storage.online_store import OnlineStore
+from heliostat.storage.stream_tail import StreamTail
+from heliostat.storage.streams import events_from
+
+_LONGEST_TAIL = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class BucketHistory:
+    """A bucket's events as of an instant.
+
+    Attributes:
+        events: Distinct events in reach of the views: their columns, and ``_id_hash``.
+        recent: Of those in open tiles: key columns and id.
+        version: The event log's version that was read.
+        covers: Whether all is in it that live events have done before it was read.
+        fresh: Keys of entities with events that were in streams, encoded.
+    """
+
+    events: pa.Table
+    recent: pa.Table
+    version: int
+    covers: bool
+    fresh: pa.Array
+    _reader: HistoryReader = field(repr=False)
+
+    def of_entities(self, keys: pa.Array) -> Self:
+        """Only the events of some entities, given by their encoded keys."""
+        entity = self._reader.plan.views[0].entity
+        kept = [table.filter(pc.is_in(entity.encode(table), value_set=keys)) for table in (self.events, self.recent)]
+        return replace(self, events=kept[0], recent=kept[1])
+
+    def followed(self) -> Self | None:
+        """With what came into the streams since; None if it can't be told any more."""
+        more = self._reader.tail_events()
+        return None if more is None else self._with(more)
+
+    def _with(self, tail: pa.Table) -> Self:
+        """With events that the log may have as well."""
+        plan = self._reader.plan
+        source, entity = plan.views[0].source, plan.views[0].entity
+        known = self.events.column(ID_HASH).to_numpy()
+        new = tail.filter(pa.array(~np.isin(tail.column(ID_HASH).to_numpy(), known)))
+        recent = new.filter(pa.array(times_us(new.column(source.event_time)) >= plan.open_us))
+        return replace(
+            self,
+            events=pa.concat_tables([self.events, new.select(self.events.column_names)]),
+            recent=pa.concat_tables([self.recent, recent.select(self.recent.column_names)]),
+            fresh=entity.encode(new),
+        )
+
+
+@dataclass(eq=False)
+class HistoryReader:
+    """Reads one bucket's history, and follows it.
+
+    Attributes:
+        plan: For which rings.
+        bucket: Which bucket.
+        event_log: The log.
+        store: The server with the streams.
+        present: Whether the plan's instant is the present: then streams count, and what is a little ahead.
+    """
+
+    plan: RingPlan
+    bucket: int
+    event_log: EventLog
+    store: OnlineStore
+    present: bool
+    _tail: StreamTail | None = None
+
+    def read(self) -> BucketHistory:
+        """Read all of it: the streams first, so that what leaves them meanwhile is found in the log.
+
+        Raises:
+            StorageError: If the log can't be read or the server doesn't answer.
+        """
+        plan, source, entity = self.plan, self.plan.views[0].source, self.plan.views[0].entity
+        tail = None
+        if self.present:
+            # An event's stream is in the bucket of the source's first entity.
+            own = source.entities[0].name == entity.name
+            buckets = [self.bucket] if own else list(self.event_log.buckets)
+            streams = [self.store.keys.events(source.name, bucket) for bucket in buckets]
+            self._tail = StreamTail(self.store, streams, most=_LONGEST_TAIL)
+            tail = self.tail_events()
+        version = self.event_log.version(source, entity)
+        names = needed_columns(plan.views)
+        short = tuple(dict.fromkeys((*entity.key_columns, source.event_id)))
+        until_us = plan.as_of_us + (plan.limits.future_tolerance_us if self.present else 0)
+        first_us = earliest_us(plan.views, np.array([plan.as_of_us]))
+        events = self._log([*names, ID_HASH], first_us, until_us, version)
+        recent = self._log(short, plan.open_us, until_us, version)
+        if self.present:
+            # What was ingested while this runs may be later than what the instant allowed for.
+            every = tuple(dict.fromkeys((*names, *short, ID_HASH, INGESTED)))
+            later = self._log(every, until_us, None, version)
+            later = later.filter(pc.greater(later.column(INGESTED), plan.as_of_us))
+            events = pa.concat_tables([events, later.select(events.column_names)])
+            recent = pa.concat_tables([recent, later.select(recent.column_names)])
+        none = entity.encode(recent.slice(0, 0))
+        history = BucketHistory(events, recent, version, tail is not None, none, self)
+        return history if tail is None else history._with(tail)
+
+    def _log(self, columns: Sequence[str], first_us: int | None, until_us: int | None, version: int) -> pa.Table:
+        source, entity = self.plan.views[0].source, self.plan.views[0].entity
+        return self.event_log.read_bucket(
+            source, entity, self.bucket, columns=columns, min_time_us=first_us, max_time_us=until_us, version=version
+        )
+
+    def tail_events(self) -> pa.Table | None:
+        """The bucket's events that came into the streams since the last call; None if that can't be told."""
+        plan, source, entity = self.plan, self.plan.views[0].source, self.plan.views[0].entity
+        payloads = None if self._tail is None else self._tail.follow()
+        if payloads is None:
+            return None
+        try:
+            found = events_from(payloads, source.schema)
+        except StreamEntryError:
+            return None  # the sink puts such an entry aside
+        if found.num_rows:
+            buckets = entity.buckets(entity.encode(found), self.event_log.n_buckets)
+            found = found.filter(pa.array(buckets == self.bucket))
+        first_us = earliest_us(plan.views, np.array([plan.as_of_us]))
+        if first_us is not None:
+            found = found.filter(pc.greater_equal(found.column(source.event_time), pa.scalar(first_us, TIMESTAMP)))
+        found = unique_events(source, found)
+        hashes = hash64(found.column(source.event_id)).view(np.int64) if found.num_rows else np.empty(0, np.int64)
+        return found.append_column(ID_HASH, pa.array(hashes))

@@ -1,0 +1,379 @@
+"""One bucket's rings brought from the event log: what a task of a materialization does.
+
+A task begins by taking the bucket over (`OnlineStore.begin_bucket`): whoever had begun before can't
+write it any more, and every slot that live events touch from then on says so. It reads all that
+happened before, and writes each entity atomically. Entities that live events touched in between are
+done again with what came since, until none is left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass, field
+from itertools import islice
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from heliostat.features.backfill import BucketRings, RingPlan
+from heliostat.features.bucket_history import BucketHistory, HistoryReader
+from heliostat.features.definitions import FeatureView
+from heliostat.features.live import remember_ms
+from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.schema import TIMESTAMP
+from heliostat.storage.event_log import EventLog
+from heliostat.storage.online_store import OnlineConfig, OnlineStore
+from heliostat.storage.ring_writes import BUSY, BucketLease, RingCall, RingCounts, RingLayouts
+
+_CALLS_AT_ONCE = 8
+_BATCHES_UNDER_WAY = 2
+_ROUNDS = 40
+_MOST_LEFT = 1_000
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """How fast rings may be written; None: as fast as it goes.
+
+    Attributes:
+        entities_per_s: Entities a second.
+        bytes_per_s: Bytes of rings a second.
+    """
+
+    entities_per_s: float | None = None
+    bytes_per_s: float | None = None
+
+    def shared(self, tasks: int) -> RateLimit:
+        """One task's part."""
+        parts = (None if each is None else each / tasks for each in (self.entities_per_s, self.bytes_per_s))
+        return RateLimit(*parts)
+
+    def seconds(self, entities: int, n_bytes: int) -> float:
+        """How long that much has to take."""
+        by_entities = 0.0 if self.entities_per_s is None else entities / self.entities_per_s
+        return max(by_entities, 0.0 if self.bytes_per_s is None else n_bytes / self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class BucketState:
+    """What a view's rings of one bucket were made from; kept beside them.
+
+    Attributes:
+        layout: Names of the ring groups, and the bound on lateness.
+        version: Of the event log; everything up to it is in the rings.
+        as_of_us: The instant.
+        full_us: The instant of the last time that all entities were looked at.
+        left: Entities that live events kept busy; they are due the next time.
+    """
+
+    layout: str
+    version: int
+    as_of_us: int
+    full_us: int
+    left: tuple[str, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """As the store keeps it."""
+        return orjson.dumps(self)
+
+    @classmethod
+    def of(cls, document: bytes | None) -> BucketState | None:
+        """From the store; None if there is nothing usable."""
+        if document is None:
+            return None
+        try:
+            values = orjson.loads(document)
+            return cls(**{**values, "left": tuple(values["left"])})
+        except (ValueError, TypeError, KeyError):
+            return None
+
+
+def layout_name(view: FeatureView, limits: RingLimits) -> str:
+    """What has to be the same for a bucket's state to hold."""
+    return ",".join([*(group.name for group in ring_layout(view, limits).groups), str(limits.lateness_us)])
+
+
+@dataclass(frozen=True)
+class BucketJob:
+    """What is to be done with one bucket.
+
+    Attributes:
+        bucket: Its number.
+        after_us: Entities with events from this instant on are due; None: all entities are.
+        full_us: The instant of the last time that all were.
+        paths: Files whose entities are due as well.
+        left: More of them, by their keys.
+    """
+
+    bucket: int
+    after_us: int | None
+    full_us: int
+    paths: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BucketDone:
+    """What was done with one bucket.
+
+    Attributes:
+        bucket: Its number.
+        full: Whether all entities were looked at.
+        token: Of the lease.
+        events: Events read.
+        entities: Entities whose rings were sent.
+        rings: What became of them.
+        n_bytes: Of rings that were sent.
+        present: For each group, hashes of the entities with events in reach, if all were looked at.
+    """
+
+    bucket: int
+    full: bool
+    token: int
+    events: int
+    entities: int
+    rings: RingCounts
+    n_bytes: int
+    present: tuple[bytes, ...] = ()
+
+
+@dataclass
+class _Tally:
+    """What became of writes so far."""
+
+    entities: int = 0
+    n_bytes: int = 0
+    rings: RingCounts = field(default_factory=RingCounts)
+    busy: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class BucketTask:
+    """All that the materialization of one bucket needs; picklable.
+
+    Attributes:
+        views: All of one source and entity.
+        event_log: Where the events are.
+        log_version: Everything up to this version of it counts.
+        online: Where the rings are.
+        as_of_us: Events before this instant count.
+        limits: What the rings' layouts allow for.
+        present: Whether the instant is the present: then what live events have done is read as well, and
+            what was done is remembered.
+        rate: How fast this task may write.
+    """
+
+    views: tuple[FeatureView, ...]
+    event_log: EventLog
+    log_version: int
+    online: OnlineConfig
+    as_of_us: int
+    limits: RingLimits
+    present: bool = True
+    rate: RateLimit = RateLimit()
+
+    @property
+    def plan(self) -> RingPlan:
+        """The rings."""
+        return RingPlan(self.views, self.online.keys, self.as_of_us, self.limits)
+
+    def run(self, job: BucketJob, store: OnlineStore) -> BucketDone:
+        """Materialize one bucket.
+
+        Args:
+            job: Which, and which of its entities.
+            store: The online store.
+
+        Raises:
+            StorageError: If the log can't be read or the store doesn't answer.
+            MaterializationConflictError: If another materialization of the bucket begins meanwhile.
+        """
+        plan, lease, history = self.plan, self._begun(job.bucket, store), self._read(job.bucket, store)
+        n_events, full = history.events.num_rows, job.after_us is None
+        if job.after_us is not None:
+            due = self._due(job, history)
+            full = due is None
+            history = history if due is None else history.of_entities(due)
+        rings = BucketRings.of(plan, job.bucket, history.events, history.recent, also=job.left)
+        tally = self._write(rings, lease, history.covers, store)
+        left = self._settled(job.bucket, rings.texts, history, tally, store)
+        if self.present:
+            self._remember(job, full, left, store)
+        present = tuple(rings.hashes(at).tobytes() for at in range(len(plan.groups))) if full else ()
+        return BucketDone(
+            job.bucket, full, lease.token, n_events, tally.entities, tally.rings, tally.n_bytes, present
+        )
+
+    def remake(self, bucket: int, texts: Sequence[str], store: OnlineStore) -> RingCounts:
+        """Make the rings of some entities anew, and clear those that nothing is left of.
+
+        Args:
+            bucket: The entities'.
+            texts: Their keys.
+            store: The online store.
+
+        Raises:
+            StorageError: As `run`.
+            MaterializationConflictError: As `run`.
+        """
+        lease = self._begun(bucket, store)
+        history = self._read(bucket, store).of_entities(self.views[0].entity.encoded(list(texts)))
+        rings = BucketRings.of(self.plan, bucket, history.events, history.recent, also=texts)
+        tally = self._write(rings, lease, history.covers, store)
+        left = self._settled(bucket, rings.texts, history, tally, store)
+        return tally.rings + RingCounts(busy=len(left))
+
+    def _begun(self, bucket: int, store: OnlineStore) -> BucketLease:
+        return store.begin_bucket(self.views[0].source.name, self.views[0].entity.name, bucket)
+
+    def _read(self, bucket: int, store: OnlineStore) -> BucketHistory:
+        return HistoryReader(self.plan, bucket, self.event_log, store, self.present).read()
+
+    def _due(self, job: BucketJob, history: BucketHistory) -> pa.Array | None:
+        """Encoded keys of the entities that have to be looked at; None if that can't be told."""
+        source, entity = self.views[0].source, self.views[0].entity
+        place = self.event_log.table(source, entity)
+        parts = [history.fresh, entity.encoded(list(job.left))]
+        later = history.events.filter(
+            pc.greater_equal(history.events.column(source.event_time), pa.scalar(job.after_us, TIMESTAMP))
+        )
+        parts.append(entity.encode(later))
+        if job.paths:
+            table = place.open(history.version)
+            found = place.filesystem().get_file_info(list(job.paths))
+            if table is None or any(not each.is_file for each in found):
+                return None
+            parts.append(entity.encode(place.read(table, job.paths, columns=entity.key_columns)))
+        return pc.unique(pa.chunked_array([part.cast(parts[0].type) for part in parts]))
+
+    def _settled(
+        self, bucket: int, texts: Sequence[str], history: BucketHistory, tally: _Tally, store: OnlineStore
+    ) -> tuple[str, ...]:
+        """Do busy entities again, with what came in between; returns those that stay busy."""
+        for _ in range(_ROUNDS):
+            if not tally.busy:
+                break
+            busy = [texts[at] for at in sorted(tally.busy)]
+            lease = self._begun(bucket, store)
+            history = (history.followed() or self._read(bucket, store)).of_entities(
+                self.views[0].entity.encoded(busy)
+            )
+            again = BucketRings.of(self.plan, bucket, history.events, history.recent)
+            texts, done = again.texts, self._write(again, lease, history.covers, store)
+            tally.rings += done.rings
+            tally.busy = done.busy
+        return tuple(texts[at] for at in sorted(tally.busy))
+
+    def _write(self, rings: BucketRings, lease: BucketLease, covers: bool, store: OnlineStore) -> _Tally:
+        """Send rings, several batches under way at a time."""
+        tally, started_s = _Tally(), time.monotonic()
+        layouts = RingLayouts(rings.plan.described, covers, remember_ms(self.limits))
+        under_way: deque[tuple[list[RingCall], Future[list[Sequence[int]]]]] = deque()
+        with ThreadPoolExecutor(1) as pool:
+            for batch in _batches(layouts.calls(lease, rings.writes())):
+                tally.entities += sum(len(set(call.entities)) for call in batch)
+                tally.n_bytes += sum(call.n_bytes for call in batch)
+                under_way.append((batch, pool.submit(store.write_rings, batch)))
+                if len(under_way) > _BATCHES_UNDER_WAY:
+                    _absorb(tally, *under_way.popleft())
+                wait_s = self.rate.seconds(tally.entities, tally.n_bytes) - (time.monotonic() - started_s)
+                if wait_s > 0:
+                    time.sleep(wait_s)
+            while under_way:
+                _absorb(tally, *under_way.popleft())
+        return tally
+
+    def _remember(self, job: BucketJob, full: bool, left: tuple[str, ...], store: OnlineStore) -> None:
+        """Say what the rings were made from, now that they are."""
+        version = self.log_version if len(left) <= _MOST_LEFT else -1
+        full_us = self.as_of_us if full else job.full_us
+        store.put_many(
+            {
+                store.keys.bucket_state(view.ref, job.bucket): BucketState(
+                    layout_name(view, self.limits), version, self.as_of_us, full_us, left[:_MOST_LEFT]
+                ).to_bytes()
+                for view in self.views
+            }
+        )
+
+
+def _batches(calls: Iterable[RingCall]) -> Iterator[list[RingCall]]:
+    remaining = iter(calls)
+    while batch := list(islice(remaining, _CALLS_AT_ONCE)):
+        yield batch
+
+
+def _absorb(tally: _Tally, batch: list[RingCall], written: Future[list[Sequence[int]]]) -> None:
+    for call, codes in zip(batch, written.result(), strict=True):
+        counts = RingCounts.of(codes)
+        tally.rings += RingCounts(counts.written, counts.unchanged, counts.ahead, 0, counts.cleared)
+        if counts.busy:
+            tally.busy.update(whose for whose, code in zip(call.entities, codes, strict=True) if code == BUSY)
+
+
+JOB_SCHEMA = pa.schema(
+    [
+        ("bucket", pa.int64()),
+        ("after_us", pa.int64()),
+        ("full_us", pa.int64()),
+        ("paths", pa.list_(pa.string())),
+        ("left", pa.list_(pa.string())),
+    ]
+)
+DONE_SCHEMA = pa.schema(
+    [
+        ("bucket", pa.int64()),
+        ("full", pa.bool_()),
+        ("token", pa.int64()),
+        ("events", pa.int64()),
+        ("entities", pa.int64()),
+        ("n_bytes", pa.int64()),
+        ("rings", pa.list_(pa.int64())),
+        ("present", pa.list_(pa.large_binary())),
+    ]
+)
+
+
+def job_table(job: BucketJob) -> pa.Table:
+    """A job as Ray carries it: one row."""
+    row = {"bucket": job.bucket, "after_us": job.after_us, "full_us": job.full_us}
+    return pa.Table.from_pylist([{**row, "paths": list(job.paths), "left": list(job.left)}], schema=JOB_SCHEMA)
+
+
+def done_of(row: dict[str, Any]) -> BucketDone:
+    """What was done, from a row that `RunBuckets` gave."""
+    return BucketDone(**{**row, "rings": RingCounts(*row["rings"]), "present": tuple(row["present"])})
+
+
+@dataclass(frozen=True)
+class RunBuckets:
+    """The task as Ray calls it: a table of jobs in, what was done out."""
+
+    task: BucketTask
+
+    def __call__(self, jobs: pa.Table) -> pa.Table:
+        """Run each row's job."""
+        done = []
+        with OnlineStore(self.task.online) as store:
+            for row in jobs.to_pylist():
+                job = BucketJob(**{**row, "paths": tuple(row["paths"]), "left": tuple(row["left"])})
+                done.append(self.task.run(job, store))
+        rows = [
+            {
+                "bucket": each.bucket,
+                "full": each.full,
+                "token": each.token,
+                "events": each.events,
+                "entities": each.entities,
+                "n_bytes": each.n_bytes,
+                "rings": list(astuple(each.rings)),
+                "present": list(each.present),
+            }
+            for each in done
+        ]
+        return pa.Table.from_pylist(rows, schema=DONE_SCHEMA)
