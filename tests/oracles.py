@@ -55,7 +55,7 @@ class Event:
     event_id: Any
     ingested_us: int
     passes_view: bool
-    inputs: dict[str, float | None]
+    inputs: dict[str, Any]
 
 
 class Oracle:
@@ -81,7 +81,7 @@ class Oracle:
         inputs = {
             name: [
                 value if fits else None
-                for value, fits in zip(numbers(table, each.column), met(table, each.where), strict=True)
+                for value, fits in zip(looked_at(table, each), met(table, each.where), strict=True)
             ]
             for name, each in view.base_features.items()
         }
@@ -159,13 +159,6 @@ def aggregate(aggregation: Any, events: list[Event], values: list[Any], as_of_us
     if not events:
         return Answer(math.nan)
     match function:
-        case "Mean":
-            exact = sum((Fraction(value) for value in values), Fraction()) / len(values)
-            return Answer(float(exact), RELATIVE_ERROR * magnitude(values) / len(values))
-        case "Min":
-            return Answer(min(values))
-        case "Max":
-            return Answer(max(values))
         case "First":
             return Answer(min(zip(events, values, strict=True), key=lambda pair: order(pair[0]))[1])
         case "Last":
@@ -177,7 +170,58 @@ def aggregate(aggregation: Any, events: list[Event], values: list[Any], as_of_us
             value = float(Fraction(since_us, UNITS_US[aggregation.unit]))
             return Answer(value, RELATIVE_ERROR * value)
         case _:
+            return aggregate_values(aggregation, values)
+
+
+def aggregate_values(aggregation: Any, values: list[Any]) -> Answer:
+    """The function of at least one value, whenever they were."""
+    function = type(aggregation).__name__
+    match function:
+        case "Mean":
+            exact = sum((Fraction(value) for value in values), Fraction()) / len(values)
+            return Answer(float(exact), RELATIVE_ERROR * magnitude(values) / len(values))
+        case "StdDev":
+            return standard_deviation(values)
+        case "Min":
+            return Answer(min(values))
+        case "Max":
+            return Answer(max(values))
+        case "CountDistinct":
+            return Answer(float(len(set(values))))
+        case "Quantile":
+            return quantile(aggregation, values)
+        case _:
             raise AssertionError(f"the contract page doesn't say what {function} is")
+
+
+def standard_deviation(values: list[Any]) -> Answer:
+    """Of a sample, so divided by n − 1: exactly 0 of equal values, else within 1e-12 of their root mean square."""
+    n = len(values)
+    if n < 2:
+        return Answer(math.nan)
+    mean = sum((Fraction(value) for value in values), Fraction()) / n
+    variance = sum((Fraction(value) - mean) ** 2 for value in values) / (n - 1)
+    if variance == 0:
+        return Answer(0.0)
+    root_mean_square = math.sqrt(float(sum(Fraction(value) ** 2 for value in values) / n))
+    return Answer(math.sqrt(float(variance)), RELATIVE_ERROR * root_mean_square)
+
+
+def quantile(aggregation: Any, values: list[Any]) -> Answer:
+    """Each value is replaced by that of its bin; then it is the one with ⌊q·(n − 1)⌋ others before it."""
+    error, (low, high) = aggregation.relative_error, aggregation.between
+    ratio = (1 + error) / (1 - error)
+    n_bins = max(1, math.ceil((math.log(high) - math.log(low)) / math.log(ratio)))
+
+    def binned(value: float) -> float:
+        if abs(value) < low or (value < 0 and not aggregation.signed):
+            return 0.0
+        number = max(number for number in range(n_bins) if low * ratio**number <= abs(value))
+        return math.copysign(low * ratio**number * (2 * ratio / (ratio + 1)), value)
+
+    inside = sorted(binned(value) for value in values)
+    value = inside[math.floor(aggregation.q * (len(inside) - 1))]
+    return Answer(value, RELATIVE_ERROR * abs(value))
 
 
 def order(event: Event) -> tuple[int, int]:
@@ -207,6 +251,18 @@ def numbers(table: pa.Table, column: Any) -> list[float | None]:
         return [1.0] * table.num_rows
     raw = table[column].to_pylist() if isinstance(column, str) else evaluated(table, column)
     return [float(value) if value is not None and math.isfinite(float(value)) else None for value in raw]
+
+
+def looked_at(table: pa.Table, aggregation: Any) -> list[Any]:
+    """What an aggregation uses of each row; None where it uses nothing."""
+    if type(aggregation).__name__ != "CountDistinct":
+        return numbers(table, aggregation.column)
+    raw = (
+        table[aggregation.column].to_pylist()
+        if isinstance(aggregation.column, str)
+        else evaluated(table, aggregation.column)
+    )
+    return [value if value in aggregation.categories else None for value in raw]
 
 
 def met(table: pa.Table, condition: Any) -> list[bool]:

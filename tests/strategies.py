@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,20 @@ from heliostat.clock import US_PER_DAY, US_PER_HOUR, US_PER_MINUTE, parse_durati
 from heliostat.features.aggregations import (
     Aggregation,
     Count,
+    CountDistinct,
     DistinctDays,
     First,
     Last,
     Max,
     Mean,
     Min,
+    Quantile,
+    StdDev,
     Sum,
     TimeSinceLast,
 )
 from heliostat.features.definitions import Entity, EventSource, FeatureView
+from heliostat.features.windows import default_hop_us
 from heliostat.schema import TIMESTAMP
 
 FloatArray = NDArray[np.float64]
@@ -180,16 +185,52 @@ _INPUTS: dict[str, Any] = {
 _WINDOWS = ["5m", "40m", "6h", "12h", "1d", "7d", "11d", "12d", "30d", None]
 
 
-_FUNCTIONS: list[type[Aggregation]] = [Count, Sum, Sum, Mean, Min, Max, First, Last, DistinctDays, TimeSinceLast]
+_CATEGORIES: list[tuple[Any, tuple[Any, ...]]] = [
+    ("kind", ("purchase", "login", "share", "never")),
+    ("kind", ("purchase",)),
+    # 52 of them, so that the highest bit is used.
+    ("kind", (*(f"a{number}" for number in range(50)), "purchase", "share")),
+    ("quantity", (0, 1, 3, -2, 2**40, 99)),
+    ("quantity", (*range(1, 52), -2)),
+    (pc.if_else(pc.field("flagged"), pc.field("kind"), "plain"), ("plain", "login", "purchase")),
+]
+_SHARES = (0.0, 0.1, 0.5, 0.5, 0.9, 0.99, 1.0)
+_RANGES = [((0.01, 1000.0), 0.1), ((1e-12, 1e12), 0.5), ((1.0, 5.0), 0.05), ((1e-3, 1e6), 0.25), ((2.5, 3e11), 0.4)]
+_MOST_CELLS = 6_000  # so that an example's rings stay small
+_FUNCTIONS: list[type[Aggregation]] = [
+    Count, Sum, Sum, Mean, StdDev, StdDev, Min, Max, First, Last, DistinctDays, CountDistinct, CountDistinct,
+    Quantile, Quantile, TimeSinceLast,
+]  # fmt: skip
+
+
+def _prepared_quantile(windows: list[str | None], hop_us: int | None, column: Any, where: Any) -> Quantile:
+    between, error = _RANDOM.choice(_RANGES)
+    chosen = Quantile(
+        column,
+        q=_RANDOM.choice(_SHARES),
+        between=between,
+        relative_error=error,
+        signed=_RANDOM.random() < 0.7,
+        where=where,
+    )
+    slots = {
+        window: 0
+        if window is None
+        else parse_duration_us(window) // (hop_us or default_hop_us(parse_duration_us(window)))
+        for window in windows
+    }
+    fitting = [window for window in windows if slots[window] * chosen.bins.width <= _MOST_CELLS]
+    return replace(chosen, window=_RANDOM.choice(fitting))
 
 
 def _prepared_aggregations(hop: str | None) -> list[Aggregation]:
     """Many combinations of function, input, condition and window that a hop allows."""
-    hop_us = 1 if hop is None else parse_duration_us(hop)
+    view_hop_us = None if hop is None else parse_duration_us(hop)
+    hop_us = view_hop_us or 1
     whole = [window for window in _WINDOWS if window is None or parse_duration_us(window) % hop_us == 0]
     days = [window for window in _WINDOWS if window is not None and parse_duration_us(window) % US_PER_DAY == 0]
     found: list[Aggregation] = []
-    for _ in range(400):
+    for _ in range(600):
         function = _RANDOM.choice(_FUNCTIONS)
         window = _RANDOM.choice(days if function is DistinctDays else whole)
         where = _RANDOM.choice([None, *_WHERES.values()])
@@ -197,6 +238,11 @@ def _prepared_aggregations(hop: str | None) -> list[Aggregation]:
         if function is TimeSinceLast:
             unit: Any = _RANDOM.choice(["second", "minute", "hour", "day"])
             found.append(TimeSinceLast(window=window, where=where, unit=unit))
+        elif function is Quantile:
+            found.append(_prepared_quantile(whole, view_hop_us, column, where))
+        elif function is CountDistinct:
+            column, categories = _RANDOM.choice(_CATEGORIES)
+            found.append(CountDistinct(column, categories=categories, window=window, where=where))
         elif function in (Count, DistinctDays) and _RANDOM.random() < 0.5:
             found.append(function(window=window, where=where))
         else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from heliostat.features.aggregations import (
         Count,
+        CountDistinct,
         DistinctDays,
         First,
         FloatArray,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
         Max,
         Mean,
         Min,
+        Quantile,
+        StdDev,
         Sum,
         TimeSinceLast,
     )
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Count",
+    "CountDistinct",
     "DistinctDays",
     "Entity",
     "EventSource",
@@ -48,6 +52,8 @@ __all__ = [
     "Population",
     "PrecomputedView",
     "ProfileSource",
+    "Quantile",
+    "StdDev",
     "Sum",
     "TimeSinceLast",
 ]

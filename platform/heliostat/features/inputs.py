@@ -90,7 +90,9 @@ def evaluate(events: pa.Table, inputs: Iterable[Input]) -> dict[str, InputValues
         else:
             name = each.column
             column = events.column(name) if isinstance(name, str) else columns[str(name)]
-            values, used = _members(column, each.categories) if each.categories else _numbers(column, nulls=each.nulls)
+            values, used = (
+                _members(column, each.categories) if each.categories else _numbers(column, nulls=each.nulls)
+            )
         if each.where is not None:
             used = used & _as_mask(columns[str(each.where)])
         result[key] = InputValues(values, used)
@@ -133,7 +135,9 @@ def _check_categories(given: Input, dtype: pa.DataType, at: str) -> None:
         fits = False
     if not fits:
         categories = ", ".join(repr(each) for each in given.categories)
-        raise ExpressionError(str(given.column), at, f"it gives {dtype}, which can't hold the categories {categories}")
+        raise ExpressionError(
+            str(given.column), at, f"it gives {dtype}, which can't hold the categories {categories}"
+        )
 
 
 def column_type(column: ColumnLike, schema: pa.Schema, *, at: str) -> pa.DataType:

@@ -9,10 +9,11 @@ How it works, for ``n`` events and ``m`` rows in ``O((n + m) log n)`` whatever t
 1. Events of the entities asked for are ordered by (entity, event time, tie); a window is
    then a range of positions, found by two binary searches.
 2. Counts, distinct days, first and last follow from integers over those ranges, exactly.
-3. Sums, minima and maxima are taken tile by tile, in order of time. ``K`` tiles of a window
+3. Sums, minima, maxima, sets and moments are taken tile by tile, in order of time. ``K`` tiles of a window
    always lie in two neighbouring blocks of ``K`` tiles: the end of one, accumulated backwards,
    and the beginning of the next, accumulated forwards (van Herk 1992). Both hold only events
    of the window, and three look-ups answer a row.
+4. A quantile is the n-th of a range of bins, found bit by bit; nobody counts them one by one.
 """
 
 from __future__ import annotations
@@ -28,21 +29,33 @@ from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY
 from heliostat.errors import DefinitionError, InvalidValueError
-from heliostat.features.aggregations import IDENTITY, FloatArray, Input, InputValues, State, check_input, evaluate
+from heliostat.features.aggregations import (
+    Aggregation,
+    FloatArray,
+    Input,
+    InputValues,
+    Quantile,
+    State,
+    check_input,
+    evaluate,
+)
 from heliostat.features.definitions import EventSource, FeatureView
+from heliostat.features.sketches import rank
+from heliostat.features.states import emptied
 from heliostat.features.timeline import (
+    FOLDS,
     EventIndex,
     IntArray,
+    Parts,
     Ranges,
     Tiles,
     counted,
     edges,
     first_of,
+    nth_smallest,
 )
 from heliostat.features.windows import lower_edge_us
 from heliostat.schema import INGESTED, TIE, hash64, tie48, times_us
-
-_UFUNCS: Mapping[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 
 def compute_features(
@@ -218,7 +231,7 @@ class _Timeline:
     _ranges: dict[tuple[int, int] | None, Ranges] = field(default_factory=dict)
     _tiles: dict[int, Tiles] = field(default_factory=dict)
     _merged: dict[tuple[str, int | None, int], FloatArray] = field(default_factory=dict)
-    _running: dict[tuple[str, int], FloatArray] = field(default_factory=dict)
+    _running: dict[tuple[str, int], Parts] = field(default_factory=dict)
 
     @classmethod
     def of(cls, views: Sequence[FeatureView], events: pa.Table, keys: pa.Array, as_of_us: IntArray) -> _Timeline:
@@ -262,19 +275,38 @@ class _Timeline:
         expired = self._expired(view)
         columns: dict[str, FloatArray] = {}
         for name, aggregation in view.base_features.items():
-            parts = [
-                self._state(state, aggregation.window_us, aggregation.hop_us or US_PER_DAY)
-                for state in aggregation.states()
-            ]
-            if expired is not None:
-                parts = [
-                    _blank(part, state, expired) for part, state in zip(parts, aggregation.states(), strict=True)
-                ]
             column = np.empty(len(self.rows))
-            column[self.rows] = aggregation.finalize(parts, as_of_us=self.as_of_us)
+            column[self.rows] = self._value(aggregation, expired)
             columns[name] = column
         view.derive(columns, request=request)
         return columns
+
+    def _value(self, aggregation: Aggregation, expired: NDArray[np.bool_] | None) -> FloatArray:
+        """A feature of each row, nothing's where the view's ttl has ended."""
+        hop_us = aggregation.hop_us or US_PER_DAY
+        if isinstance(aggregation, Quantile):
+            values = self._quantile(aggregation, hop_us)
+            return values if expired is None else np.where(expired, np.nan, values)
+        states = aggregation.states()
+        parts = [self._state(state, aggregation.window_us, hop_us) for state in states]
+        if expired is not None:
+            parts = [emptied(state, part, expired) for part, state in zip(parts, states, strict=True)]
+        return aggregation.finalize(parts, as_of_us=self.as_of_us)
+
+    def _quantile(self, aggregation: Quantile, hop_us: int) -> FloatArray:
+        """A row's quantile, without a row of bins."""
+        ranges, given, bins = (
+            self._range(aggregation.window_us, hop_us),
+            self.inputs[aggregation.input.key],
+            aggregation.bins,
+        )
+        used = np.concatenate([[0], np.cumsum(given.used)])
+        low = used[ranges.low]
+        among = Ranges(low, np.maximum(low, used[ranges.high]))
+        total = (among.high - among.low).astype(np.float64)
+        nth = rank(total, aggregation.q).astype(np.int64)
+        found = nth_smallest(bins.of(given.values[given.used]), among, nth, n_values=bins.width)
+        return np.where(total > 0, bins.values[np.where(total > 0, found, 0)], np.nan)
 
     def _expired(self, view: FeatureView) -> NDArray[np.bool_] | None:
         """Rows whose last event is older than the view's ttl; None if it has no ttl."""
@@ -284,7 +316,7 @@ class _Timeline:
         return ~(self.as_of_us - last <= view.ttl_us)
 
     def _state(self, state: State, window_us: int | None, hop_us: int) -> FloatArray:
-        """A state, merged over each row's window: shape ``(m,)``, or ``(m, 3)`` for first and last."""
+        """A state, merged over each row's window: shape ``(m,)``, or ``(m, width)`` of a wider one."""
         key = (state.key, window_us, hop_us)
         if key not in self._merged:
             ranges = self._range(window_us, hop_us)
@@ -295,7 +327,9 @@ class _Timeline:
                 case "max", "one", "add":
                     tile = self._tile(hop_us).of_event
                     merged = counted(first_of(tile, given.used), ranges)
-                case "first" | "last" | "max" | "min", _, _ if state.width == 3 or state.of == "time":
+                case "first" | "last", _, _:
+                    merged = self._edge(state, given, ranges)
+                case "max" | "min", "time", _:
                     merged = self._edge(state, given, ranges)
                 case _:
                     merged = self._folded(state, given, ranges, window_us, hop_us)
@@ -340,9 +374,11 @@ class _Timeline:
     def _folded(
         self, state: State, given: _OrderedInput, ranges: Ranges, window_us: int | None, hop_us: int
     ) -> FloatArray:
-        """Merge a sum, minimum or maximum: tile by tile, each window from two blocks of tiles."""
-        ufunc, identity = _UFUNCS[state.op], IDENTITY[state.op]
-        result = np.full(len(ranges.low), identity)
+        """Merge what has no shorter way: tile by tile, each window from two blocks of tiles."""
+        fold = FOLDS[state.op]
+        result = (
+            np.tile(state.empty, (len(ranges.low), 1)) if state.width > 1 else np.full(len(ranges.low), *state.empty)
+        )
         some = np.flatnonzero(~ranges.empty)
         if not len(some):
             return result
@@ -350,26 +386,25 @@ class _Timeline:
         blocks = tiles.blocks(None if window_us is None else window_us // hop_us)
         inside = self._running_of(state, given, hop_us)
         totals = inside[tiles.events.ends - 1]
-        forward = blocks.tiles.running(ufunc, totals)
+        forward = fold.running(blocks.tiles, totals, False)
 
         last_event = ranges.high[some] - 1
         last = tiles.of_event[last_event]
-        before = np.where(blocks.opens[last], identity, forward[last - 1])
-        merged = ufunc(before, inside[last_event])
+        merged = fold.merge(fold.unless(blocks.opens[last], forward[last - 1]), inside[last_event])
         if window_us is not None:
-            backward = blocks.tiles.running(ufunc, totals, backwards=True)
+            backward = fold.running(blocks.tiles, totals, True)
             first = tiles.of_event[ranges.low[some]]
             lowest = lower_edge_us(self.as_of_us[some], window_us, hop_us) // window_us
-            tail = np.where(blocks.number[first] == lowest, backward[first], identity)
-            merged = np.where(blocks.number[last] == lowest, tail, ufunc(tail, merged))
+            tail = fold.unless(blocks.number[first] != lowest, backward[first])
+            merged = fold.chosen(blocks.number[last] == lowest, tail, fold.merge(tail, merged))
         result[some] = merged
         return result
 
-    def _running_of(self, state: State, given: _OrderedInput, hop_us: int) -> FloatArray:
+    def _running_of(self, state: State, given: _OrderedInput, hop_us: int) -> Parts:
         key = (state.key, hop_us)
         if key not in self._running:
-            padded = np.where(given.used, given.values, IDENTITY[state.op])
-            self._running[key] = self._tile(hop_us).events.running(_UFUNCS[state.op], padded)
+            fold = FOLDS[state.op]
+            self._running[key] = fold.running(self._tile(hop_us).events, fold.of(given.values, given.used), False)
         return self._running[key]
 
 
@@ -377,12 +412,3 @@ def _codes(keys: pa.Array, known: pa.Array) -> IntArray:
     """The position of each key among the known ones; -1 where it isn't."""
     found: NDArray[np.int32] = pc.fill_null(pc.index_in(keys, value_set=known), -1).to_numpy()
     return found.astype(np.int64)
-
-
-def _blank(part: FloatArray, state: State, rows: NDArray[np.bool_]) -> FloatArray:
-    """The state, made empty in some rows."""
-    empty = IDENTITY[state.merge_across]
-    if state.width == 1:
-        return np.where(rows, empty, part)
-    blank: FloatArray = np.where(rows[:, None], np.array([empty, 0.0, 0.0]), part)
-    return blank

@@ -9,9 +9,8 @@ hop ``h`` covers ``[k·h, (k+1)·h)`` and lies in slot ``k mod n``. Equal states
 - Aggregations without a window, and the last event's time if the view has a ttl, form the
   group ``life``. Its slot 0 is the base, with everything older than the slots behind it, which
   reach back as far as events may be late.
-- An empty slot has the tile number ``-inf`` and each state's identity: 0 for ``add``, +inf for
-  ``min``, -inf for ``max``, and for ``first`` and ``last`` (event time, tie, value) =
-  (±inf, 0, 0).
+- An empty slot has the tile number ``-inf`` and each state's own emptiness
+  (`heliostat.features.states`): 0 of a sum, +inf of a minimum, -inf of a maximum.
 - A tile from the event log carries a fraction with its number until a live event goes into it; see
   `heliostat.storage.ring_scripts`, which merges the same bytes inside the server.
 
@@ -31,19 +30,18 @@ import orjson
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, US_PER_MS, format_duration
-from heliostat.features.aggregations import IDENTITY, Aggregation, FloatArray, Input, InputValues, State
+from heliostat.features.aggregations import Aggregation, FloatArray, Input, InputValues, State
 from heliostat.features.definitions import FeatureView
+from heliostat.features.states import merged_runs, of_events, of_runs
 from heliostat.features.windows import ring_slots, tile_of
 from heliostat.settings import IngestionSettings
-from heliostat.storage.ring_scripts import OPERATOR_CODES, RingDescriptor
+from heliostat.storage.ring_scripts import RingDescriptor
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 F8 = np.dtype("<f8")
 LIFE = "life"
-
-UFUNCS: Mapping[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class RingGroup:
         slot = np.zeros(self.width, dtype=F8)
         slot[0] = -np.inf
         for state in self.states:
-            slot[self.columns[state.key].start] = identity(state)
+            slot[self.columns[state.key]] = state.empty
         return slot
 
     @cached_property
@@ -131,7 +129,7 @@ class RingGroup:
         return RingDescriptor(
             n_slots=self.n_slots,
             life=self.life,
-            operators="".join(OPERATOR_CODES[state.op] for state in self.states),
+            operators=tuple((state.op, state.width) for state in self.states),
             empty_slot=self.empty_slot.tobytes(),
             expire_ms=-(-self.expire_us // US_PER_MS),
         ).pack()
@@ -225,12 +223,6 @@ def _distinct(states: Iterable[State]) -> tuple[State, ...]:
     return tuple(by_key[key] for key in sorted(by_key))
 
 
-def identity(state: State) -> float:
-    """What a state's first column holds without events."""
-    # A presence (0 or 1) that is added up over tiles must add nothing where there is none.
-    return IDENTITY[state.merge_across] if state.op == "max" and state.of == "one" else IDENTITY[state.op]
-
-
 # ── Events -> tiles -> rings ────────────────────────────────────────────────────────
 
 
@@ -252,19 +244,9 @@ def event_slots(
     slots[:, 0] = tile_of(times_us, group.hop_us)
     touched = np.zeros(len(times_us), dtype=np.bool_)
     for state in group.states:
-        given, place = inputs[state.source.key], group.columns[state.key]
-        used = given.used
-        touched |= used
-        if state.of == "one":
-            value: FloatArray = np.ones(len(times_us))
-        elif state.of == "time":
-            value = times_us.astype(F8)
-        else:
-            value = given.values + 0.0  # so that -0.0 is 0.0
-        if state.width == 1:
-            slots[used, place.start] = value[used]
-        else:
-            slots[used, place] = np.column_stack([times_us, ties, value])[used]
+        given = inputs[state.source.key]
+        slots[:, group.columns[state.key]] = of_events(state, given, times_us, ties)
+        touched |= given.used
     return slots, touched
 
 
@@ -309,12 +291,18 @@ def tile_states(
         ties: What breaks ties, shape ``(n,)``.
         inputs: What the states look at, evaluated on the events, by `Input.key`.
     """
-    slots, touched = event_slots(group, inputs, times_us, ties)
+    distinct = {state.source.key: inputs[state.source.key] for state in group.states}
+    touched = np.logical_or.reduce([each.used for each in distinct.values()])
     if not touched.all():
-        codes, slots = codes[touched], slots[touched]
-    tiles = slots[:, 0].astype(np.int64)
+        codes, times_us, ties = codes[touched], times_us[touched], ties[touched]
+        distinct = {key: InputValues(each.values[touched], each.used[touched]) for key, each in distinct.items()}
+    tiles = tile_of(times_us, group.hop_us)
     starts = _starts(codes, tiles)
-    return TileStates(codes[starts], tiles[starts], _reduced(group, slots, starts, across=False))
+    slots = np.empty((len(starts), group.width))
+    slots[:, 0] = tiles[starts]
+    for state in group.states:
+        slots[:, group.columns[state.key]] = of_runs(state, distinct[state.source.key], times_us, ties, starts)
+    return TileStates(codes[starts], tiles[starts], slots)
 
 
 def _starts(*columns: IntArray) -> IntArray:
@@ -326,28 +314,12 @@ def _starts(*columns: IntArray) -> IntArray:
     return np.flatnonzero(changed)
 
 
-def _reduced(group: RingGroup, slots: FloatArray, starts: IntArray, *, across: bool) -> FloatArray:
-    """Merge segments of slots, each in order of time, into one slot a segment."""
-    result = np.tile(group.empty_slot, (len(starts), 1))
-    if not len(starts):
-        return result
-    result[:, 0] = slots[starts, 0]
-    positions = np.arange(len(slots))
+def _based(group: RingGroup, slots: FloatArray, starts: IntArray) -> FloatArray:
+    """Merge runs of an entity's slots, in order of time, into one slot a run."""
+    result = np.empty((len(starts), group.width))
     for state in group.states:
         place = group.columns[state.key]
-        if state.width == 1:
-            operator = state.merge_across if across else state.op
-            with np.errstate(over="ignore", invalid="ignore"):
-                result[:, place.start] = UFUNCS[operator].reduceat(slots[:, place.start], starts)
-            continue
-        used = np.isfinite(slots[:, place.start])
-        if state.op == "first":
-            chosen = np.minimum.reduceat(np.where(used, positions, len(slots)), starts)
-            found = chosen < len(slots)
-        else:
-            chosen = np.maximum.reduceat(np.where(used, positions, -1), starts)
-            found = chosen >= 0
-        result[found, place] = slots[chosen[found], place]
+        result[:, place] = merged_runs(state, slots[:, place], starts, across=True)
     return result
 
 
@@ -358,7 +330,7 @@ def pack_rings(
 
     Args:
         group: The rings' layout.
-        tiles: Tiles of entities ``0 … n_entities - 1``, of events before ``as_of_us`` only.
+        tiles: Tiles of entities ``0 … n_entities - 1``.
         n_entities: How many rings.
         as_of_us: The instant the rings are made for.
         limits: Says which tiles are complete.
@@ -367,13 +339,14 @@ def pack_rings(
         Shape ``(n_entities, n_slots, width)``; ``tobytes`` of each row is a ring.
     """
     rings = np.tile(group.empty_slot, (n_entities, group.n_slots, 1))
-    newest = as_of_us // group.hop_us
+    # Live events may be a little ahead of the instant.
+    newest = max(as_of_us // group.hop_us, int(tiles.tiles.max(initial=0)))
     if group.life:
         first_live = limits.first_live_tile(as_of_us, group.hop_us)
         old = tiles.tiles < first_live
         codes = tiles.codes[old]
         starts = _starts(codes)
-        rings[codes[starts], 0] = _reduced(group, tiles.slots[old], starts, across=True)
+        rings[codes[starts], 0] = _based(group, tiles.slots[old], starts)
         rings[:, 0, 0] = first_live
         tiles = tiles.between(first_live, newest)
     else:

@@ -7,16 +7,21 @@ binary searches, and what a window adds up to follows from arrays made once for 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from heliostat.features.aggregations import FloatArray
+from heliostat.features import moments
+from heliostat.features.aggregations import IDENTITY, FloatArray
 from heliostat.features.windows import tile_of
 
 IntArray = NDArray[np.int64]
+Parts: TypeAlias = NDArray[Any]
+"""Partial results: numbers, shape ``(n,)``, or rows of them, shape ``(n, width)``."""
 
 _LONG_SEGMENT = 48
 _PACKED_BITS = 62
@@ -208,6 +213,56 @@ class Segments:
         return result
 
 
+@dataclass(frozen=True)
+class Fold:
+    """How partial results of one kind merge along stretches.
+
+    Attributes:
+        identity: What changes nothing: a number, or a row.
+        merge: Two into one, pair by pair.
+        of: What each event contributes, from its value and whether it is used.
+        running: As `Segments.running`.
+    """
+
+    identity: Any
+    merge: Callable[[Parts, Parts], Parts]
+    of: Callable[[FloatArray, NDArray[np.bool_]], Parts]
+    running: Callable[[Segments, Parts, bool], Parts]
+
+    def unless(self, condition: NDArray[np.bool_], parts: Parts) -> Parts:
+        """The parts, and nothing where the condition holds."""
+        return np.where(condition if parts.ndim == 1 else condition[:, None], self.identity, parts)
+
+    @staticmethod
+    def chosen(condition: NDArray[np.bool_], one: Parts, other: Parts) -> Parts:
+        """One where the condition holds, else the other."""
+        return np.where(condition if one.ndim == 1 else condition[:, None], one, other)
+
+
+def _numbers(ufunc: np.ufunc, identity: float, dtype: type[np.generic] = np.float64) -> Fold:
+    def of(values: FloatArray, used: NDArray[np.bool_]) -> Parts:
+        return np.where(used, values, identity).astype(dtype, copy=False)
+
+    def running(segments: Segments, parts: Parts, backwards: bool) -> Parts:
+        return segments.running(ufunc, parts, backwards=backwards)
+
+    return Fold(dtype(identity), ufunc, of, running)
+
+
+def _running_moments(segments: Segments, parts: Parts, backwards: bool) -> Parts:
+    return moments.running(parts, segments.starts, segments.ends, backwards=backwards)
+
+
+FOLDS: Mapping[str, Fold] = {
+    "add": _numbers(np.add, IDENTITY["add"]),
+    "min": _numbers(np.minimum, IDENTITY["min"]),
+    "max": _numbers(np.maximum, IDENTITY["max"]),
+    "or": _numbers(np.bitwise_or, IDENTITY["or"], np.int64),
+    "moments": Fold(np.zeros(3), moments.merged, moments.moments_of, _running_moments),
+}
+"""By merge operator."""
+
+
 def counted(marked: NDArray[np.bool_], ranges: Ranges) -> FloatArray:
     """How many marked events each range holds."""
     if marked.all():
@@ -240,3 +295,35 @@ def edges(used: NDArray[np.bool_], ranges: Ranges, *, first: bool) -> tuple[IntA
         position = np.insert(preceding, 0, -1)[ranges.high]
         found = position >= ranges.low
     return np.where(found, position, 0), found
+
+
+def nth_smallest(values: IntArray, ranges: Ranges, nth: IntArray, *, n_values: int) -> IntArray:
+    """Which value is the n-th smallest of each range.
+
+    Bit by bit from the highest: those of a range whose bit is 0 are neighbours again once all
+    such values are brought to the front, and a count says whether the n-th is among them.
+
+    Source: Claude, Navarro 2012, "The wavelet matrix".
+
+    Args:
+        values: ``0 ≤ value < n_values``, shape ``(n,)``.
+        ranges: Positions among them.
+        nth: Counted from 0, less than the range's length, shape ``(m,)``.
+        n_values: How many different values there may be.
+
+    Returns:
+        Shape ``(m,)``; anything where the range is empty.
+    """
+    low, high, nth = ranges.low, ranges.high, nth.copy()
+    found = np.zeros(len(nth), dtype=np.int64)
+    for bit in reversed(range(max(1, (n_values - 1).bit_length()))):
+        zero = (values >> bit) & 1 == 0
+        zeros = np.concatenate([[0], np.cumsum(zero)])
+        low_zeros, high_zeros = zeros[low], zeros[high]
+        is_one = nth >= high_zeros - low_zeros
+        found |= is_one.astype(np.int64) << bit
+        nth -= np.where(is_one, high_zeros - low_zeros, 0)
+        low = np.where(is_one, zeros[-1] + low - low_zeros, low_zeros)
+        high = np.where(is_one, zeros[-1] + high - high_zeros, high_zeros)
+        values = np.concatenate([values[zero], values[~zero]])
+    return found
