@@ -22,12 +22,14 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-_HEADER = struct.Struct("<IIdBB")
+_HEADER = struct.Struct("<IIdBH")
+_WIDTH = struct.Struct("<H")
 
 EPOCHS: Final = 65_536
 """Epochs are counted modulo this; a stamp is the count over four times this."""
 
-OPERATOR_CODES: Final = {"add": "a", "min": "n", "max": "x", "first": "f", "last": "l"}
+_CODES: Final = {"add": b"a", "min": b"n", "max": b"x", "or": b"o", "first": b"f", "last": b"l", "moments": b"m"}
+_BINS: Final = b"b"
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,24 @@ class RingDescriptor:
     Attributes:
         n_slots: Slots of the ring, the base included.
         life: Whether slot 0 is a base.
-        operators: One letter a state, by `OPERATOR_CODES`.
+        operators: Merge operator and number of columns of each state; ``add`` may have any number.
         empty_slot: The bytes of an empty slot.
         expire_ms: How long after the last write the ring may be dropped; 0: never.
     """
 
     n_slots: int
     life: bool
-    operators: str
+    operators: tuple[tuple[str, int], ...]
     empty_slot: bytes
     expire_ms: int
 
     def pack(self) -> bytes:
         """The descriptor as the scripts read it."""
-        header = _HEADER.pack(
-            self.n_slots, len(self.empty_slot), float(self.expire_ms), self.life, len(self.operators)
+        operators = b"".join(
+            _BINS + _WIDTH.pack(width) if op == "add" and width > 1 else _CODES[op] for op, width in self.operators
         )
-        return header + self.operators.encode() + self.empty_slot
+        header = _HEADER.pack(self.n_slots, len(self.empty_slot), float(self.expire_ms), self.life, len(operators))
+        return header + operators + self.empty_slot
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ _COMMON = """
 local unpack_f8, sub, byte, floor = struct.unpack, string.sub, string.byte, math.floor
 
 local function describe(text)
-  local n_slots, slot_bytes, expire_ms, life, n_operators, at = struct.unpack('<I4I4dBB', text)
+  local n_slots, slot_bytes, expire_ms, life, n_operators, at = struct.unpack('<I4I4dBI2', text)
   return n_slots, slot_bytes, expire_ms, life == 1, sub(text, at, at + n_operators - 1), sub(text, at + n_operators)
 end
 """
@@ -86,11 +89,45 @@ end
 APPLY_EVENTS: Final = Script(
     _COMMON
     + """
+-- Sums of the columns from `at` to `to`, of which an event has but one that isn't 0.
+local function summed(held, new, at, to)
+  local parts, from = {}, at
+  local found = string.find(new, '[^%z]', at)
+  while found and found <= to do
+    local column = found - (found - at) % 8
+    parts[#parts + 1] = sub(held, from, column - 1)
+    parts[#parts + 1] = struct.pack('<d', unpack_f8('<d', held, column) + unpack_f8('<d', new, column))
+    from = column + 8
+    found = string.find(new, '[^%z]', from)
+  end
+  parts[#parts + 1] = sub(held, from, to)
+  return table.concat(parts)
+end
+
+-- Sets of up to 52 bits, in halves that the 32-bit operations can take.
+local function united(one, other)
+  local half = 67108864
+  local high, other_high = floor(one / half), floor(other / half)
+  return bit.bor(high, other_high) * half + bit.bor(one - high * half, other - other_high * half)
+end
+
+-- Count, mean, squared deviations: as heliostat.features.moments.merged.
+local function moments(held, new, at)
+  local count, mean, squares = unpack_f8('<ddd', held, at)
+  local more, more_mean, more_squares = unpack_f8('<ddd', new, at)
+  local total, delta = count + more, more_mean - mean
+  local share = total > 0 and more / total or 0
+  return struct.pack(
+    '<ddd', total, mean + delta * share, squares + more_squares + delta * (delta * (count * share))
+  )
+end
+
 local function merged(operators, held, new)
-  local out, at = {}, 9
-  for i = 1, #operators do
-    local op = byte(operators, i)
+  local out, at, i = {}, 9, 1
+  while i <= #operators do
+    local op, width, part = byte(operators, i), 8, nil
     if op == 102 or op == 108 then
+      width = 24
       local held_time, held_tie = unpack_f8('<dd', held, at)
       local new_time, new_tie = unpack_f8('<dd', new, at)
       local wins
@@ -99,19 +136,25 @@ local function merged(operators, held, new)
       else
         wins = new_time > held_time or (new_time == held_time and new_tie > held_tie)
       end
-      out[i] = sub(wins and new or held, at, at + 23)
-      at = at + 24
+      part = sub(wins and new or held, at, at + 23)
+    elseif op == 109 then
+      width, part = 24, moments(held, new, at)
+    elseif op == 98 then
+      width = 8 * struct.unpack('<I2', operators, i + 1)
+      part, i = summed(held, new, at, at + width - 1), i + 2
     else
       local held_value, new_value = unpack_f8('<d', held, at), unpack_f8('<d', new, at)
       if op == 97 then
-        out[i] = struct.pack('<d', held_value + new_value)
+        part = struct.pack('<d', held_value + new_value)
+      elseif op == 111 then
+        part = struct.pack('<d', united(held_value, new_value))
       elseif (op == 110 and new_value < held_value) or (op == 120 and new_value > held_value) then
-        out[i] = sub(new, at, at + 7)
+        part = sub(new, at, at + 7)
       else
-        out[i] = sub(held, at, at + 7)
+        part = sub(held, at, at + 7)
       end
-      at = at + 8
     end
+    out[#out + 1], at, i = part, at + width, i + 1
   end
   return table.concat(out)
 end

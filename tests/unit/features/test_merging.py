@@ -1,0 +1,93 @@
+"""Slots merged as of an instant: what counts, what doesn't, and what must not leak into what does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from heliostat.clock import US_PER_DAY
+from heliostat.features.aggregations import Count, First, Last, Mean, Sum
+from heliostat.features.definitions import Entity, EventSource, FeatureView
+from heliostat.features.merging import MergePlan, merge_rings, parse_rings
+from heliostat.features.states import FloatArray
+from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.schema import TIMESTAMP
+
+NOW_US = 20_000 * US_PER_DAY + US_PER_DAY // 2
+LIMITS = RingLimits(US_PER_DAY, 0)
+
+user = Entity("user", keys={"user_id": "int64"})
+sales = EventSource(
+    "sales",
+    schema=pa.schema({"id": pa.int64(), "user_id": pa.int64(), "at": TIMESTAMP, "amount": pa.float64()}),
+    entity=user,
+    event_time="at",
+    event_id="id",
+)
+view = FeatureView(
+    "recent",
+    version=1,
+    source=sales,
+    features={
+        "n": Count(window="20d"),
+        "mean": Mean("amount", window="20d"),
+        "n_short": Count(window="12d"),
+        "total_short": Sum("amount", window="12d"),
+        "last": Last("amount", window="20d"),
+        "first": First("amount", window="20d"),
+    },
+)
+LAYOUT = ring_layout(view, LIMITS)
+(GROUP,) = LAYOUT.groups
+
+
+def ring(*tiles: tuple[int, float, float, float]) -> FloatArray:
+    """One entity's ring from (days ago, sum of amounts, time of the only event, tie)."""
+    slots = parse_rings(GROUP, [None])[0].copy()
+    for days, total, time_us, tie in tiles:
+        number = 20_000 - days
+        slot = slots[GROUP.slot_of(np.array([number]))[0]]
+        slot[0] = number
+        for state in GROUP.states:
+            place = GROUP.columns[state.key]
+            one: list[float] = [time_us, tie, total] if state.width == 3 else [1.0 if state.of == "one" else total]
+            slot[place] = one
+    return slots
+
+
+def merged(*rings: FloatArray) -> dict[str, list[float]]:
+    found = merge_rings(MergePlan(LAYOUT, list(view.base_features)), {GROUP.label: np.stack(rings)}, as_of_us=NOW_US)
+    return {name: values.tolist() for name, values in found.columns.items()}
+
+
+def test_one_product_adds_up_what_counts_for_each_window() -> None:
+    found = merged(ring((1, 4.0, 100.0, 1.0), (15, 6.0, 50.0, 1.0), (40, 99.0, 1.0, 1.0)), ring())
+    assert found["n"] == [2.0, 0.0]
+    assert found["mean"][0] == 5.0
+    assert np.isnan(found["mean"][1])
+    assert (found["n_short"], found["total_short"]) == ([1.0, 0.0], [4.0, 0.0])
+
+
+@pytest.mark.parametrize("huge", [np.inf, -np.inf, np.nan])
+def test_a_sum_beyond_all_numbers_costs_nobody_who_doesnt_count_it(huge: float) -> None:
+    found = merged(ring((1, 4.0, 100.0, 1.0), (15, huge, 50.0, 1.0)), ring((2, 3.0, 90.0, 1.0)))
+    assert found["total_short"] == [4.0, 3.0]
+    assert not np.isfinite(found["mean"][0])
+    assert found["mean"][1] == 3.0
+
+
+def test_of_two_slots_with_one_time_the_tie_decides() -> None:
+    early, late = (1, 4.0, 100.0, 7.0), (2, 8.0, 100.0, 9.0)
+    found = merged(ring(early, late), ring((1, 5.0, 80.0, 1.0)), ring())
+    assert found["last"][:2] == [8.0, 5.0]
+    assert found["first"][:2] == [4.0, 5.0]
+    assert np.isnan([found["last"][2], found["first"][2]]).all()
+
+
+def test_a_ring_of_another_length_is_never_read() -> None:
+    whole = GROUP.empty_ring
+    with pytest.raises(ValueError, match="another length"):
+        parse_rings(GROUP, [whole, whole[8:]])
+    with pytest.raises(ValueError, match="another length"):
+        parse_rings(GROUP, [whole + whole[:8], whole[:-8]])
