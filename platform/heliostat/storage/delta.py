@@ -21,25 +21,21 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Field, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 
 from heliostat.errors import SchemaMismatchError, StaleProgressError, TableCommitError, TableUnavailableError
-from heliostat.schema import TIMESTAMP, describe_schema
+from heliostat.schema import describe_schema
+from heliostat.storage.parquet import as_dictionaries, read_files, statistics, write_file
 
 StreamId = tuple[int, int]
 """A stream entry's id: milliseconds and sequence number; compares like the ids do."""
 
 _MAX_ATTEMPTS = 100
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_ROW_GROUP_ROWS = 131_072
-# What datetimes can spell: years 1 to 9999. Statistics outside are left out.
-_EARLIEST_US, _LATEST_US = -62_135_596_800_000_000, 253_402_300_799_000_000
 
 
 @dataclass(frozen=True)
@@ -188,13 +184,7 @@ class Table:
             if folder and self.is_local:
                 filesystem.create_dir(folder, recursive=True)
             with filesystem.open_output_stream(path) as sink:
-                pq.write_table(
-                    rows,
-                    sink,
-                    compression="zstd",
-                    row_group_size=_ROW_GROUP_ROWS,
-                    use_dictionary=list(repetitive),
-                )
+                write_file(rows, sink, repetitive=repetitive)
             written = filesystem.get_file_info(path)
         except (DeltaError, OSError) as error:
             raise TableCommitError(self.uri, _one_line(error)) from error
@@ -205,7 +195,7 @@ class Table:
             partition_values={} if self.partition is None else {self.partition: value},
             modification_time=0 if modified_ns is None else modified_ns // 1_000_000,
             data_change=True,
-            stats=orjson.dumps(_statistics(rows, ranges)).decode(),
+            stats=orjson.dumps(statistics(rows, ranges)).decode(),
         )
 
     def discard(self, adds: Sequence[AddAction]) -> None:
@@ -226,6 +216,8 @@ class Table:
         *,
         columns: Sequence[str],
         where: pc.Expression | None = None,
+        near: pc.Expression | None = None,
+        dictionaries: Sequence[str] = (),
     ) -> pa.Table:
         """Read columns of some of the table's files, in the order of the paths.
 
@@ -234,16 +226,16 @@ class Table:
             paths: Relative to the table.
             columns: Not the partition column.
             where: Only rows that meet it.
+            near: Only row groups that may hold a row that meets it; it costs nothing a row.
+            dictionaries: Columns of text that come as dictionaries, the way they are stored.
         """
-        stored = arrow_schema(table)
+        stored = as_dictionaries(arrow_schema(table), dictionaries)
         if not paths:
             return pa.schema([stored.field(name) for name in columns]).empty_table()
-        file_format = ds.ParquetFileFormat(
-            default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True)
-        )
         with self._reached():
-            dataset = ds.dataset(list(paths), schema=stored, format=file_format, filesystem=self.filesystem())
-            return dataset.to_table(columns=list(columns), filter=where)
+            return read_files(
+                paths, self.filesystem(), stored, columns=columns, where=where, near=near, dictionaries=dictionaries
+            )
 
     def removal(self, file: Mapping[str, Any], *, deleted_ms: int, changes_data: bool = True) -> RemoveAction:
         """The action that takes a file out of the table.
@@ -406,28 +398,3 @@ def _id_text(entry: StreamId | None) -> str:
 
 def _spelled(value: Any) -> str | None:  # noqa: ANN401 - partition values are texts, integers or dates
     return None if value is None else str(value)
-
-
-def _statistics(rows: pa.Table, ranges: Sequence[str]) -> dict[str, Any]:
-    low: dict[str, Any] = {}
-    high: dict[str, Any] = {}
-    nulls: dict[str, int] = {}
-    for name in ranges:
-        column = rows.column(name)
-        nulls[name] = column.null_count
-        is_time = pa.types.is_timestamp(column.type)
-        edges = pc.min_max(column.cast(TIMESTAMP).cast(pa.int64()) if is_time else column)
-        first, last = edges["min"].as_py(), edges["max"].as_py()
-        if first is None:
-            continue
-        if not is_time:
-            low[name], high[name] = first, last
-        elif first >= _EARLIEST_US and last <= _LATEST_US:
-            # Delta keeps milliseconds: round outwards, so that no row falls out of its file's range.
-            low[name], high[name] = _milliseconds(first // 1000), _milliseconds(-(-last // 1000))
-    return {"numRecords": rows.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
-
-
-def _milliseconds(instant_ms: int) -> str:
-    spelled: str = pa.scalar(instant_ms, pa.timestamp("ms", "UTC")).as_py().isoformat(timespec="milliseconds")
-    return spelled.replace("+00:00", "Z")
