@@ -238,7 +238,7 @@ class FeatureReader:
         for at, group in enumerate(plan.merge.groups, plan.first):
             own = values[at * n : (at + 1) * n]
             rings[group.label] = self._parsed(plan, group, own)
-            absent &= np.fromiter((value is None for value in own), np.bool_, n)
+            absent &= [value is None for value in own] if None in own else False
         merged = merge_rings(plan.merge, rings, as_of_us=as_of_us)
         if merged.expired is not None:
             absent |= merged.expired
