@@ -152,18 +152,51 @@ class BucketScorer:
     def _cached(self, found: pa.Table) -> int:
         if self.cache is None:
             return 0
-        spec = self.rows.spec
-        chosen = found.filter(pa.array(found.column(SCORE).to_numpy() >= self.cache.above))
-        texts = spec.entity.encode(chosen, what="predictions").cast(pa.string()).to_pylist()
-        shared = {"model": spec.name, "version": self.version, "as_of": format_instant(self.rows.instants_us[0])}
-        documents = {
-            self.cache.online.keys.batch(spec.name, text): orjson.dumps({"entity": text, "score": score, **shared})
-            for text, score in zip(texts, chosen.column(SCORE).to_pylist(), strict=True)
-        }
+        documents = _documents(self.rows.spec, found, self.rows.instants_us[0], self.cache)
         if documents:
             with OnlineStore(self.cache.online) as store:
                 store.put_many(documents, ttl_s=self.cache.ttl_s)
         return len(documents)
+
+
+def _documents(spec: ModelSpec, found: pa.Table, instant_us: int, cache: CacheRule) -> dict[str, bytes]:
+    """What is kept for look-up of some predictions, by key."""
+    chosen = found.filter(pa.array(found.column(SCORE).to_numpy() >= cache.above))
+    texts = spec.entity.encode(chosen, what="predictions").cast(pa.string()).to_pylist()
+    shared = {"model": spec.name, "as_of": format_instant(instant_us)}
+    rows = zip(texts, chosen.column(SCORE).to_pylist(), chosen.column(VERSION).to_pylist(), strict=True)
+    return {
+        cache.online.keys.batch(spec.name, text): orjson.dumps(
+            {"entity": text, "score": score, "version": version, **shared}
+        )
+        for text, score, version in rows
+    }
+
+
+def restore_cache(workspace: Workspace, spec: ModelSpec) -> int:
+    """Cache the latest batch prediction again, by the settings' rule, for what is left of its time.
+
+    Args:
+        workspace: Offline and online store, clock and settings.
+        spec: The model.
+
+    Returns:
+        How many predictions; 0 if there is no batch, or its time is over.
+
+    Raises:
+        StorageError: If a store can't be reached.
+    """
+    above, instants = workspace.settings.batch.cache_above, workspace.offline_store.batches(spec.name)
+    if above is None or not instants:
+        return 0
+    age_us = workspace.clock.now_us() - instants[-1]
+    left_s = (parse_duration_us(workspace.settings.batch.cache_ttl) - age_us) / US_PER_S
+    if left_s <= 0:
+        return 0
+    found = workspace.offline_store.read_batch(spec.name, instants[-1])
+    documents = _documents(spec, found, instants[-1], CacheRule(above, left_s, workspace.online_config))
+    workspace.online.put_many(documents, ttl_s=left_s)
+    return len(documents)
 
 
 _DONE = pa.schema([("entities", pa.int64()), ("total", pa.float64()), ("cached", pa.int64()), ("part", pa.binary())])

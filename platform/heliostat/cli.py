@@ -25,7 +25,9 @@ from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import ingest_files
 from heliostat.models.registry import PRODUCTION
+from heliostat.rebuild import rebuild, shown
 from heliostat.settings import Settings, load_settings
+from heliostat.status import serving_url, status_of
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.telemetry import configure_logging
@@ -167,23 +169,9 @@ def down(config: ConfigOption = None, home: HomeOption = None) -> None:
 
 @app.command()
 def status(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """What runs, and what is registered."""
-    settings = shell_settings(config, home)
-    with Workspace.open(settings) as workspace:
-        document = {
-            "project": settings.project,
-            "home": str(settings.home),
-            "now": format_instant(workspace.clock.now_us()),
-            "online_store": settings.online.url or EmbeddedServer.running(settings.home),
-            "ray": os.environ.get("RAY_ADDRESS") or cluster.head_address(settings.home),
-            "job_api": cluster.jobs_address(settings.home),
-            "serving": _ready(settings),
-            "views": sorted({info.view for info in workspace.features.features()}),
-            "models": {
-                name: {version.version: list(version.aliases) for version in workspace.models.list(name)}
-                for name in workspace.models.models()
-            },
-        }
+    """What runs, what is registered, and how fresh the online store is."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        document = status_of(workspace)
     if as_json:
         _print_json(document)
     else:
@@ -191,17 +179,16 @@ def status(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOp
             console.print(f"{name:14} {value if value not in (None, [], {}) else '-'}", highlight=False)
 
 
-def _serving_url(settings: Settings) -> str:
-    host = "127.0.0.1" if settings.serving.host == "0.0.0.0" else settings.serving.host  # noqa: S104 - compared
-    return f"http://{host}:{settings.serving.port}"
-
-
-def _ready(settings: Settings) -> str | None:
-    try:
-        answer = httpx.get(f"{_serving_url(settings)}/readyz", timeout=2.0)
-    except httpx.HTTPError:
-        return None
-    return f"{_serving_url(settings)} ({'ready' if answer.is_success else 'not ready'})"
+@app.command("rebuild")
+def rebuild_online(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Restore all online state from log, catalog and tables, after the online server's data were lost."""
+    settings = shell_settings(config, home)
+    with Workspace.open(settings) as workspace, shown() as step, cluster.connect(workspace.settings):
+        rebuilt = rebuild(workspace, on_step=step)
+    if as_json:
+        _print_json(rebuilt.describe())
+    else:
+        console.print(str(rebuilt), highlight=False)
 
 
 # ── Declarations, features, events ──────────────────────────────────────────────────
@@ -216,7 +203,7 @@ def plan(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOpti
             [workspace.definitions.view(ref) for ref in planned.new_views],
             workspace.event_log,
             as_of_us=workspace.clock.now_us(),
-            keys=OnlineKeys(workspace.settings.online.key_prefix, workspace.settings.project),
+            keys=OnlineKeys(workspace.configured.online.key_prefix, workspace.configured.project),
             limits=RingLimits.of(workspace.settings.ingestion),
         )
     if as_json:
@@ -429,12 +416,12 @@ def predict(
     settings = shell_settings(config, home)
     request: dict[str, Any] = {"entity_ids": entities} | ({} if model is None else {"model": model})
     try:
-        answer = httpx.post(f"{_serving_url(settings)}/predict", json=request, timeout=_HTTP_TIMEOUT_S)
+        answer = httpx.post(f"{serving_url(settings)}/predict", json=request, timeout=_HTTP_TIMEOUT_S)
         document = answer.json()
     except (httpx.HTTPError, ValueError) as error:
-        raise ServingUnavailableError(_serving_url(settings), str(error) or type(error).__name__) from None
+        raise ServingUnavailableError(serving_url(settings), str(error) or type(error).__name__) from None
     if answer.is_error:
-        raise ServingUnavailableError(_serving_url(settings), f"{answer.status_code}: {document.get('message')}")
+        raise ServingUnavailableError(serving_url(settings), f"{answer.status_code}: {document.get('message')}")
     if as_json:
         _print_json(document)
         return

@@ -119,6 +119,16 @@ class RaySettings(_Section):
     dashboard: bool = False
 
 
+class KafkaSettings(_Section):
+    """Topics that events are taken from (`jobs/consume_kafka.py`)."""
+
+    brokers: str | None = None
+    group: str = "heliostat"
+    topics: dict[str, str] = Field(default_factory=dict)
+    start: Literal["earliest", "latest"] = "earliest"
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict, repr=False)  # may hold a password
+
+
 class IngestionSettings(_Section):
     """How events are taken in."""
 
@@ -127,6 +137,7 @@ class IngestionSettings(_Section):
     max_events_per_request: Annotated[int, Field(ge=1)] = 1_000
     batch_rows: Annotated[int, Field(ge=1)] = 250_000
     sink_interval_s: Annotated[float, Field(gt=0)] = 1.0
+    kafka: KafkaSettings = KafkaSettings()
 
     _check = field_validator("future_tolerance", "lateness")(lambda value: _checked(value, parse_duration_us))
 
@@ -139,6 +150,21 @@ class IngestionSettings(_Section):
     def lateness_us(self) -> int:
         """How late an event may come and still reach the online rings, microseconds."""
         return parse_duration_us(self.lateness)
+
+
+class MaterializationSettings(_Section):
+    """How history is brought into the online rings."""
+
+    full_every: str = "1d"
+    max_entities_per_s: Annotated[float, Field(gt=0)] | None = None
+    max_bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+
+    _check = field_validator("full_every")(lambda value: _checked(value, parse_duration_us))
+
+    @property
+    def full_every_us(self) -> int:
+        """After how long all entities are looked at again, microseconds."""
+        return parse_duration_us(self.full_every)
 
 
 class TrainingSettings(_Section):
@@ -250,6 +276,7 @@ class Settings(_Section):
     catalog: CatalogSettings = CatalogSettings()
     ray: RaySettings = RaySettings()
     ingestion: IngestionSettings = IngestionSettings()
+    materialization: MaterializationSettings = MaterializationSettings()
     training: TrainingSettings = TrainingSettings()
     serving: ServingSettings = ServingSettings()
     batch: BatchSettings = BatchSettings()

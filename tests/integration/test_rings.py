@@ -498,6 +498,8 @@ def test_ray_materializes_views_of_several_entities_and_says_what_it_did(
     assert (of_users.events, of_users.entities) == (600, len(set(events["user_id"].to_pylist())))
     assert (of_shops.views, of_shops.entities) == (("traffic@1",), 2)
     again, _ = materialize([habits, traffic], **options)
+    assert (again.buckets, again.rings) == (0, RingCounts())
+    again, _ = materialize([habits, traffic], **options, full=True)
     assert again.rings == RingCounts(unchanged=of_users.rings.written)
     np.testing.assert_allclose(
         vectors(store, habits, USERS), offline_vectors(habits, events, USERS), rtol=1e-12, atol=1e-9
@@ -532,7 +534,7 @@ def test_the_job_brings_the_declared_views_into_the_rings(
     )
     log = EventLog(settings.data_root, n_buckets=settings.storage.buckets)
     log.append(churn.purchases, purchases, ingested_us=NOW_1998_US)
-    main(as_of="1998-07-01", as_json=True)
+    main(as_json=True)
     (done,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert done["views"] == ["recent_purchases@1", "purchase_history@1"]
     assert (done["events"], done["entities"], done["rings_written"]) == (30, 3, 6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
@@ -72,6 +72,39 @@ class StreamTail:
         last = _stream_id(entries[-1][0]) if entries else _stream_id(about["last-generated-id"])
         self._read[stream] = last, added
         return [next(iter(_mapping(fields).values())) for _, fields in entries]
+
+
+def advance(store: OnlineStore, positions: Mapping[str, StreamId]) -> int:
+    """Let streams go on behind what their tables have, after the server's data were lost.
+
+    A new server numbers entries by its own clock. Were it behind the old one's, new entries would pass
+    for old ones, which are applied already.
+
+    Args:
+        store: The server.
+        positions: The last entry that was applied, by stream.
+
+    Returns:
+        How many streams were behind.
+
+    Raises:
+        OnlineStoreUnavailableError: If the server doesn't answer.
+    """
+    behind = 0
+    for stream, last in positions.items():
+        try:
+            with store.client.pipeline(transaction=True) as pipeline:
+                # Refused if the stream is that far already.
+                pipeline.xadd(stream, {b"x": b""}, id=f"{last[0]}-{last[1] + 1}")
+                pipeline.xdel(stream, f"{last[0]}-{last[1] + 1}")
+                added, _ = pipeline.execute(raise_on_error=False)
+        except _FAILURES as error:
+            raise store.config.failure(error) from error
+        if not isinstance(added, Exception):
+            behind += 1
+        elif "equal or smaller" not in str(added):
+            raise store.config.failure(added) from added
+    return behind
 
 
 def _mapping(reply: Any) -> dict[str, Any]:  # noqa: ANN401 - a cluster's client leaves a transaction's replies as lists
