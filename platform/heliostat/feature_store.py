@@ -32,7 +32,6 @@ from heliostat.errors import (
     UnknownFeatureError,
     UnknownViewError,
 )
-from heliostat.features.backfill import bucket_rings
 from heliostat.features.bucket_join import (
     check_spine,
     entity_joins,
@@ -41,8 +40,8 @@ from heliostat.features.bucket_join import (
 )
 from heliostat.features.definitions import FeatureRef, FeatureView
 from heliostat.features.frames import as_table, is_dataset, keys_frame, like, ray_is_connected, with_columns
+from heliostat.features.materialize import materialize
 from heliostat.features.metadata import FeatureMetadata
-from heliostat.features.offline import earliest_us, needed_columns
 from heliostat.features.precomputed import PrecomputedView
 from heliostat.features.registry import Plan
 from heliostat.features.request import request_columns
@@ -60,7 +59,6 @@ from heliostat.features.vectors import (
 from heliostat.ingestion.intake import IngestReport, ingest_files
 from heliostat.ingestion.sink import Drained, Sink
 from heliostat.models.definitions import Definitions
-from heliostat.schema import TIE
 from heliostat.settings import Settings, load_settings
 from heliostat.workspace import Workspace
 
@@ -164,12 +162,13 @@ class FeatureStore:
             OnlineStoreUnavailableError: If the store doesn't answer; writing again is safe.
         """
         declared = self._written(view, "write_online")
-        writer = OnlineWriter(declared, self._workspace.settings, timestamp)
+        writer = OnlineWriter(declared, self._workspace.settings, timestamp, self._workspace.clock.now_us())
         if is_dataset(frame):
-            done = frame.map_batches(writer, batch_format="pyarrow", batch_size=ROWS_AT_ONCE)  # type: ignore[attr-defined]
-            counts = [(row["new"], row["known"]) for row in done.iter_rows()]
-            return Written(sum(new for new, _ in counts), sum(known for _, known in counts))
-        return writer.write(as_table(frame), self._workspace.online, now_us=self._workspace.clock.now_us())
+            from heliostat.features.bucket_tasks import over_dataset
+
+            counts = [part.to_pylist()[0] for part in over_dataset(writer, frame, batch_rows=ROWS_AT_ONCE)]
+            return Written(sum(each["new"] for each in counts), sum(each["known"] for each in counts))
+        return writer.write(as_table(frame), self._workspace.online)
 
     def write_offline(self, frame: object, view: ViewLike, timestamp: Instant | None = None) -> Written:
         """Write vectors into the event log in one commit; `materialize` brings them online.
@@ -219,7 +218,7 @@ class FeatureStore:
         views: ViewLike | Sequence[ViewLike],
         names: Sequence[str] | None = None,
     ) -> Any:  # noqa: ANN401 - as given
-        """Feature vectors now: one round trip, however many views and entities.
+        """Feature vectors as of this call: one round trip, however many views and entities.
 
         Args:
             entities: Keys (a list or Series, of views of one entity), or a frame with key columns. Its other
@@ -240,11 +239,13 @@ class FeatureStore:
             StorageError: If the store doesn't answer.
         """
         declared = [self.view(each) for each in ([views] if isinstance(views, str | FeatureView) else views)]
-        lookup = OnlineLookup(_named(declared, names), names is not None, self._workspace.settings)
+        lookup = OnlineLookup(
+            _named(declared, names), names is not None, self._workspace.settings, self._workspace.clock.now_us()
+        )
         if is_dataset(entities):
             return entities.map_batches(lookup, batch_format="pyarrow", batch_size=ROWS_AT_ONCE)
         frame = keys_frame(entities, {each.entity.name: each.entity for each in declared})
-        columns = lookup.columns(as_table(frame), self._workspace.online, self._workspace.clock.now_us())
+        columns = lookup.columns(as_table(frame), self._workspace.online)
         return with_columns(frame, columns)
 
     def get_historical(
@@ -373,26 +374,11 @@ def _named(views: Sequence[FeatureView], names: Sequence[str] | None) -> list[Fe
 
 
 def _materialize(views: Sequence[FeatureView], workspace: Workspace, *, on_ray: bool) -> None:
-    log, limits = workspace.event_log, RingLimits.of(workspace.settings.ingestion)
-    as_of_us = workspace.clock.now_us()
-    if on_ray:
-        from heliostat.features.materialize import materialize
-
-        materialize(views, event_log=log, online=workspace.online_config, as_of_us=as_of_us, limits=limits)
-        return
-    together: dict[tuple[str, str], list[FeatureView]] = {}
-    for view in views:
-        together.setdefault((view.source.name, view.entity.name), []).append(view)
-    for own in together.values():
-        for bucket in log.buckets:
-            events = log.read_bucket(
-                own[0].source,
-                own[0].entity,
-                bucket,
-                columns=[*needed_columns(own), TIE],
-                min_time_us=earliest_us(own, np.array([as_of_us])),
-                max_time_us=as_of_us,
-            )
-            keys = workspace.online.keys
-            writes = bucket_rings(own, events, bucket=bucket, keys=keys, as_of_us=as_of_us, limits=limits)
-            workspace.online.write_rings(writes)
+    materialize(
+        views,
+        event_log=workspace.event_log,
+        online=workspace.online_config,
+        as_of_us=workspace.clock.now_us(),
+        limits=RingLimits.of(workspace.settings.ingestion),
+        on_ray=on_ray,
+    )

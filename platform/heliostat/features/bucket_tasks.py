@@ -57,6 +57,28 @@ def over_blocks(
     yield from _batches(done)
 
 
+def over_dataset(task: Callable[[pa.Table], pa.Table], rows: Dataset, *, batch_rows: int) -> Iterator[pa.Table]:
+    """Run a task for each part of somebody's Dataset; tables come as they are done, in no order.
+
+    Args:
+        task: Picklable; takes a table.
+        rows: Any Dataset.
+        batch_rows: How many rows a task gets at most.
+
+    Yields:
+        What the tasks gave.
+
+    Raises:
+        HeliostatError: What a task raised, as itself.
+    """
+    context, before = rows.context, rows.context.raise_original_map_exception
+    context.raise_original_map_exception = True  # as in `_context`, for as long as it runs
+    try:
+        yield from _batches(rows.map_batches(task, batch_format="pyarrow", batch_size=batch_rows))
+    finally:
+        context.raise_original_map_exception = before
+
+
 def _batches(rows: Dataset) -> Iterator[pa.Table]:
     """A Dataset's blocks, to the end; an error of ours inside a task comes out as itself."""
     try:

@@ -67,21 +67,29 @@ def written_rows(
 
 @dataclass(frozen=True, eq=False)
 class OnlineWriter:
-    """Writes tables of vectors to the online store; picklable."""
+    """Writes tables of vectors to the online store; picklable.
+
+    Attributes:
+        view: The view.
+        settings: Name the store.
+        timestamp: As `written_rows` takes it.
+        now_us: The present: the same for all tables, so that a task that is tried again writes the same rows.
+    """
 
     view: PrecomputedView
     settings: Settings
     timestamp: Instant | None
+    now_us: int
 
-    def write(self, table: pa.Table, store: OnlineStore, *, now_us: int) -> Written:
+    def write(self, table: pa.Table, store: OnlineStore) -> Written:
         """All rows are checked before the first one is written."""
-        rows = written_rows(self.view, table, self.timestamp, now_us, self.settings)
+        rows = written_rows(self.view, table, self.timestamp, self.now_us, self.settings)
         rings = LiveRings.open(self.view.source, [self.view], self.settings)
         keep_ms = remember_ms(RingLimits.of(self.settings.ingestion))
         new = 0
         for first in range(0, rows.num_rows, ROWS_AT_ONCE):
             part = rows.slice(first, ROWS_AT_ONCE)
-            updates = rings.updates(part, event_entries(part, ingested_us=now_us))
+            updates = rings.updates(part, event_entries(part, ingested_us=self.now_us))
             outcomes = rings.outcomes(store.apply_events(updates, remember_ms=keep_ms))
             new += len(outcomes) - outcomes.count("duplicate")
         return Written(new, rows.num_rows - new)
@@ -89,19 +97,27 @@ class OnlineWriter:
     def __call__(self, block: pa.Table) -> pa.Table:
         """As `write`, for Ray Data: counts come out."""
         with OnlineStore.open(self.settings) as store:
-            done = self.write(block, store, now_us=self.settings.open_clock().now_us())
+            done = self.write(block, store)
         return pa.table({"new": [done.new], "known": [done.known]})
 
 
 @dataclass(frozen=True, eq=False)
 class OnlineLookup:
-    """Appends feature vectors to tables; picklable."""
+    """Appends feature vectors to tables; picklable.
+
+    Attributes:
+        features: Which.
+        explicit: Whether all of them are wanted, or just those whose inputs a table brings.
+        settings: Name the store.
+        now_us: The instant of the vectors.
+    """
 
     features: Sequence[FeatureRef]
     explicit: bool
     settings: Settings
+    now_us: int
 
-    def columns(self, table: pa.Table, store: OnlineStore, now_us: int) -> dict[str, Any]:
+    def columns(self, table: pa.Table, store: OnlineStore) -> dict[str, Any]:
         """Features, and which views are absent, by column; shape ``(n,)`` each."""
         known = set(table.column_names)
         chosen = [ref for ref in self.features if self.explicit or ref.view.request_of([ref.feature]).keys() <= known]
@@ -109,7 +125,7 @@ class OnlineLookup:
         entities = {ref.view.entity.name: ref.view.entity for ref in chosen}
         texts = {name: _texts(entity, table) for name, entity in entities.items()}
         reader = FeatureReader.open(chosen, self.settings)
-        batch, _ = reader.read(store, texts, as_of_us=now_us, inputs=inputs)
+        batch, _ = reader.read(store, texts, as_of_us=self.now_us, inputs=inputs)
         columns: dict[str, Any] = {name: batch.matrix[:, at] for at, name in enumerate(batch.names)}
         prefixes = list(dict.fromkeys(ref.view.prefix for ref in chosen))
         return columns | {f"{prefix}__{IS_ABSENT}": batch.absent[:, at] for at, prefix in enumerate(prefixes)}
@@ -117,7 +133,7 @@ class OnlineLookup:
     def __call__(self, block: pa.Table) -> pa.Table:
         """The block with `columns`, for Ray Data."""
         with OnlineStore.open(self.settings) as store:
-            return with_columns(block, self.columns(block, store, self.settings.open_clock().now_us()))
+            return with_columns(block, self.columns(block, store))
 
 
 def _texts(entity: Entity, table: pa.Table) -> list[str]:
