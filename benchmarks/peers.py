@@ -105,6 +105,38 @@ class Program:
                 process.kill()
                 process.wait()
 
+    def ask_within(self, limits: Limits, **request: object) -> dict[str, Any]:
+        """As `ask`, but the program is killed once it takes more than it may.
+
+        Raises:
+            LimitExceededError: If it does.
+            ProgramEndedError: If it ends by itself instead of answering.
+        """
+        answered, exceeded = threading.Event(), list[str]()
+        watcher = threading.Thread(target=self._watch, args=(limits, answered, exceeded), daemon=True)
+        watcher.start()
+        try:
+            return self.ask(**request)
+        except ProgramEndedError:
+            if exceeded:
+                raise LimitExceededError(self._name, exceeded[0]) from None
+            raise
+        finally:
+            answered.set()
+            watcher.join()
+
+    def _watch(self, limits: Limits, answered: threading.Event, exceeded: list[str]) -> None:
+        ends = time.monotonic() + limits.seconds
+        while not answered.wait(0.2):
+            if time.monotonic() > ends:
+                exceeded.append(f"stopped after {limits.seconds:g} s")
+            elif tree_bytes(self.pid) > limits.memory_bytes:
+                exceeded.append(f"stopped at {limits.memory_bytes / 2**30:.0f} GiB of memory")
+            else:
+                continue
+            self._process.kill()
+            return
+
     def ask(self, **request: object) -> dict[str, Any]:
         """Ask and wait for the answer.
 
@@ -123,6 +155,30 @@ class Program:
         if not line:
             raise ProgramEndedError(self._name, self._process.wait())
         return dict(json.loads(line))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a peer's program may take for one answer.
+
+    Attributes:
+        seconds: Of time.
+        memory_bytes: Of all its processes together.
+    """
+
+    seconds: float
+    memory_bytes: float
+
+
+class LimitExceededError(RuntimeError):
+    """A peer's program took more than it may."""
+
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(name, what)
+        self.name, self.what = name, what
+
+    def __str__(self) -> str:
+        return f"{self.name} was {self.what}"
 
 
 class ProgramEndedError(RuntimeError):
