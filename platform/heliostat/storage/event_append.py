@@ -264,8 +264,12 @@ class EntityAppend:
 
 def repetitive_columns(schema: pa.Schema, event_id: str) -> list[str]:
     """The columns that a dictionary makes small: ingestion times, and texts that aren't ids."""
-    texts = [field.name for field in schema if pa.types.is_string(field.type) and field.name != event_id]
-    return [INGESTED, *(name for name in texts if name != INGESTED)]
+    return [INGESTED, *repetitive_texts(schema, event_id)]
+
+
+def repetitive_texts(schema: pa.Schema, event_id: str) -> list[str]:
+    """The columns of text that are stored as dictionaries."""
+    return [field.name for field in schema if pa.types.is_string(field.type) and field.name != event_id]
 
 
 def first_of_each(rows: pa.Table, event_id: str) -> IntArray:

@@ -23,9 +23,10 @@ from deltalake import DeltaTable
 from numpy.typing import NDArray
 
 from heliostat.errors import BucketCountError, KeyColumnError, UnknownColumnError
-from heliostat.schema import BUCKET, ID_HASH, INGESTED, TIE, TIMESTAMP, cast_column, conform, hash64, tie48
+from heliostat.schema import BUCKET, ID_HASH, INGESTED, TIE, cast_column, conform, hash64, tie48
 from heliostat.storage.delta import Progress, StreamId, Table, absolute_root, joined
-from heliostat.storage.event_append import EntityAppend, HashCache, Spool, repetitive_columns
+from heliostat.storage.event_append import EntityAppend, HashCache, Spool, repetitive_columns, repetitive_texts
+from heliostat.storage.event_files import LogStatistics, between, both, paths_of, pruned, statistics_of
 
 IntArray = NDArray[np.int64]
 
@@ -83,29 +84,6 @@ class AppendResult:
     accepted: int
     duplicates: int
     versions: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class LogStatistics:
-    """What the log holds of one source and entity.
-
-    Attributes:
-        version: -1 when there is no table yet.
-        rows: Number of events.
-        files: Number of files.
-        size_bytes: On disk.
-        min_time_us: First event time, rounded down to a millisecond; None without events.
-        max_time_us: Last event time, rounded up to a millisecond.
-        rows_by_bucket: Number of events by bucket; buckets without any are left out.
-    """
-
-    version: int
-    rows: int
-    files: int
-    size_bytes: int
-    min_time_us: int | None
-    max_time_us: int | None
-    rows_by_bucket: Mapping[int, int]
 
 
 class EventLog:
@@ -230,6 +208,7 @@ class EventLog:
         max_time_us: int | None = None,
         known_at_us: int | None = None,
         version: int | None = None,
+        raw: bool = False,
     ) -> pa.Table:
         """Read one bucket's events, in no order; a log that doesn't exist yet reads as empty.
 
@@ -243,12 +222,14 @@ class EventLog:
             max_time_us: Only events before this instant.
             known_at_us: Only events ingested at or before this instant.
             version: As the log was at this version, as `version` gave it.
+            raw: As the files have it, which is quicker: repetitive texts come as dictionaries, and the bounds of
+                time leave out nothing smaller than a row group.
 
         Raises:
             UnknownColumnError: If a column doesn't exist.
             BucketCountError: If the log was created with another number of buckets.
         """
-        return self._read(source, entity, bucket, columns, min_time_us, max_time_us, known_at_us, version)
+        return self._read(source, entity, bucket, columns, min_time_us, max_time_us, known_at_us, version, raw=raw)
 
     def read(
         self,
@@ -274,6 +255,8 @@ class EventLog:
         max_time_us: int | None,
         known_at_us: int | None,
         version: int | None,
+        *,
+        raw: bool = False,
     ) -> pa.Table:
         known = (*source.schema.names, INGESTED, ID_HASH, TIE)
         wanted = known if columns is None else tuple(columns)
@@ -288,9 +271,14 @@ class EventLog:
             found = pa.schema([stored_schema(source).field(name) for name in stored]).empty_table()
         else:
             files = place.files(self._checked(table))
-            kept = _pruned(files, bucket, source.event_time, min_time_us, max_time_us)
-            where = _condition(source.event_time, min_time_us, max_time_us, known_at_us)
-            found = place.read(table, kept, columns=stored, where=where)
+            paths = paths_of(pruned(files, bucket, source.event_time, min_time_us, max_time_us))
+            within = between(source.event_time, min_time_us, max_time_us)
+            known_at = None if known_at_us is None else pc.field(INGESTED) <= known_at_us
+            if raw:
+                texts = [name for name in repetitive_texts(source.schema, source.event_id) if name in stored]
+                found = place.read(table, paths, columns=stored, where=known_at, near=within, dictionaries=texts)
+            else:
+                found = place.read(table, paths, columns=stored, where=both(within, known_at))
         return pa.table(
             [_tie(found.column(ID_HASH)) if name == TIE else found.column(name) for name in wanted],
             names=list(wanted),
@@ -326,31 +314,8 @@ class EventLog:
         table = place.open()
         if table is None:
             return LogStatistics(NO_VERSION, 0, 0, 0, None, None, {})
-        files = place.files(table)
-        kept = _pruned(files, None, source.event_time, min_time_us, max_time_us)
-        files = files.filter(pc.is_in(files.column("path"), value_set=pa.array(kept, pa.string())))
-        if files.num_rows == 0:
-            return LogStatistics(table.version(), 0, 0, 0, None, None, {})
-        by_bucket = files.group_by(f"partition.{BUCKET}").aggregate([("num_records", "sum")])
-        first = pc.min(files.column(f"min.{source.event_time}")).cast(TIMESTAMP).cast(pa.int64()).as_py()
-        last = pc.max(files.column(f"max.{source.event_time}")).cast(TIMESTAMP).cast(pa.int64()).as_py()
-        return LogStatistics(
-            version=table.version(),
-            rows=pc.sum(files.column("num_records")).as_py(),
-            files=files.num_rows,
-            size_bytes=pc.sum(files.column("size_bytes")).as_py(),
-            min_time_us=first,
-            max_time_us=last,
-            rows_by_bucket=dict(
-                sorted(
-                    zip(
-                        by_bucket.column(f"partition.{BUCKET}").to_pylist(),
-                        by_bucket.column("num_records_sum").to_pylist(),
-                        strict=True,
-                    )
-                )
-            ),
-        )
+        kept = pruned(place.files(table), None, source.event_time, min_time_us, max_time_us)
+        return statistics_of(kept, table.version(), source.event_time)
 
 
 class BulkAppend:
@@ -433,39 +398,3 @@ def stored_schema(source: SourceLike) -> pa.Schema:
 
 def _tie(hashes: pa.ChunkedArray) -> pa.Array:
     return pa.array(tie48(hashes.to_numpy().view(np.uint64)))
-
-
-def _pruned(
-    files: pa.Table, bucket: int | None, event_time: str, min_time_us: int | None, max_time_us: int | None
-) -> list[str]:
-    """The files that may hold what is asked for; those without statistics stay."""
-    keep = pa.scalar(True)
-    if bucket is not None:
-        keep = pc.equal(files.column(f"partition.{BUCKET}"), bucket)
-    bounds = (("max", pc.greater_equal, min_time_us), ("min", pc.less, max_time_us))
-    for edge, compare, bound_us in bounds:
-        name = f"{edge}.{event_time}"
-        if bound_us is not None and name in files.column_names:
-            within = compare(files.column(name), pa.scalar(bound_us, TIMESTAMP))
-            keep = pc.and_(keep, pc.fill_null(within, True))
-    if not isinstance(keep, pa.Scalar):
-        files = files.filter(keep)
-    paths: list[str] = sorted(files.column("path").to_pylist())
-    return paths
-
-
-def _condition(
-    event_time: str, min_time_us: int | None, max_time_us: int | None, known_at_us: int | None
-) -> pc.Expression | None:
-    time = pc.field(event_time)
-    conditions: list[pc.Expression] = []
-    if min_time_us is not None:
-        conditions.append(time >= pa.scalar(min_time_us, TIMESTAMP))
-    if max_time_us is not None:
-        conditions.append(time < pa.scalar(max_time_us, TIMESTAMP))
-    if known_at_us is not None:
-        conditions.append(pc.field(INGESTED) <= known_at_us)
-    whole: pc.Expression | None = None
-    for each in conditions:
-        whole = each if whole is None else whole & each
-    return whole

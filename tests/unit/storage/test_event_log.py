@@ -217,6 +217,32 @@ def test_read_prunes_by_time_to_the_microsecond(
     assert sorted(found.column("at").cast(pa.int64()).to_pylist()) == sorted(wanted)
 
 
+def test_raw_read_leaves_out_row_groups_and_no_row_in_between(log: EventLog) -> None:
+    one = EventLog(log.root, n_buckets=1)
+    n = 300_000  # three row groups
+    one.append(SALES, events(*[(1, str(number), number) for number in range(n)]), ingested_us=7)
+    one.append(SALES, events((2, "later", 10 * n)), ingested_us=9)
+    columns = ["shop", "at", "event_id"]
+    found = one.read_bucket(SALES, USER, 0, columns=columns, min_time_us=200_000, max_time_us=n, raw=True)
+    times = found.column("at").cast(pa.int64()).to_numpy()
+    assert set(range(200_000, n)) <= set(times.tolist())
+    assert 131_072 <= times.min() < times.max() < 10 * n
+    assert found.schema.field("shop").type == pa.dictionary(pa.int32(), pa.string())
+    assert found.schema.field("event_id").type == pa.string()
+    assert set(found.column("shop").cast(pa.string()).to_pylist()) == {"shop1"}
+    known = one.read_bucket(SALES, USER, 0, columns=columns, known_at_us=8, raw=True)
+    assert known.num_rows == n
+
+
+def test_raw_read_of_a_column_that_old_files_lack_gives_nulls(log: EventLog) -> None:
+    one = EventLog(log.root, n_buckets=1)
+    one.append(SALES, events((1, "a", 1)), ingested_us=0)
+    wider = make_source(extra=(("city", pa.string()),))
+    one.append(wider, events((1, "b", 2)).append_column("city", pa.array(["Oslo"])), ingested_us=0)
+    found = one.read_bucket(wider, USER, 0, columns=["event_id", "city"], raw=True).to_pylist()
+    assert sorted((row["event_id"], row["city"]) for row in found) == [("a", None), ("b", "Oslo")]
+
+
 def test_files_outside_the_asked_time_are_not_opened(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
     one = EventLog(log.root, n_buckets=1)
     one.append(SALES, events((1, "old", 1_000_000)), ingested_us=0)
