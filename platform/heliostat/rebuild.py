@@ -86,8 +86,11 @@ def materialize_views(
         MaterializationConflictError: If another materialization of the same began meanwhile.
     """
     settings = workspace.settings.materialization
+    chosen = list(workspace.definitions.views.values()) if views is None else views
+    for view in chosen:
+        workspace.categories.catch_up(workspace.event_log, view)
     return materialize(
-        list(workspace.definitions.views.values()) if views is None else views,
+        chosen,
         event_log=workspace.event_log,
         online=OnlineConfig.of(workspace.settings),
         as_of_us=workspace.clock.now_us() if as_of_us is None else as_of_us,

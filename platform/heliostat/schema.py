@@ -175,14 +175,15 @@ def text_codes(texts: pa.ChunkedArray | pa.Array) -> NDArray[np.float64]:
     """Each text as a number that is always the same: the upper 48 bits of its hash, exact in a float64.
 
     Args:
-        texts: Strings; null becomes NaN.
+        texts: Strings, or a dictionary of them; null becomes NaN.
 
     Returns:
         Shape ``(n,)``.
     """
-    whole = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    whole = texts.unify_dictionaries().combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     encoded = whole.dictionary_encode()
-    codes = np.append(tie48(hash64(encoded.dictionary)).astype(np.float64), np.nan)
+    distinct = encoded.dictionary.cast(pa.string())
+    codes = np.append(tie48(hash64(distinct)).astype(np.float64), np.nan)
     places: NDArray[np.float64] = codes[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
     return places
 

@@ -21,6 +21,7 @@ from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import FeatureView
 from heliostat.schema import text_codes
 from heliostat.storage.catalog import Catalog
+from heliostat.storage.event_log import EventLog
 
 
 class CategoryDictionary:
@@ -46,13 +47,13 @@ class CategoryDictionary:
 
         Args:
             source: The source's name.
-            events: With the source's columns.
+            events: With columns of the source.
 
         Raises:
             CategoryCollisionError: If a text has the code of another.
         """
         new: dict[str, dict[int, str]] = {}
-        for column in self.columns.get(source, ()):
+        for column in (each for each in self.columns.get(source, ()) if each in events.column_names):
             distinct = pc.unique(events.column(column)).drop_null()
             held = self._texts.setdefault((source, column), {})
             found: dict[int, str] = {}
@@ -95,6 +96,32 @@ class CategoryDictionary:
                     added += len(missing)
         for column, texts in new.items():
             self._texts.setdefault((source, column), {}).update(texts)
+        return added
+
+    def catch_up(self, event_log: EventLog, view: FeatureView) -> int:
+        """Learn the texts of a view that was declared after its events came in; nothing to do for others.
+
+        Args:
+            event_log: Read for columns that the dictionary says nothing of, a bucket at a time.
+            view: The view.
+
+        Returns:
+            How many texts were added.
+
+        Raises:
+            CategoryCollisionError: If two texts of a column have one code.
+            StorageError: If the log can't be read, or the catalog doesn't answer.
+        """
+        columns = {str(view.base_features[name].column) for name in view.categorical}
+        if not columns:
+            return 0
+        with self._open_catalog().read() as rows:
+            missing = sorted(column for column in columns if not rows.has_categories(view.source.name, column))
+        added = 0
+        for bucket in range(event_log.n_buckets) if missing else ():
+            events = event_log.read_bucket(view.source, view.entity, bucket, columns=missing)
+            new = self.unknown(view.source.name, events)
+            added += self.learn(view.source.name, {column: new[column] for column in missing if column in new})
         return added
 
     def texts(self, view: FeatureView, feature: str, codes: FloatArray) -> list[str | None]:

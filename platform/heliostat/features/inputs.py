@@ -192,7 +192,8 @@ def _members(column: pa.ChunkedArray, categories: Categories) -> tuple[FloatArra
 
 def _as_float(column: pa.ChunkedArray) -> FloatArray:
     """As float64 with NaN for null; texts as their codes."""
-    if pa.types.is_string(column.type):
+    texts = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_string(texts) or pa.types.is_large_string(texts):
         return text_codes(column)
     whole = column.combine_chunks()
     if not pa.types.is_floating(whole.type):

@@ -152,6 +152,11 @@ class CatalogReader:
             query = query.where(runs.c.kind == kind)
         return self._all(RunRow, query)
 
+    def has_categories(self, source: str, column: str) -> bool:
+        """Whether the dictionary says anything of a source's column."""
+        which = (categories.c.source == source) & (categories.c.column == column)
+        return self._connection.scalar(select(categories.c.code).where(which).limit(1)) is not None
+
     def categories(self, source: str, column: str, codes: Iterable[int]) -> dict[int, str]:
         """What the dictionary says of some codes of a source's column: text by code."""
         found: dict[int, str] = {}

@@ -18,6 +18,7 @@ from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.schema import TIMESTAMP, text_code, text_codes
 from heliostat.storage.catalog import Catalog
 from heliostat.storage.catalog_tables import metadata
+from heliostat.storage.event_log import EventLog
 
 user = Entity("user", keys={"user_id": "int64"})
 visits = EventSource(
@@ -93,6 +94,25 @@ def test_thousands_of_texts_are_learned_and_told(catalog: Catalog) -> None:
     texts = [f"town {each}" for each in range(3_000)]
     assert learn(dictionary(catalog), *texts) == 3_000
     assert dictionary(catalog).texts(places, "country", text_codes(pa.array(texts))) == texts
+
+
+def test_a_view_over_old_events_catches_up_with_their_texts(catalog: Catalog, tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path / "log"), {}, 3)
+    with log.bulk(visits, ingested_us=CLOCK.now_us()) as bulk:
+        bulk.add(events("NL", None, "DE", "NL", "FR"))
+        bulk.commit()
+    words = dictionary(catalog)
+    assert words.catch_up(log, places) == 3
+    assert words.texts(places, "country", text_codes(pa.array(["FR", "DE"]))) == ["FR", "DE"]
+    assert dictionary(catalog).catch_up(log, places) == 0, "who knows something knew it from intake on"
+    plain = FeatureView("plain", version=1, source=visits, features={"n": Count()})
+    assert CategoryDictionary(lambda: pytest.fail("not asked"), [plain], CLOCK).catch_up(log, plain) == 0
+
+
+def test_texts_that_a_file_holds_as_a_dictionary_have_the_same_codes() -> None:
+    texts = pa.chunked_array([["b", None], ["a", "b"]])
+    encoded = pa.chunked_array([chunk.dictionary_encode() for chunk in texts.chunks])
+    np.testing.assert_array_equal(text_codes(encoded), text_codes(texts))
 
 
 def test_a_catalog_of_an_earlier_release_gains_the_table(tmp_path: Path) -> None:
