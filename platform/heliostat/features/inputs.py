@@ -5,9 +5,10 @@ Evaluated once a batch, for all features together. Null, NaN and ±Inf are no va
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -76,27 +77,85 @@ def evaluate(events: pa.Table, inputs: Iterable[Input]) -> dict[str, InputValues
         pyarrow.ArrowInvalid: If an expression names a column that isn't there.
     """
     distinct = {each.key: each for each in inputs}
-    expressions: dict[str, pc.Expression] = {}
-    for each in distinct.values():
-        for part in (each.column, each.where):
-            if isinstance(part, pc.Expression):
-                expressions.setdefault(str(part), part)
-    columns = _project(events, expressions)
+    parts = _Parts(events, [part for each in distinct.values() for part in (each.column, each.where)])
     n = events.num_rows
     result: dict[str, InputValues] = {}
     for key, each in distinct.items():
         if each.column is None:
             values, used = np.ones(n), np.ones(n, dtype=np.bool_)
         else:
-            name = each.column
-            column = events.column(name) if isinstance(name, str) else columns[str(name)]
-            values, used = (
-                _members(column, each.categories) if each.categories else _numbers(column, nulls=each.nulls)
+            convert = (
+                partial(_members, categories=each.categories)
+                if each.categories
+                else partial(_numbers, nulls=each.nulls)
             )
+            values, used = parts.arrays(each.column, convert)
         if each.where is not None:
-            used = used & _as_mask(columns[str(each.where)])
+            (meets,) = parts.arrays(each.where, _as_mask)
+            used = used & meets
         result[key] = InputValues(values, used)
     return result
+
+
+class _Parts:
+    """Columns and expressions of a batch of events, as arrays.
+
+    What looks at nothing but one column of texts in a dictionary is worked out once a text, not once an event.
+
+    Args:
+        events: ``n`` rows.
+        parts: What will be asked for.
+    """
+
+    def __init__(self, events: pa.Table, parts: Iterable[ColumnLike | None]) -> None:
+        self._found: dict[str, tuple[pa.ChunkedArray, NDArray[np.int32] | None]] = {}
+        coded = [name for name in events.column_names if pa.types.is_dictionary(events.schema.field(name).type)]
+        texts = [_texts_of(name, events.column(name)) for name in coded]
+        rest: dict[str, ColumnLike] = {}
+        for part in parts:
+            if part is None or str(part) in self._found:
+                continue
+            for table, places in texts:
+                column = _only_of(table, part)
+                if column is not None:
+                    self._found[str(part)] = column, places
+                    break
+            else:
+                rest[str(part)] = part
+        expressions = {key: part for key, part in rest.items() if not isinstance(part, str)}
+        if expressions:
+            for name in coded:
+                place = events.schema.get_field_index(name)
+                events = events.set_column(place, name, events.column(name).cast(pa.string()))
+        projected = _project(events, expressions)
+        for key, part in rest.items():
+            self._found[key] = (events.column(part) if isinstance(part, str) else projected[key]), None
+
+    def arrays(
+        self, part: ColumnLike, convert: Callable[[pa.ChunkedArray], tuple[NDArray[Any], ...]]
+    ) -> tuple[NDArray[Any], ...]:
+        """Arrays of shape ``(n,)`` each, as a conversion makes them of a column."""
+        column, places = self._found[str(part)]
+        found = convert(column)
+        return found if places is None else tuple(each[places] for each in found)
+
+
+def _texts_of(name: str, column: pa.ChunkedArray) -> tuple[pa.Table, NDArray[np.int32]]:
+    """The distinct texts of a column and null, and which of them each row has."""
+    whole = column.unify_dictionaries().combine_chunks()
+    texts = pa.concat_arrays([whole.dictionary.cast(pa.string()), pa.nulls(1, pa.string())])
+    places = whole.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)
+    return pa.table({name: texts}), places
+
+
+def _only_of(table: pa.Table, part: ColumnLike) -> pa.ChunkedArray | None:
+    """A column or expression of a table; None if it can't be had from that alone."""
+    if isinstance(part, str):
+        return table.column(part) if part in table.column_names else None
+    try:
+        return _project(table, {"part": part})["part"]
+    except pa.ArrowException:
+        return None
 
 
 def check_input(given: Input, schema: pa.Schema, *, at: str) -> None:
@@ -204,10 +263,9 @@ def _as_float(column: pa.ChunkedArray) -> FloatArray:
     return values
 
 
-def _as_mask(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+def _as_mask(column: pa.ChunkedArray) -> tuple[NDArray[np.bool_]]:
     filled = pc.fill_null(column, False).combine_chunks()
-    mask: NDArray[np.bool_] = filled.to_numpy(zero_copy_only=False).astype(np.bool_, copy=False)
-    return mask
+    return (filled.to_numpy(zero_copy_only=False).astype(np.bool_, copy=False),)
 
 
 def text_of(part: ColumnLike | None) -> str | None:
