@@ -5,7 +5,7 @@
     │   ├── UnknownColumnError  UnknownFeatureError  UnknownViewError  UnknownSourceError
     │   ├── DuplicateNameError  WindowError  ExpressionError  DefinitionConflictError
     ├── SettingsError              a setting is unknown, malformed or contradicts another
-    │   └── UnknownSettingError
+    │   └── UnknownSettingError  MissingExtraError
     ├── DataError                  rows, files or columns that don't fit
     │   ├── MissingFileError  SchemaMismatchError  KeyColumnError  SpineError
     │   ├── ExperimentDataError  MonitoringDataError  SignatureMismatchError
@@ -28,7 +28,7 @@
     │   └── GatewayUnreachableError
     └── StorageError               a store can't be reached, or can't be trusted
         ├── OnlineStoreUnavailableError  CatalogUnavailableError  StorageNotSharedError
-        ├── RingCorruptError
+        ├── RingCorruptError  KafkaUnavailableError
         └── CatalogSchemaError  ArtifactStoreError  ArtifactMissingError  ArtifactCorruptError
 
 Each says what was asked, what exists and what to do. Each survives pickling, since Ray
@@ -186,6 +186,17 @@ class SettingsError(HeliostatError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.problem}; {self.fix}"
+
+
+class MissingExtraError(SettingsError):
+    """A setting asks for something that an optional package does."""
+
+    def __init__(self, setting: str, package: str, extra: str) -> None:
+        super().__init__(setting, package, extra)
+        self.setting, self.package, self.extra = setting, package, extra
+
+    def __str__(self) -> str:
+        return f"{self.setting} needs the package {self.package}: pip install 'heliostat[{self.extra}]'"
 
 
 class UnknownSettingError(SettingsError):
@@ -974,6 +985,17 @@ class StreamEntryError(StorageError):
             f"an entry of stream {self.stream!r} can't be read: {self.reason}; "
             "it was written by another program or by definitions that have changed since"
         )
+
+
+class KafkaUnavailableError(StorageError):
+    """Kafka's brokers can't be read from."""
+
+    def __init__(self, brokers: str, reason: str) -> None:
+        super().__init__(brokers, reason)
+        self.brokers, self.reason = brokers, reason
+
+    def __str__(self) -> str:
+        return f"no events can be read from Kafka at {self.brokers}: {self.reason}; see the setting ingestion.kafka"
 
 
 class StorageNotSharedError(StorageError):
