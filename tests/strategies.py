@@ -79,6 +79,15 @@ SOURCES = {
     ),
 }
 
+ORDERS = EventSource(
+    "orders",
+    schema=pa.schema([pa.field("user_id", pa.int64()), pa.field("shop", pa.string()), *_COLUMNS]),
+    entity=[USER, SHOP],
+    event_time="at",
+    event_id="event_id",
+)
+"""Each event is about two entities."""
+
 KEYS: dict[str, list[tuple[Any, ...]]] = {
     USER.name: [(7,), (-1,), (2**40,)],
     SHOP.name: [("a",), ("b|c",), ("ü%7C",)],
@@ -170,6 +179,14 @@ def event_streams(draw: st.DrawFn, entity: str = USER.name, *, max_size: int = 2
     )
 
 
+@st.composite
+def order_streams(draw: st.DrawFn, *, max_size: int = 24) -> pa.Table:
+    """As `event_streams`, of `ORDERS`: an id names an event of one user in one shop."""
+    events = draw(event_streams(USER.name, max_size=max_size))
+    shops = [KEYS[SHOP.name][int(text.partition(":")[2]) % 3][0] for text in events["event_id"].to_pylist()]
+    return events.add_column(1, "shop", pa.array(shops, pa.string()))
+
+
 _WHERES: dict[str, pc.Expression] = {
     "purchases": pc.field("kind") == "purchase",
     "positive": pc.field("amount") > 0,
@@ -258,14 +275,22 @@ _VIEW_OPTIONS = st.sampled_from(
 
 
 @st.composite
-def views(draw: st.DrawFn, entity: str = USER.name, *, name: str = "view", max_features: int = 5) -> FeatureView:
+def views(
+    draw: st.DrawFn,
+    entity: str = USER.name,
+    *,
+    name: str = "view",
+    source: EventSource | None = None,
+    max_features: int = 5,
+) -> FeatureView:
     """A view of any functions, with or without hop, condition, ttl and derived features."""
     hop, where, ttl, derives = draw(_VIEW_OPTIONS)
     features = draw(st.lists(_AGGREGATIONS[hop], min_size=1, max_size=max_features))
     view = FeatureView(
         name,
         version=1,
-        source=SOURCES[entity],
+        source=source or SOURCES[entity],
+        entity=SOURCES[entity].entities[0],
         features={f"f{position}": each for position, each in enumerate(features)},
         hop=hop,
         where=where,

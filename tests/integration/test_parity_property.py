@@ -27,10 +27,11 @@ from tests.oracles import Oracle, derived
 from tests.strategies import DEVICE, KEYS, ORIGIN_US, SHOP, SPAN_US, UNKNOWN, USER, event_streams, key_table, views
 
 thorough = settings(
-    max_examples=500,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+exhaustive = settings(thorough, max_examples=2_000)
 ENTITIES = [USER.name, SHOP.name, DEVICE.name]
 N_BUCKETS = 4
 # The strategies' events arrive up to three days late; the sink needs an hour more.
@@ -130,9 +131,7 @@ def fresh(valkey: str) -> Iterator[Any]:
         made.pop().clear()
 
 
-@thorough
-@given(data=st.data())
-def test_live_events_in_any_order_of_arrival_are_what_the_contract_says(data: st.DataObject, fresh: Any) -> None:
+def check_live_events(data: st.DataObject, fresh: Any) -> None:
     entity = data.draw(st.sampled_from(ENTITIES))
     events, view = in_order_of_arrival(data.draw(event_streams(entity))), data.draw(views(entity))
     as_of_us = end_us(events) + data.draw(st.sampled_from([0, 1, US_PER_HOUR, 11 * US_PER_DAY]))
@@ -146,9 +145,7 @@ def test_live_events_in_any_order_of_arrival_are_what_the_contract_says(data: st
     check(online.rows(keys, as_of_us), oracle, keys, as_of_us)
 
 
-@thorough
-@given(data=st.data())
-def test_any_mixture_of_history_and_live_events_is_what_the_contract_says(data: st.DataObject, fresh: Any) -> None:
+def check_a_mixture(data: st.DataObject, fresh: Any) -> None:
     """History is brought in at any time, any number of times, and the sink may lag behind."""
     entity = data.draw(st.sampled_from(ENTITIES))
     events, view = in_order_of_arrival(data.draw(event_streams(entity))), data.draw(views(entity))
@@ -173,11 +170,7 @@ def test_any_mixture_of_history_and_live_events_is_what_the_contract_says(data: 
     check(online.rows(keys, as_of_us), oracle, keys, as_of_us)
 
 
-@thorough
-@given(data=st.data())
-def test_history_alone_is_what_the_contract_says_and_what_the_offline_kernel_says(
-    data: st.DataObject, fresh: Any
-) -> None:
+def check_history(data: st.DataObject, fresh: Any) -> None:
     entity = data.draw(st.sampled_from(ENTITIES))
     events, view = data.draw(event_streams(entity)), data.draw(views(entity))
     as_of_us = data.draw(st.integers(ORIGIN_US, ORIGIN_US + SPAN_US + 11 * US_PER_DAY))
@@ -195,3 +188,32 @@ def test_history_alone_is_what_the_contract_says_and_what_the_offline_kernel_say
                 or np.isnan([value, row[name]]).all()
                 or abs(value - row[name]) <= 2 * answer.tolerance
             )
+
+
+@thorough
+@given(data=st.data())
+def test_live_events_in_any_order_of_arrival_are_what_the_contract_says(data: st.DataObject, fresh: Any) -> None:
+    check_live_events(data, fresh)
+
+
+@thorough
+@given(data=st.data())
+def test_any_mixture_of_history_and_live_events_is_what_the_contract_says(data: st.DataObject, fresh: Any) -> None:
+    check_a_mixture(data, fresh)
+
+
+@thorough
+@given(data=st.data())
+def test_history_alone_is_what_the_contract_says_and_what_the_offline_kernel_says(
+    data: st.DataObject, fresh: Any
+) -> None:
+    check_history(data, fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("check_way", [check_live_events, check_a_mixture, check_history])
+@exhaustive
+@given(data=st.data())
+def test_every_way_in_is_what_the_contract_says_at_length(data: st.DataObject, check_way: Any, fresh: Any) -> None:
+    check_way(data, fresh)

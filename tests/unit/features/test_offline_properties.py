@@ -19,7 +19,7 @@ from heliostat.features.timeline import Segments
 from tests.oracles import Oracle, derived
 from tests.strategies import DEVICE, SHOP, SOURCES, USER, event_streams, key_table, spines, views
 
-thorough = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+thorough = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 exhaustive = settings(max_examples=5_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -55,6 +55,7 @@ def test_every_row_is_what_the_contract_says(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @exhaustive
 @given(st.data())
 def test_every_row_is_what_the_contract_says_at_length(data: st.DataObject) -> None:
@@ -97,7 +98,7 @@ def test_nothing_at_or_after_the_instant_changes_a_bit(data: st.DataObject) -> N
     assert bits(before, chosen) == bits(after, chosen)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_neither_other_entities_nor_other_rows_nor_the_order_change_a_bit(data: st.DataObject) -> None:
     events = unique_events(SOURCES[USER.name], data.draw(event_streams()))
