@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -163,22 +164,26 @@ S3_SECRET = "a-secret-that-nobody-may-read"  # noqa: S105 - of a server that ask
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
-    """An S3 server inside this process, as ``storage.options``; a bucket is made by `s3_bucket`."""
-    from moto.server import ThreadedMotoServer
+    """An S3 server in a process of its own, as ``storage.options``; a bucket is made by `s3_bucket`.
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
+    Not in this one: a writer that waits for an answer may hold the interpreter's lock.
+    """
+    (port,) = _free_ports(1)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _running([command], stderr=subprocess.DEVNULL) as processes:
+        _wait_until(lambda: _listens(port), "the S3 server", processes)
         yield {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "an-id",
             "AWS_SECRET_ACCESS_KEY": S3_SECRET,
             "AWS_REGION": "us-east-1",
             "AWS_ALLOW_HTTP": "true",
         }
-    finally:
-        server.stop()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
 def s3_bucket(options: dict[str, str], name: str) -> str:
