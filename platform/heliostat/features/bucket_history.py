@@ -27,6 +27,7 @@ class BucketHistory:
     """A bucket's events as of an instant.
 
     Attributes:
+        bucket: Which bucket.
         events: Distinct events in reach of the views: their columns, and ``_id_hash``.
         recent: Of those in open tiles: key columns and id.
         version: The event log's version that was read.
@@ -34,6 +35,7 @@ class BucketHistory:
         fresh: Keys of entities with events that were in streams, encoded.
     """
 
+    bucket: int
     events: pa.Table
     recent: pa.Table
     version: int
@@ -116,7 +118,7 @@ class HistoryReader:
             events = pa.concat_tables([events, later.select(events.column_names)])
             recent = pa.concat_tables([recent, later.select(recent.column_names)])
         none = entity.encode(recent.slice(0, 0))
-        history = BucketHistory(events, recent, version, tail is not None, none, self)
+        history = BucketHistory(self.bucket, events, recent, version, tail is not None, none, self)
         return history if tail is None else history._with(tail)
 
     def _log(self, columns: Sequence[str], first_us: int | None, until_us: int | None, version: int) -> pa.Table:

@@ -124,7 +124,8 @@ class BucketDone:
     Attributes:
         bucket: Its number.
         full: Whether all entities were looked at.
-        token: Of the lease.
+        token: Of the last lease.
+        epoch: Of the first: before it, all that live events did was read.
         events: Events read.
         entities: Entities whose rings were sent.
         rings: What became of them.
@@ -135,6 +136,7 @@ class BucketDone:
     bucket: int
     full: bool
     token: int
+    epoch: int
     events: int
     entities: int
     rings: RingCounts
@@ -201,12 +203,12 @@ class BucketTask:
             history = history if due is None else history.of_entities(due)
         rings = BucketRings.of(plan, job.bucket, history.events, history.recent, also=job.left)
         tally = self._write(rings, lease, history.covers, store)
-        left = self._settled(job.bucket, rings.texts, history, tally, store)
+        left, last = self._settled(lease, rings.texts, history, tally, store)
         if self.present:
             self._remember(job, full, left, store)
         present = tuple(rings.hashes(at).tobytes() for at in range(len(plan.groups))) if full else ()
         return BucketDone(
-            job.bucket, full, lease.token, n_events, tally.entities, tally.rings, tally.n_bytes, present
+            job.bucket, full, last.token, lease.epoch, n_events, tally.entities, tally.rings, tally.n_bytes, present
         )
 
     def remake(self, bucket: int, texts: Sequence[str], store: OnlineStore) -> RingCounts:
@@ -225,7 +227,7 @@ class BucketTask:
         history = self._read(bucket, store).of_entities(self.views[0].entity.encoded(list(texts)))
         rings = BucketRings.of(self.plan, bucket, history.events, history.recent, also=texts)
         tally = self._write(rings, lease, history.covers, store)
-        left = self._settled(bucket, rings.texts, history, tally, store)
+        left, _ = self._settled(lease, rings.texts, history, tally, store)
         return tally.rings + RingCounts(busy=len(left))
 
     def _begun(self, bucket: int, store: OnlineStore) -> BucketLease:
@@ -252,22 +254,27 @@ class BucketTask:
         return pc.unique(pa.chunked_array([part.cast(parts[0].type) for part in parts]))
 
     def _settled(
-        self, bucket: int, texts: Sequence[str], history: BucketHistory, tally: _Tally, store: OnlineStore
-    ) -> tuple[str, ...]:
-        """Do busy entities again, with what came in between; returns those that stay busy."""
+        self,
+        lease: BucketLease,
+        texts: Sequence[str],
+        history: BucketHistory,
+        tally: _Tally,
+        store: OnlineStore,
+    ) -> tuple[tuple[str, ...], BucketLease]:
+        """Do busy entities again, with what came in between; returns those that stay busy, and the last lease."""
         for _ in range(_ROUNDS):
             if not tally.busy:
                 break
             busy = [texts[at] for at in sorted(tally.busy)]
-            lease = self._begun(bucket, store)
-            history = (history.followed() or self._read(bucket, store)).of_entities(
+            lease = self._begun(history.bucket, store)
+            history = (history.followed() or self._read(history.bucket, store)).of_entities(
                 self.views[0].entity.encoded(busy)
             )
-            again = BucketRings.of(self.plan, bucket, history.events, history.recent)
+            again = BucketRings.of(self.plan, history.bucket, history.events, history.recent)
             texts, done = again.texts, self._write(again, lease, history.covers, store)
             tally.rings += done.rings
             tally.busy = done.busy
-        return tuple(texts[at] for at in sorted(tally.busy))
+        return tuple(texts[at] for at in sorted(tally.busy)), lease
 
     def _write(self, rings: BucketRings, lease: BucketLease, covers: bool, store: OnlineStore) -> _Tally:
         """Send rings, several batches under way at a time."""
@@ -330,6 +337,7 @@ DONE_SCHEMA = pa.schema(
         ("bucket", pa.int64()),
         ("full", pa.bool_()),
         ("token", pa.int64()),
+        ("epoch", pa.int64()),
         ("events", pa.int64()),
         ("entities", pa.int64()),
         ("n_bytes", pa.int64()),
@@ -368,6 +376,7 @@ class RunBuckets:
                 "bucket": each.bucket,
                 "full": each.full,
                 "token": each.token,
+                "epoch": each.epoch,
                 "events": each.events,
                 "entities": each.entities,
                 "n_bytes": each.n_bytes,

@@ -341,7 +341,8 @@ class _Run:
                 doomed, outdated = _unknown_rings(plan, keys, known)
                 swept += RingCounts(cleared=store.remove(outdated))
                 for bucket, writes in doomed.items():
-                    lease = BucketLease(store.keys.fence(source.name, entity.name, bucket), by_bucket[bucket].token)
+                    done = by_bucket[bucket]
+                    lease = BucketLease(store.keys.fence(source.name, entity.name, bucket), done.token, done.epoch)
                     for codes in store.write_rings(list(layouts.calls(lease, writes))):
                         counts = RingCounts.of(codes)
                         swept += RingCounts(written=counts.written, cleared=counts.cleared)

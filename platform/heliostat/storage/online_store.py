@@ -327,7 +327,7 @@ class OnlineStore:
         fence = self.keys.fence(source, entity, bucket)
         (token,) = self._pipeline([("INCR", self.keys.epoch(bucket))])
         self._pipeline([("SET", fence, token)])
-        return BucketLease(fence, int(token))
+        return BucketLease(fence, int(token), int(token))
 
     def write_rings(self, calls: Sequence[RingCall]) -> list[Sequence[int]]:
         """Bring rings from history beside those that live events made; twice is as good as once.

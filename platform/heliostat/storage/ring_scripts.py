@@ -230,10 +230,10 @@ return outcomes
 
 # Rings of entities of one bucket, from history. Each entity is atomic, with the memory of its recent
 # events' ids. KEYS: the fence; then, for each entity: its rings, its seen keys. ARGV: the token that the
-# fence must hold, whether history covers all that live events have done before the token's epoch began
-# ('1' or '0'), life of seen keys in ms, number of ring layouts, for each its descriptor and the first tile
-# that is still open to late events; then, for each entity: number of rings, number of seen keys, and for
-# each ring its layout's number and its bytes ('': no events).
+# fence must hold, the epoch, whether history covers all that live events had done before that began ('1'
+# or '0'), life of seen keys in ms, number of ring layouts, for each its descriptor and the first tile that
+# is still open to late events; then, for each entity: number of rings, number of seen keys, and for each
+# ring its layout's number and its bytes ('': no events).
 # Tiles before the first open one come from history. An open tile of live events comes from it as well if
 # it covers them; else it stays, with all open tiles of the entity, and no id is remembered. Where history
 # doesn't cover, what live events or a later history made stays.
@@ -245,9 +245,9 @@ WRITE_RINGS: Final = Script(
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return -1
 end
-local token, covers, remember, layouts = tonumber(ARGV[1]) % 65536, ARGV[2] == '1', ARGV[3], {}
-local argument, key, codes = 5, 2, {}
-for i = 1, tonumber(ARGV[4]) do
+local epoch, covers, remember, layouts = tonumber(ARGV[2]) % 65536, ARGV[3] == '1', ARGV[4], {}
+local argument, key, codes = 6, 2, {}
+for i = 1, tonumber(ARGV[5]) do
   local n_slots, slot_bytes, expire_ms, life, _, empty = describe(ARGV[argument])
   layouts[i] = {n_slots, slot_bytes, expire_ms, life, string.rep(empty, n_slots), tonumber(ARGV[argument + 1])}
   argument = argument + 2
@@ -270,7 +270,7 @@ local function composed(layout, held, fresh, frozen)
       if fraction >= 0.25 then
         keep = frozen or not covers and held_tile > unpack_f8('<d', fresh, at)
       else
-        if covers and (fraction * 262144 - token) % 65536 < 32768 then
+        if covers and (fraction * 262144 - epoch) % 65536 < 32768 then
           busy = true
         end
         keep = frozen or not covers and floor(held_tile) >= floor(unpack_f8('<d', fresh, at))

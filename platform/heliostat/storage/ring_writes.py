@@ -54,11 +54,13 @@ class BucketLease:
 
     Attributes:
         fence_key: Holds the token of whoever began last.
-        token: The bucket's epoch: how many materializations have begun.
+        token: The fence's.
+        epoch: Slots that live events touched from this epoch on aren't covered by history.
     """
 
     fence_key: str
     token: int
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class RingLayouts:
             entities: Any number of them; layouts are numbered from 0.
         """
         described = [part for group in self.groups for part in group]
-        head = [lease.token, int(self.covers), self.remember_ms, len(self.groups), *described]
+        head = [lease.token, lease.epoch, int(self.covers), self.remember_ms, len(self.groups), *described]
         keys, arguments, whose, n_bytes = [lease.fence_key], list[bytes | int](head), list[int](), 0
         for each in entities:
             arguments += (len(each.rings), len(each.seen_keys))

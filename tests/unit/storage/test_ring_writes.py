@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from heliostat.storage.ring_writes import BucketLease, EntityWrite, RingCounts, RingLayouts
 
-LEASE = BucketLease("fence", 7)
+LEASE = BucketLease("fence", 9, 7)
 LAYOUTS = RingLayouts(((b"days", 100), (b"life", 90)), True, 5000)
-HEAD = (7, 1, 5000, 2, b"days", 100, b"life", 90)
+HEAD = (9, 7, 1, 5000, 2, b"days", 100, b"life", 90)
 
 
 def test_a_calls_keys_and_arguments_are_what_the_script_expects() -> None:
