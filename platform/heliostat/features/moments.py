@@ -79,6 +79,7 @@ def merged_slots(parts: FloatArray, mask: NDArray[np.bool_]) -> FloatArray:
     total = count.sum(axis=1)
     offset = (count * (means - origin[:, None])).sum(axis=1)
     mean = origin + np.divide(offset, total, out=np.zeros(len(total)), where=total > 0)
+    mean[total == 0] = 0.0
     apart = means - mean[:, None]
     squares = (np.where(mask, parts[:, :, 2], 0.0) + apart * (count * apart)).sum(axis=1)
     return np.column_stack([total, mean, squares])
