@@ -1,24 +1,19 @@
-"""The command line, and how every shell ends: `run_job` turns errors into exit codes."""
+"""The command line."""
 
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import httpx
-import orjson
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from heliostat import cluster
+from heliostat import cluster, data_commands
 from heliostat.clock import format_instant
-from heliostat.errors import DataError, HeliostatError, ServingUnavailableError
+from heliostat.errors import DataError, ServingUnavailableError
 from heliostat.features.costs import backfill_costs
 from heliostat.features.registry import Plan
 from heliostat.features.retrieval import FeatureReader
@@ -26,83 +21,32 @@ from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import ingest_files
 from heliostat.models.registry import PRODUCTION
 from heliostat.rebuild import rebuild, shown
-from heliostat.settings import Settings, load_settings
+from heliostat.shell import (
+    ALARM,
+    ConfigOption,
+    HomeOption,
+    JsonOption,
+    ReasonOption,
+    console,
+    print_json,
+    print_table,
+    run,
+    run_job,
+    shell_settings,
+)
 from heliostat.status import serving_url, status_of
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.online_store import OnlineKeys
-from heliostat.telemetry import configure_logging
 from heliostat.workspace import Workspace
 
-ConfigOption = Annotated[
-    list[Path] | None,
-    typer.Option("--config", help="Settings file over configs/base.yaml; may be repeated.", show_default=False),
-]
-HomeOption = Annotated[Path | None, typer.Option("--home", help="Folder of everything local.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-ReasonOption = Annotated[str, typer.Option("--reason", help="Why, in a sentence; it is kept.")]
+__all__ = ["ALARM", "ConfigOption", "HomeOption", "JsonOption", "ReasonOption", "run_job", "shell_settings"]
 
-INTERRUPTED = 130
-ALARM = 10
 _HTTP_TIMEOUT_S = 30.0
-
-console = Console()
-
-
-def shell_settings(config: Sequence[Path] | None = None, home: Path | None = None) -> Settings:
-    """The settings of a shell, with logging set up; relative paths start where the command was run.
-
-    Raises:
-        HeliostatError: If a file, key, variable or value can't be used.
-    """
-    settings = load_settings(config or (), environ=os.environ, home=home)
-    configure_logging(settings.telemetry)
-    return settings
-
-
-def run_job(main: Callable[..., int | None]) -> NoReturn:
-    """Run a job's main function as a command, and end the process with an honest exit code.
-
-    The function's parameters become options (as Typer reads them). It returns an exit code or
-    None for 0. Exit codes: 0 done; 1 a fault of ours; 2 wrong usage, settings or definitions;
-    3 wrong data; 4 not found; 5 refused (a gate, a conflict); 6 storage; 10 an alarm;
-    20 retraining is due; 130 interrupted.
-    """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    sys.exit(_run(app))
 
 
 def main() -> NoReturn:
     """The `heliostat` command."""
-    sys.exit(_run(app))
-
-
-def _run(app: typer.Typer) -> int:
-    try:
-        code = app(standalone_mode=False)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - the last line of a shell
-        return _exit_code(error)
-    return code if isinstance(code, int) else 0
-
-
-def _exit_code(error: BaseException) -> int:
-    """Say what went wrong: an error of ours, also one that Ray wrapped; wrong usage; or a fault."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, HeliostatError):
-            print(f"error: {seen}", file=sys.stderr)  # noqa: T201 - the command line speaks
-            return seen.exit_code
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    show = getattr(error, "show", None)
-    if callable(show):
-        show(file=sys.stderr)
-        return int(getattr(error, "exit_code", 2))
-    if type(error).__name__ in ("Abort", "Exit"):
-        return int(getattr(error, "exit_code", INTERRUPTED))
-    logging.getLogger("heliostat").error("unexpected error", exc_info=error)
-    return 1
+    sys.exit(run(app))
 
 
 app = typer.Typer(
@@ -116,19 +60,8 @@ features_app = typer.Typer(help="Registered features, and their values now.", no
 models_app = typer.Typer(help="Model versions and what serves.", no_args_is_help=True)
 app.add_typer(features_app, name="features")
 app.add_typer(models_app, name="models")
-
-
-def _print_json(document: object) -> None:
-    sys.stdout.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console.print(table)
+app.command("prune")(data_commands.prune_events)
+app.command("forget")(data_commands.forget_entity)
 
 
 # ── Running it ──────────────────────────────────────────────────────────────────────
@@ -173,7 +106,7 @@ def status(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOp
     with Workspace.open(shell_settings(config, home)) as workspace:
         document = status_of(workspace)
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         for name, value in document.items():
             console.print(f"{name:14} {value if value not in (None, [], {}) else '-'}", highlight=False)
@@ -186,7 +119,7 @@ def rebuild_online(config: ConfigOption = None, home: HomeOption = None, as_json
     with Workspace.open(settings) as workspace, shown() as step, cluster.connect(workspace.settings):
         rebuilt = rebuild(workspace, on_step=step)
     if as_json:
-        _print_json(rebuilt.describe())
+        print_json(rebuilt.describe())
     else:
         console.print(str(rebuilt), highlight=False)
 
@@ -207,7 +140,7 @@ def plan(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOpti
             limits=RingLimits.of(workspace.settings.ingestion),
         )
     if as_json:
-        _print_json({**planned.to_document(), "backfill": [cost.to_document() for cost in costs]})
+        print_json({**planned.to_document(), "backfill": [cost.to_document() for cost in costs]})
         return
     _print_plan(planned)
     for cost in costs:
@@ -226,7 +159,7 @@ def apply(
         registry = workspace.features
         applied = registry.plan(workspace.definitions) if dry_run else registry.apply(workspace.definitions)
     if as_json:
-        _print_json(applied.to_document())
+        print_json(applied.to_document())
     else:
         _print_plan(applied)
 
@@ -257,7 +190,7 @@ def ingest(
     with Workspace.open(shell_settings(config, home)) as workspace:
         report = ingest_files(paths, workspace.definitions.source(source), workspace=workspace)
     if as_json:
-        _print_json(report.to_document())
+        print_json(report.to_document())
     else:
         console.print(str(report), highlight=False)
     return DataError.exit_code if report.nothing_fits else 0
@@ -284,7 +217,7 @@ def _print_features(text: str, config: list[Path] | None, home: Path | None, *, 
     with Workspace.open(shell_settings(config, home)) as workspace:
         found = workspace.features.features(text)
     if as_json:
-        _print_json([info.to_document() for info in found])
+        print_json([info.to_document() for info in found])
         return
     columns = ("feature", "what", "source", "read by", "owner", "description")
     rows = [
@@ -298,7 +231,7 @@ def _print_features(text: str, config: list[Path] | None, home: Path | None, *, 
         )
         for each in found
     ]
-    _print_table(f"{len(found)} features", columns, rows)
+    print_table(f"{len(found)} features", columns, rows)
 
 
 @features_app.command("get")
@@ -312,7 +245,7 @@ def features_get(
     """All that is registered of a view's features; of an entity, their values now, from the online store."""
     if entity is None:
         with Workspace.open(shell_settings(config, home)) as workspace:
-            _print_json([info.to_document() for info in workspace.features.view(view)])
+            print_json([info.to_document() for info in workspace.features.view(view)])
         return
     with Workspace.open(shell_settings(config, home)) as workspace:
         declared = workspace.definitions.view(view)
@@ -332,10 +265,10 @@ def features_get(
         "features": {name: None if value != value else value for name, value in values.items()},
     }
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         title = f"{declared.ref} of {text}" + (": absent, reads as no events" if document["absent"] else "")
-        _print_table(title, ("feature", "value"), list(values.items()))
+        print_table(title, ("feature", "value"), list(values.items()))
 
 
 # ── Models ──────────────────────────────────────────────────────────────────────────
@@ -352,13 +285,13 @@ def models_list(
     with Workspace.open(shell_settings(config, home)) as workspace:
         versions = workspace.models.list(model)
     if as_json:
-        _print_json([version.to_document() for version in versions])
+        print_json([version.to_document() for version in versions])
     else:
         rows = [
             (each.model, each.version, each.status, ", ".join(each.aliases) or "-", format_instant(each.created_us))
             for each in versions
         ]
-        _print_table(f"{len(rows)} versions", ("model", "version", "status", "aliases", "created"), rows)
+        print_table(f"{len(rows)} versions", ("model", "version", "status", "aliases", "created"), rows)
 
 
 @models_app.command("show")
@@ -372,7 +305,7 @@ def models_show(
     with Workspace.open(shell_settings(config, home)) as workspace:
         found = workspace.models.get(model, _selector(version))
         gate = workspace.models.gate_report(model, found.version)
-    _print_json({**found.to_document(), "gate": gate})
+    print_json({**found.to_document(), "gate": gate})
 
 
 @models_app.command("promote")
@@ -423,13 +356,13 @@ def predict(
     if answer.is_error:
         raise ServingUnavailableError(serving_url(settings), f"{answer.status_code}: {document.get('message')}")
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     rows = [
         (each["entity_id"], f"{score:.4f}", each["variant"], each["model_version"], len(each["missing_features"]))
         for each, score in zip(document["entities"], document["predictions"], strict=True)
     ]
-    _print_table(f"{document['latency_ms']:.1f} ms", ("entity", "prediction", "variant", "version", "missing"), rows)
+    print_table(f"{document['latency_ms']:.1f} ms", ("entity", "prediction", "variant", "version", "missing"), rows)
 
 
 if __name__ == "__main__":

@@ -615,6 +615,17 @@ class UnknownAliasError(NotFoundError):
         )
 
 
+class UnknownEntityError(NotFoundError):
+    """An entity was named that isn't declared."""
+
+    def __init__(self, entity: str, known: tuple[str, ...]) -> None:
+        super().__init__(entity, known)
+        self.entity, self.known = entity, known
+
+    def __str__(self) -> str:
+        return f"there is no entity {self.entity!r}; declared are: {_listed(self.known)}"
+
+
 class UnknownTableError(NotFoundError):
     """A table, or a part of one, was asked for that was never written."""
 
