@@ -12,7 +12,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, parse_instant_us
-from heliostat.features.aggregations import Count, DistinctDays, First, Last, Max, Mean, Sum, TimeSinceLast, evaluate
+from heliostat.features.aggregations import (
+    Count,
+    CountDistinct,
+    DistinctDays,
+    First,
+    Last,
+    Max,
+    Mean,
+    Quantile,
+    StdDev,
+    Sum,
+    TimeSinceLast,
+    evaluate,
+)
 from heliostat.features.definitions import FeatureView
 from heliostat.features.merging import MergePlan, merge_rings, parse_rings
 from heliostat.features.offline import unique_events
@@ -143,6 +156,29 @@ def test_another_layout_has_another_name(features: dict[str, Any], limits: RingL
     (other,) = ring_layout(view_of(features), limits).groups
     assert usual.label == other.label
     assert usual.name != other.name
+
+
+def test_every_parameter_of_a_state_is_part_of_the_rings_name() -> None:
+    """Bytes of other bins or other categories would be read as if they were one's own."""
+    median = {"q": 0.5, "between": (1.0, 100.0), "window": "30d"}
+    features: list[Any] = [
+        Sum("amount", window="30d"),
+        StdDev("amount", window="30d"),
+        StdDev("quantity", window="30d"),
+        CountDistinct("kind", categories=("a", "b"), window="30d"),
+        CountDistinct("kind", categories=("a", "c"), window="30d"),
+        CountDistinct("kind", categories=("a", "b", "c"), window="30d"),
+        Quantile("amount", **median),
+        Quantile("amount", **{**median, "between": (1.0, 101.0)}),
+        Quantile("amount", **{**median, "between": (1.1, 100.0)}),
+        Quantile("amount", **median, relative_error=0.051),
+        Quantile("amount", **median, signed=False),
+    ]
+    names = [ring_layout(view_of({"f": each}), LIMITS).groups[0].name for each in features]
+    assert len(set(names)) == len(names)
+    # Another quantile of the same bins is read from the same bytes.
+    both = view_of({"f": features[6], "g": Quantile("amount", **{**median, "q": 0.9})})
+    assert ring_layout(both, LIMITS).groups[0].name == names[6]
 
 
 def test_only_life_rings_depend_on_the_lateness() -> None:
