@@ -225,7 +225,7 @@ class FeatureStore:
                 columns stay, and give derived features what they take from a request.
             views: One or several, of any entities.
             names: Only these features, ``feature`` or ``view__feature``; None: all that need nothing of a
-                request, or whose inputs the frame brings.
+                request, or whose inputs the frame brings. A category comes as its code, as in training.
 
         Returns:
             Key columns, or the frame, with a float64 column ``view__feature`` for each feature, null as NaN, and a

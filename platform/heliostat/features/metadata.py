@@ -26,7 +26,7 @@ class FeatureMetadata:
         name: Qualified: ``view__feature``.
         view: The view's name.
         version: The view's version.
-        type: Of its values in a matrix.
+        type: Of its values: ``float64``, or ``category``: the code of a text.
         function: Such as ``Sum(amount) over 30d``, or ``derived from …``.
         description: Its own, or the view's if it has none.
         tags: The view's.
@@ -106,7 +106,7 @@ def about_view(view: FeatureView) -> dict[str, Any]:
             "description": own.description if own is not None else _first_line(function.__doc__),
             "columns": [column for column in view.source.schema.names if column in read],
             "request": list(view.request_of([feature])),
-            "type": "float64",
+            "type": "category" if feature in view.categorical else "float64",
         }
     return {"tags": view.tags, "owner": view.owner, "features": features}
 

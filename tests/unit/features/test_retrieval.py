@@ -202,6 +202,32 @@ def test_a_bare_name_that_two_views_have_isnt_taken() -> None:
     assert read(both, overrides=[{"always__n": 7}, None, None, None]).matrix[0].tolist() == [2.0, 7.0]
 
 
+def test_versions_of_a_view_are_read_side_by_side_from_rings_of_their_own() -> None:
+    longer = FeatureView("always", version=2, source=orders, entity=user, features={"n": Count(window="1h")})
+    both = reader(always["n"], longer.pinned["n"])
+    assert both.names == ("always__n", "always@2__n")
+    assert both.views == ("always@1", "always@2")
+    content = stored([always, longer])
+    batch = both.decode([content.get(key) for key in both.keys(USERS)], as_of_us=NOW_US)
+    alone = [read(reader(always["n"])).matrix[:, 0].tolist(), batch.matrix[:, 0].tolist()]
+    assert alone[0] == alone[1]
+    assert batch.matrix[:, 0].tolist() != batch.matrix[:, 1].tolist()
+
+
+def test_an_override_reaches_every_version_of_the_view_that_is_read() -> None:
+    longer = FeatureView("always", version=2, source=orders, entity=user, features={"n": Count(window="1h")})
+    both = reader(always["n"], longer.pinned["n"])
+    content = stored([always, longer])
+    for name in ("n", "always__n"):
+        batch = both.decode(
+            [content.get(key) for key in both.keys(USERS)],
+            as_of_us=NOW_US,
+            overrides=[{name: 42.0}, None, None, None],
+        )
+        assert batch.matrix[0].tolist() == [42.0, 42.0]
+        assert 42.0 not in batch.matrix[1:]
+
+
 @pytest.mark.parametrize("value", ["3", float("inf"), [1], {}])
 def test_an_override_that_is_no_number_is_refused(value: Any) -> None:
     with pytest.raises(InvalidValueError, match="feature 'n'"):

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 import pytest
 
 from configs.churn import definitions as churn
-from heliostat import Entity, EventSource, Label, ModelSpec, Population
+from heliostat import Count, Entity, EventSource, FeatureView, Label, ModelSpec, Population
 from heliostat.errors import (
     DefinitionError,
     DuplicateNameError,
@@ -108,3 +108,47 @@ def test_the_content_hash_changes_with_the_meaning() -> None:
     ]
     assert len({model.content_hash for model in models}) == 5
     assert spec().content_hash == spec(description="words").content_hash
+
+
+# ── Versions side by side ───────────────────────────────────────────────────────────
+
+
+def _version(number: int, window: str = "30d") -> FeatureView:
+    return FeatureView("recent", version=number, source=churn.purchases, features={"count": Count(window=window)})
+
+
+def test_versions_of_a_view_stand_side_by_side_and_the_bare_name_is_the_highest() -> None:
+    old, new = _version(1), _version(2, "60d")
+    found = Definitions.of([new, old])
+    assert found.views == {"recent@1": old, "recent@2": new}
+    assert (found.view("recent"), found.view("recent@1"), found.view("recent@2")) == (new, old, new)
+    with pytest.raises(UnknownViewError, match=r"recent@3.*recent@1"):
+        found.view("recent@3")
+
+
+def test_one_version_is_declared_once() -> None:
+    with pytest.raises(DuplicateNameError, match="recent@1"):
+        Definitions.of([_version(1), _version(1, "60d")])
+    with pytest.raises(DuplicateNameError, match="recent@1"):
+        Definitions.of([_version(1), _version(1, "60d")], merge=True)
+    assert list(Definitions.of([_version(1), _version(1)], merge=True).views) == ["recent@1"]
+
+
+def test_a_model_reads_one_version_of_a_view() -> None:
+    with pytest.raises(InvalidDefinitionError, match=r"versions \[1, 2\] of view 'recent'"):
+        spec(features=[_version(1), _version(2)])
+    assert spec(features=[_version(1)]).pinned_names == ("recent@1__count",)
+
+
+def test_names_are_looked_up_with_a_version_where_it_isnt_the_highest() -> None:
+    found = Definitions.of([_version(1), _version(2)])
+    assert found.lookup_names(["recent@1__count", "recent@2__count"]) == ("recent@1__count", "recent__count")
+    assert found.lookup_names(["recent@3__count"]) == ("recent@3__count",)
+
+
+def test_a_pinned_view_is_the_same_view_under_columns_that_carry_its_version() -> None:
+    view = _version(2)
+    assert view.pinned["count"].name == "recent@2__count"
+    assert view["count"].name == "recent__count"
+    assert (view.pinned.ref, view.pinned.content_hash) == (view.ref, view.content_hash)
+    assert view.pinned is view.pinned.pinned is view.pinned

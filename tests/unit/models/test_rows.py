@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heliostat.clock import US_PER_DAY
+from heliostat.errors import StaleVersionError
 from heliostat.features.aggregations import Count, Sum, TimeSinceLast
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.models.definitions import Label, ModelSpec, Population
 from heliostat.models.labels import label_values
-from heliostat.models.rows import AS_OF, LABEL, ModelRows, model_sources, population_rows
+from heliostat.models.packaging import Signature
+from heliostat.models.registry import ModelVersion
+from heliostat.models.rows import AS_OF, LABEL, ModelRows, model_sources, population_rows, version_features
 from heliostat.schema import times_us
 from heliostat.storage.event_log import EventLog
 from tests.oracles import Oracle
@@ -237,6 +240,45 @@ def test_extra_features_follow_the_models_own_and_rows_without_labels_have_none(
     found = pa.concat_tables([rows.table(bucket) for bucket in range(4)])
     assert found.column_names == ["user_id", AS_OF, "activity__n", "older__n"]
     assert found.column("older__n").null_count == 0
+
+
+def _trained(names: tuple[str, ...], *views: FeatureView) -> ModelVersion:
+    hashes = {view.ref: view.content_hash for view in views}
+    return ModelVersion("m", 3, "", Signature(names), {}, {"view_hashes": hashes}, {}, None, 0)
+
+
+def test_a_version_reads_the_views_that_it_was_trained_on_pinned_beside_others(tmp_path: Path) -> None:
+    spec = _spec(Label.any_within("again", ORDERS, "10d"))
+    new = spec.views[0]
+    old = FeatureView("activity", version=new.version + 1, source=ORDERS, entity=USER, features={"n": Count(window="7d")})
+    declared = {view.ref: view for view in (old, new)}
+    version = _trained(("activity__n",), old)
+    assert version.pinned_names == (f"{old.ref}__n",)
+    (alone,) = version_features(version, declared)
+    (beside,) = version_features(version, declared, spec)
+    assert (alone.name, beside.name) == ("activity__n", f"{old.ref}__n")
+    assert (alone.view, beside.view) == (old, old.pinned)
+    (same,) = version_features(_trained(("activity__n",), new), declared, spec)
+    assert (same.name, same.view) == ("activity__n", new)
+
+    log = _log(tmp_path, orders=_random_events(1))
+    rows = ModelRows.of(spec, log, [30 * DAY], labelled=False, extra=[beside])
+    found = pa.concat_tables([rows.table(bucket) for bucket in range(4)])
+    both = [found.column(name).to_numpy() for name in ("activity__n", beside.name)]
+    assert (both[0] >= both[1]).all()
+    assert (both[0] > both[1]).any(), "30 days beside 7"
+
+
+def test_a_version_is_stale_if_its_view_is_gone_or_means_something_else() -> None:
+    old = FeatureView("activity", version=1, source=ORDERS, entity=USER, features={"n": Count()})
+    new = FeatureView("activity", version=2, source=ORDERS, entity=USER, features={"n": Count()})
+    changed = FeatureView("activity", version=1, source=ORDERS, entity=USER, features={"n": Count(window="7d")})
+    lacking = FeatureView("activity", version=1, source=ORDERS, entity=USER, features={"m": Count()})
+    version = _trained(("activity__n",), old)
+    for declared in ({}, {new.ref: new}, {changed.ref: changed}, {lacking.ref: lacking}):
+        with pytest.raises(StaleVersionError, match="activity@1"):
+            version_features(version, declared)
+    assert version_features(version, {old.ref: old, new.ref: new})[0].view is old
 
 
 def test_events_appended_after_the_rows_were_asked_for_are_in_no_bucket(tmp_path: Path) -> None:
