@@ -126,7 +126,7 @@ def prune(
         raise HistoryNeededError(of, format_instant(before_us)[:10], told)
     counts: dict[str, int] = {}
     done, vacuumed = Erased(), 0
-    hours = -(-parse_duration_us(storage.vacuum_after) // US_PER_HOUR)
+    hours = 0 if storage.vacuum_after is None else -(-parse_duration_us(storage.vacuum_after) // US_PER_HOUR)
     for source in sources:
         doomed = _before(source, before_us)
         for entity in source.entities:

@@ -76,7 +76,7 @@ class StorageSettings(_Section):
     options: dict[str, str] = Field(default_factory=dict, repr=False)  # may hold secrets
     buckets: Annotated[int, Field(ge=1, le=4096)] = 16
     retention: str | None = None
-    vacuum_after: str = "1d"
+    vacuum_after: str | None = "1d"
 
     _check = field_validator("retention", "vacuum_after")(
         lambda value: None if value is None else _checked(value, parse_duration_us)
