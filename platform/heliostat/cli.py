@@ -252,11 +252,15 @@ def features_get(
         text = declared.entity.text(entity)
         limits = RingLimits.of(workspace.settings.ingestion)
         n_buckets = workspace.settings.storage.buckets
-        online = workspace.online
-        reader = FeatureReader(list(declared), keys=online.keys, n_buckets=n_buckets, limits=limits)
+        online, stored = workspace.online, declared.stored_features
+        refs = [declared[name] for name in stored]
+        reader = FeatureReader(refs, keys=online.keys, n_buckets=n_buckets, limits=limits)
         now_us = workspace.clock.now_us()
         batch, _ = reader.read(online, [text], as_of_us=now_us)
-    values = dict(zip(declared.feature_names, batch.matrix[0].tolist(), strict=True))
+        values: dict[str, Any] = dict(zip(stored, batch.matrix[0].tolist(), strict=True))
+        for name in declared.categorical:
+            (known,) = workspace.categories.texts(declared, name, batch.matrix[0, [stored.index(name)]])
+            values[name] = values[name] if known is None else known
     document = {
         "view": declared.ref,
         "entity": text,

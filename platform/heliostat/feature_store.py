@@ -112,7 +112,8 @@ class FeatureStore:
     def register(self, declared: Sequence[object] | Definitions) -> Plan:
         """Register declarations beside those that are there, in one transaction; nothing is retired.
 
-        Sink, gateway and jobs are other processes: they know what the definitions module declares.
+        Sink, gateway and jobs are other processes: they know what the definitions module declares. What it
+        lacks is retired by the next `heliostat apply`, unless a serving model reads it.
 
         Args:
             declared: Views, models, sources, entities; what they refer to is taken along.

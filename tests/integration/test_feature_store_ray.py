@@ -44,6 +44,7 @@ def _table(dataset: ray.data.Dataset) -> pa.Table:
     return pa.concat_tables(dataset.iter_batches(batch_format="pyarrow", batch_size=None)).sort_by("customer_id")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", ["write_online", "write_offline"])
 def test_a_dataset_is_written_by_tasks_and_read_back_as_a_dataset(store: FeatureStore, write: str) -> None:
     done = getattr(store, write)(_blocks(_rows()), "scores", WHEN)

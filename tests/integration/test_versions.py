@@ -204,6 +204,29 @@ def test_a_live_event_reaches_the_rings_of_both_versions(project: Project) -> No
         assert counts[1] == counts[0] + 1, view
 
 
+def test_the_gateway_lists_and_searches_features_of_all_versions(project: Project) -> None:
+    _first_version_serves(project)
+    with project.open(BOTH) as workspace:
+        workspace.features.apply(workspace.definitions)
+
+    async def scenario(client: httpx.AsyncClient) -> tuple[list[Any], list[Any]]:
+        every, found = await client.get("/features"), await client.get("/features", params={"search": "count 90d"})
+        assert (every.status_code, found.status_code) == (200, 200)
+        return every.json()["features"], found.json()["features"]
+
+    every, found = project.serve(BOTH, scenario)
+    assert [each["ref"] for each in every] == [
+        "recent@1__count",
+        "recent@1__amount",
+        "recent@2__count",
+        "recent@2__amount",
+        "recent@2__bought",
+    ]
+    (one,) = found
+    assert (one["ref"], one["used_by"], one["versions"]) == ("recent@1__count", [], ["churn@1"])
+    assert (one["source"], one["columns"], one["entity"]) == ("purchases", ["purchased_at"], "customer")
+
+
 def test_versions_are_told_apart_online_and_offline(project: Project) -> None:
     spine = pa.table({"customer_id": CUSTOMERS, "as_of": [parse_instant_us("1998-06-30")] * len(CUSTOMERS)})
     with project.open(BOTH) as workspace:
