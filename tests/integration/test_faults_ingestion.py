@@ -27,6 +27,7 @@ from heliostat.clock import US_PER_DAY, US_PER_HOUR, ManualClock, parse_instant_
 from heliostat.errors import OnlineStoreUnavailableError, StorageError
 from heliostat.features.aggregations import Count, Last, Max, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
+from heliostat.features.materialize import materialize
 from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
@@ -37,7 +38,7 @@ from heliostat.settings import OnlineSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
-from heliostat.storage.online_store import OnlineStore
+from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.streams import Streams
 
 NOW_US = parse_instant_us("2020-06-01T12:00:00")
@@ -126,10 +127,18 @@ class Shop:
         """Drain, and compare everything with what was accepted."""
         self.sink.drain_once()
         assert self.waiting == 0
+        self.check_log()
+        self.check_rings()
+
+    def check_log(self) -> None:
+        """Each accepted event is in it once, for each entity."""
         for entity in SALES.entities:
             ids = self.log.read(SALES, entity).column("event_id").to_pylist()
             assert len(ids) == len(set(ids))
             assert set(ids) == self.taken
+
+    def check_rings(self) -> None:
+        """What is read of them is what the kernel makes of the log."""
         limits = RingLimits.of(self.settings.ingestion)
         entities = {USER: [str(each) for each in range(USERS)], SHOP: [f"s{each}" for each in range(6)]}
         for view in VIEWS:
@@ -330,6 +339,33 @@ def test_a_server_that_is_killed_in_the_middle_of_batches_is_whole_once_they_are
             shop.sink.drain_once()
         shop.check()
     assert broken, "no batch was interrupted half way"
+
+
+def test_rings_of_a_server_whose_data_are_lost_are_rebuilt_from_the_log_and_sent_events_stay_known(
+    home: Path,
+) -> None:
+    with _own_server(home) as (server, shop):
+        shop.submit(sales(0, 500))
+        shop.check()
+        server.kill()
+        _until(lambda: EmbeddedServer.running(home) is None)
+        shutil.rmtree(home / "valkey" / "appendonlydir")
+        server.restart()
+        assert shop.online.client.dbsize() == 0
+        materialize(
+            VIEWS,
+            event_log=shop.log,
+            online=OnlineConfig.of(shop.settings),
+            as_of_us=NOW_US,
+            limits=RingLimits.of(shop.settings.ingestion),
+            present=True,
+            on_ray=False,
+        )
+        shop.check_rings()
+        recent = [each for each in sales(0, 500) if each["at"] > NOW_US - US_PER_DAY]
+        assert set(shop.submit(recent)) == {"duplicate"}
+        shop.submit(sales(500, 100))
+        shop.check()
 
 
 # ── A full disk ──────────────────────────────────────────────────────────────────────
