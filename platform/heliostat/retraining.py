@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from heliostat.clock import US_PER_DAY, format_duration, format_instant, parse_duration_us
 from heliostat.errors import GateFailedError, RolloutError
 from heliostat.models.definitions import ModelSpec
+from heliostat.monitoring.checks import run_checks
 from heliostat.monitoring.performance import watermark_us
 from heliostat.monitoring.verdict import Severity, Verdict, latest
 from heliostat.settings import RetrainingSettings
@@ -275,6 +276,8 @@ def retrain(
     instant whose labels are known and learn from those before it: the same instants again would
     give the same model again. The run is kept in the catalog, also if it fails.
 
+    If the gate asks for parity, what production was served lately is looked at first: run the sink before.
+
     Args:
         workspace: The stores and the declarations.
         decision: Why; kept as evidence. Whether it is due is the caller's to look at.
@@ -292,6 +295,8 @@ def retrain(
     if route is not None and route.is_split:
         raise RolloutError(model, "retrain", f"split {route.salt!r} is running", "stop it first: its arms must stay")
     catalog, clock = workspace.catalog, workspace.clock
+    if workspace.definitions.model(model).gate.max_parity_mismatch is not None and decision.version is not None:
+        run_checks(workspace, workspace.settings, ["parity"], model=model, version=decision.version)
     with catalog.write() as rows:
         run = rows.start_run(RUN_KIND, model, started_us=clock.now_us())
     try:

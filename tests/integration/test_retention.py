@@ -156,10 +156,13 @@ class Outcome:
     error: str
 
 
+Shell = Callable[..., Outcome]
+
+
 @pytest.fixture
 def heliostat(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., Outcome]]:
+) -> Iterator[Shell]:
     logger = logging.getLogger("heliostat")
     before = logger.handlers, logger.level, logger.propagate
     monkeypatch.chdir(ROOT)

@@ -169,12 +169,22 @@ class Gate:
             difference may be.
         max_calibration_error: Expected calibration error at most this (binary objectives).
         max_latency_ms: Median of scoring one row, milliseconds, at most this.
+        max_parity_mismatch: What production was served lately must be what training would have seen: the share
+            of any feature's values that differ, by the newest parity check; None: isn't asked.
     """
 
     min_metric: float | None = None
     max_regression: float = 0.02
     max_calibration_error: float | None = 0.1
     max_latency_ms: float | None = 20.0
+    max_parity_mismatch: float | None = None
+
+    def describe(self) -> dict[str, float | None]:
+        """A JSON document; what nobody asks for isn't in it, so that a model of an earlier release stays the same."""
+        document = asdict(self)
+        if self.max_parity_mismatch is None:
+            del document["max_parity_mismatch"]
+        return document
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +301,7 @@ class ModelSpec:
             "params": dict(self.params),
             "search_space": {name: list(values) for name, values in self.search_space.items()},
             "population": asdict(self.population),
-            "gate": asdict(self.gate),
+            "gate": self.gate.describe(),
         }
 
     @property

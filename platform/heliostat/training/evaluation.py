@@ -69,11 +69,42 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """What is known of training-serving skew.
+
+    Attributes:
+        share: The largest share of a feature's served values that differ without an explanation; None: unknown.
+        problem: Why it is unknown.
+    """
+
+    share: float | None
+    problem: str = ""
+
+    @classmethod
+    def of(cls, verdict: Mapping[str, Any] | None, *, version: int, at_us: int, oldest_us: int) -> Parity:
+        """From the newest stored parity verdict on a version.
+
+        Args:
+            verdict: Its document, None if there is none.
+            version: The version that serves.
+            at_us: When the verdict was concluded.
+            oldest_us: Verdicts from before this instant count no more.
+        """
+        if verdict is None:
+            return cls(None, f"no parity check has looked at version {version}, which serves")
+        if at_us < oldest_us:
+            return cls(None, f"the last parity check of version {version} is of {format_instant(at_us)}")
+        rates = [each["evidence"].get("unexplained_rate") for each in verdict["findings"]]
+        known = [float(rate) for rate in rates if rate is not None]
+        return cls(max(known)) if known else cls(None, f"the parity check of version {version} couldn't say anything")
+
+
+@dataclass(frozen=True)
 class GateCheck:
     """One condition of the gate.
 
     Attributes:
-        name: ``minimum``, ``calibration``, ``production``, ``slice <name>``, ``signature``, ``latency``.
+        name: ``minimum``, ``calibration``, ``production``, ``slice <name>``, ``signature``, ``latency``, ``parity``.
         passed: Whether it holds.
         value: What was seen; None if it couldn't be.
         limit: What it is held against; None where there is no number.
@@ -155,6 +186,7 @@ def judge(
     production: FloatArray | None = None,
     incomparable: str | None = None,
     latency_ms: float | None = None,
+    parity: Parity | None = None,
     slice_margin: float = SLICE_MARGIN,
     seed: int = 0,
 ) -> GateReport:
@@ -174,6 +206,7 @@ def judge(
         incomparable: Why there is a production version but no scores of it; that fails the gate: only a
             person or an experiment can say that the candidate is no worse.
         latency_ms: Median of scoring one row; None: it wasn't measured.
+        parity: What the newest parity check said of the production version; None: nothing serves.
         slice_margin: How much worse than production a slice may be.
         seed: Of the resampling.
     """
@@ -192,7 +225,20 @@ def judge(
         limit = spec.gate.max_latency_ms
         reason = f"scoring one row takes {latency_ms:.3g} ms, at most {limit:g} ms are allowed"
         checks.append(GateCheck("latency", latency_ms <= limit, latency_ms, limit, reason))
-    return GateReport(tuple(checks))
+    return GateReport((*checks, *_parity_checks(spec.gate, parity)))
+
+
+def _parity_checks(gate: Gate, parity: Parity | None) -> list[GateCheck]:
+    limit = gate.max_parity_mismatch
+    if limit is None:
+        return []
+    if parity is None:
+        return [GateCheck("parity", True, None, limit, "nothing is served yet, so nothing can differ from training")]
+    if parity.share is None:
+        fix = "run jobs/monitor_model.py --check parity, after the sink"
+        return [GateCheck("parity", False, None, limit, f"{parity.problem}; {fix}")]
+    reason = f"{parity.share:.3%} of the served values of a feature differ from training's, at most {limit:.3%} may"
+    return [GateCheck("parity", parity.share <= limit, parity.share, limit, reason)]
 
 
 def _signature_check(spec: ModelSpec, signature: Sequence[str]) -> GateCheck:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.clock import format_instant, parse_instant_us
+from heliostat.clock import format_instant, parse_duration_us, parse_instant_us
 from heliostat.errors import StaleVersionError
 from heliostat.features.definitions import FeatureRef, request_types
 from heliostat.models.categories import Categories
@@ -40,6 +40,7 @@ from heliostat.training.dataset import (
 from heliostat.training.evaluation import (
     Evaluation,
     GateReport,
+    Parity,
     Rows,
     SingleFeatureBaseline,
     baseline_feature,
@@ -261,6 +262,7 @@ def conclude(
         production=None if production is None else production.scores(training_set),
         incomparable=None if production is None else production.problem,
         latency_ms=_latency_ms(candidate, validation.matrix),
+        parity=None if production is None else _parity(workspace, spec, production.version),
         seed=settings.seed,
     )
     baseline = _baseline(spec, training_set, rows, scores, column)
@@ -284,6 +286,15 @@ def conclude(
         gate=gate,
         compared_with=compared_with,
     )
+
+
+def _parity(workspace: Workspace, spec: ModelSpec, version: int) -> Parity:
+    """What the newest parity check said of the version that serves."""
+    with workspace.catalog.read() as rows:
+        found = rows.verdicts(spec.name, version=version, kind="parity", limit=1)
+    oldest_us = workspace.clock.now_us() - parse_duration_us(workspace.configured.monitoring.window)
+    at_us = found[0].at_us if found else 0
+    return Parity.of(found[0].document if found else None, version=version, at_us=at_us, oldest_us=oldest_us)
 
 
 def promote_candidate(

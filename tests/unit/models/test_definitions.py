@@ -18,7 +18,7 @@ from heliostat.errors import (
     UnknownViewError,
     WindowError,
 )
-from heliostat.models.definitions import Definitions
+from heliostat.models.definitions import Definitions, Gate
 
 
 def spec(**changes: object) -> ModelSpec:
@@ -152,3 +152,8 @@ def test_a_pinned_view_is_the_same_view_under_columns_that_carry_its_version() -
     assert view["count"].name == "recent__count"
     assert (view.pinned.ref, view.pinned.content_hash) == (view.ref, view.content_hash)
     assert view.pinned is view.pinned.pinned is view.pinned
+
+
+def test_gate_that_asks_for_nothing_new_is_described_as_ever() -> None:
+    assert "max_parity_mismatch" not in Gate().describe()
+    assert Gate(max_parity_mismatch=0.01).describe()["max_parity_mismatch"] == 0.01

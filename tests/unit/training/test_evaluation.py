@@ -14,6 +14,7 @@ from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.models.definitions import Gate, Label, ModelSpec
 from heliostat.training.evaluation import (
     GateReport,
+    Parity,
     Rows,
     SingleFeatureBaseline,
     baseline_feature,
@@ -140,6 +141,34 @@ def test_booster_with_other_features_fails_and_the_reason_names_them() -> None:
 def test_slow_candidate_fails() -> None:
     rows, scores = _rows()
     assert _failed(_judge(_spec(gate=Gate(max_latency_ms=1.0)), rows, scores, latency_ms=1.5)) == ["latency"]
+
+
+@pytest.mark.parametrize(
+    ("parity", "passed", "told"),
+    [
+        (None, True, "nothing is served yet"),
+        (Parity(0.001), True, "0.100% of the served values"),
+        (Parity(0.02), False, "2.000% of the served values of a feature differ from training's, at most 0.500% may"),
+        (Parity(None, "no parity check"), False, "no parity check; run jobs/monitor_model.py --check parity"),
+    ],
+)
+def test_gate_that_asks_for_parity_wants_what_was_served_to_be_what_training_saw(
+    parity: Parity | None, passed: bool, told: str
+) -> None:
+    rows, scores = _rows()
+    asked = _judge(_spec(gate=Gate(max_parity_mismatch=0.005)), rows, scores, parity=parity)
+    assert (asked.passed, asked.checks[-1].name) == (passed, "parity")
+    assert told in asked.checks[-1].reason
+    assert "parity" not in {check.name for check in _judge(_spec(), rows, scores, parity=parity).checks}
+
+
+def test_parity_is_the_worst_feature_of_a_verdict_that_is_new_enough() -> None:
+    findings = [{"evidence": {"unexplained_rate": rate}} for rate in (0.0, 0.25, 0.01)] + [{"evidence": {}}]
+    told = {"version": 3, "at_us": 100, "oldest_us": 100}
+    assert Parity.of({"findings": findings}, **told).share == 0.25
+    assert Parity.of({"findings": findings}, version=3, at_us=99, oldest_us=100).share is None
+    assert "couldn't say anything" in Parity.of({"findings": [{"evidence": {}}]}, **told).problem
+    assert "no parity check has looked at version 3" in Parity.of(None, version=3, at_us=0, oldest_us=0).problem
 
 
 def test_report_is_json_with_every_check() -> None:
