@@ -39,7 +39,7 @@ from heliostat.features.bucket_join import (
     spine_instants_us,
 )
 from heliostat.features.definitions import FeatureRef, FeatureView
-from heliostat.features.frames import as_table, is_dataset, keys_frame, like, ray_is_connected, with_columns
+from heliostat.features.frames import Asked, as_table, is_dataset, ray_is_connected, some_columns, with_columns
 from heliostat.features.materialize import materialize
 from heliostat.features.metadata import FeatureMetadata
 from heliostat.features.precomputed import PrecomputedView
@@ -76,6 +76,7 @@ class FeatureStore:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
+        self._lookups: dict[tuple[tuple[str, ...], tuple[str, ...] | None], OnlineLookup] = {}
 
     @classmethod
     def open(cls, settings: Settings | None = None, *, definitions: Sequence[object] | None = None) -> Self:
@@ -129,6 +130,7 @@ class FeatureStore:
         plan = self._workspace.features.apply(new, keep=True)
         merged = Definitions.of([*_all(new), *known], merge=True)
         self._workspace.definitions = merged
+        self._lookups.clear()
         return plan
 
     def features(self, text: str = "") -> tuple[FeatureMetadata, ...]:
@@ -240,14 +242,19 @@ class FeatureStore:
             StorageError: If the store doesn't answer.
         """
         declared = [self.view(each) for each in ([views] if isinstance(views, str | FeatureView) else views)]
-        lookup = OnlineLookup(
-            _named(declared, names), names is not None, self._workspace.settings, self._workspace.clock.now_us()
-        )
+        lookup, now_us = self._lookup(declared, names), self._workspace.clock.now_us()
         if is_dataset(entities):
-            return entities.map_batches(lookup, batch_format="pyarrow", batch_size=ROWS_AT_ONCE)
-        frame = keys_frame(entities, {each.entity.name: each.entity for each in declared})
-        columns = lookup.columns(as_table(frame), self._workspace.online)
-        return with_columns(frame, columns)
+            task = OnlineLookup(lookup.features, lookup.explicit, lookup.settings, now_us)
+            return entities.map_batches(task, batch_format="pyarrow", batch_size=ROWS_AT_ONCE)
+        asked = Asked.of(entities, lookup.entities, lookup.inputs)
+        return asked.answer(lookup.columns(asked.table, self._workspace.online, now_us))
+
+    def _lookup(self, views: Sequence[FeatureView], names: Sequence[str] | None) -> OnlineLookup:
+        """The plan of a read; each is made once."""
+        key = tuple(view.prefix for view in views), None if names is None else tuple(names)
+        if key not in self._lookups:
+            self._lookups[key] = OnlineLookup(_named(views, names), names is not None, self._workspace.settings)
+        return self._lookups[key]
 
     def get_historical(
         self, spine: Frame, features: Sequence[FeatureLike], *, as_of: str = AS_OF, known_at: Instant | None = None
@@ -274,9 +281,10 @@ class FeatureStore:
             from heliostat.features.point_in_time import historical_features
 
             return historical_features(spine, asked, log, as_of=as_of, known_at_us=known_at_us)
-        table = as_table(spine, what="the spine")
         joins = entity_joins(asked, log, known_at_us)
-        check_spine(table.column_names, joins, as_of)
+        names = [name for join in joins for name in (*join.entity.key_columns, *join.request)]
+        table = some_columns(spine, [as_of, *names], what="the spine")
+        check_spine(_column_names(spine), joins, as_of)
         columns: dict[str, Any] = {ref.name: np.full(table.num_rows, np.nan) for ref in single_features(asked)}
         if table.num_rows:
             as_of_us = spine_instants_us(table, as_of)
@@ -316,9 +324,10 @@ class FeatureStore:
             kept = KeptVectors.of(declared, log, snapshots, span, ids)
             parts = [pa.table({"part": [part]}) for part in kept.parts]
             return ray.data.from_arrow(parts).map_batches(kept, batch_format="pyarrow", batch_size=None)
-        frame = None if entities is None else keys_frame(entities, {declared.entity.name: declared.entity})
-        kept = KeptVectors.of(declared, log, snapshots, span, None if frame is None else as_table(frame))
-        return like(frame, kept(pa.table({"part": pa.array(kept.parts, pa.int64())})))
+        asked = None if entities is None else Asked.of(entities, {declared.entity.name: declared.entity})
+        kept = KeptVectors.of(declared, log, snapshots, span, None if asked is None else asked.table)
+        found = kept(pa.table({"part": pa.array(kept.parts, pa.int64())}))
+        return found if asked is None else asked.like(found)
 
     # ── Names ────────────────────────────────────────────────────────────────────
 
@@ -330,7 +339,8 @@ class FeatureStore:
         """
         if isinstance(view, FeatureView):
             found = self.definitions.views.get(view.ref)
-            if found is None or found.content_hash != view.content_hash:
+            same = found is not None and view in (found, found.pinned)
+            if found is None or not (same or found.content_hash == view.content_hash):
                 raise UnknownViewError(view.ref, tuple(self.definitions.views))
             return found.pinned if view.prefix == view.ref else found
         declared = self.definitions.view(view)
@@ -357,6 +367,10 @@ def _identity(declared: Any) -> tuple[str, str]:  # noqa: ANN401 - any declarati
     if isinstance(declared, FeatureView):
         return "view", declared.ref
     return type(declared).__name__, declared.name
+
+
+def _column_names(frame: object) -> list[str]:
+    return list(frame.column_names) if isinstance(frame, pa.Table) else [str(name) for name in frame.columns]  # type: ignore[attr-defined]
 
 
 def _named(views: Sequence[FeatureView], names: Sequence[str] | None) -> list[FeatureRef]:

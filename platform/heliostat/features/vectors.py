@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any, Self, TypeAlias
 
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import UnknownTableError
-from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
+from heliostat.features.definitions import Entity, FeatureRef, FeatureView
 from heliostat.features.frames import with_columns
 from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.precomputed import COMPUTED_AT, PrecomputedView
@@ -109,31 +109,46 @@ class OnlineLookup:
         features: Which.
         explicit: Whether all of them are wanted, or just those whose inputs a table brings.
         settings: Name the store.
-        now_us: The instant of the vectors.
+        now_us: The instant of the vectors that `__call__` appends.
     """
 
     features: Sequence[FeatureRef]
     explicit: bool
     settings: Settings
-    now_us: int
+    now_us: int = 0
+    _readers: dict[tuple[str, ...], FeatureReader] = field(default_factory=dict, repr=False)
 
-    def columns(self, table: pa.Table, store: OnlineStore) -> dict[str, Any]:
+    @property
+    def entities(self) -> dict[str, Entity]:
+        """Whose keys are needed, by name."""
+        return {ref.view.entity.name: ref.view.entity for ref in self.features}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The columns that features may take from a request."""
+        return tuple(name for ref in self.features for name in ref.view.request_of([ref.feature]))
+
+    def columns(self, table: pa.Table, store: OnlineStore, now_us: int) -> dict[str, Any]:
         """Features, and which views are absent, by column; shape ``(n,)`` each."""
-        known = set(table.column_names)
-        chosen = [ref for ref in self.features if self.explicit or ref.view.request_of([ref.feature]).keys() <= known]
-        inputs = request_columns(table, request_types(chosen), what="the frame")
-        entities = {ref.view.entity.name: ref.view.entity for ref in chosen}
-        texts = {name: _texts(entity, table) for name, entity in entities.items()}
-        reader = FeatureReader.open(chosen, self.settings)
-        batch, _ = reader.read(store, texts, as_of_us=self.now_us, inputs=inputs)
+        reader, prefixes = self._planned(tuple(table.column_names))
+        inputs = request_columns(table, reader.request, what="the frame")
+        texts = {name: _texts(entity, table) for name, entity in reader.entities.items()}
+        batch, _ = reader.read(store, texts, as_of_us=now_us, inputs=inputs)
         columns: dict[str, Any] = {name: batch.matrix[:, at] for at, name in enumerate(batch.names)}
-        prefixes = list(dict.fromkeys(ref.view.prefix for ref in chosen))
         return columns | {f"{prefix}__{IS_ABSENT}": batch.absent[:, at] for at, prefix in enumerate(prefixes)}
+
+    def _planned(self, names: tuple[str, ...]) -> tuple[FeatureReader, list[str]]:
+        """Reads what a table with such columns can have, and what its views' columns begin with."""
+        known = set(names)
+        chosen = [ref for ref in self.features if self.explicit or ref.view.request_of([ref.feature]).keys() <= known]
+        if names not in self._readers:
+            self._readers[names] = FeatureReader.open(chosen, self.settings)
+        return self._readers[names], list(dict.fromkeys(ref.view.prefix for ref in chosen))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """The block with `columns`, for Ray Data."""
         with OnlineStore.open(self.settings) as store:
-            return with_columns(block, self.columns(block, store))
+            return with_columns(block, self.columns(block, store, self.now_us))
 
 
 def _texts(entity: Entity, table: pa.Table) -> list[str]:
