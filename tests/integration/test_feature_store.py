@@ -238,6 +238,18 @@ def test_what_is_written_offline_is_read_online_once_it_is_materialized(store: F
     assert store.get_online([1], "scores")["scores__risk"].tolist() == [0.3]
 
 
+@pytest.mark.parametrize("day", ["2026-04-10", "2026-05-01"])
+def test_a_materialization_before_the_sink_loses_nothing_that_was_written_online(
+    store: FeatureStore, day: str
+) -> None:
+    store.write_offline(_scores((1, "2026-04-05", 0.1), (2, "2026-04-05", 0.2)), "scores")
+    store.write_online(_scores((1, day, 0.9)), "scores")
+    for _ in range(2):
+        store.materialize()
+        assert store.get_online([1, 2], "scores")["scores__risk"].tolist() == [0.9, 0.2]
+        store.flush()
+
+
 def test_the_newest_row_is_the_record_its_nulls_included(store: FeatureStore) -> None:
     store.write_online(_scores((1, "2026-04-20", 0.1), (1, "2026-04-25", None)), "scores")
     store.flush()
