@@ -32,6 +32,7 @@ from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
+from heliostat.ingestion.mending import RingMender
 from heliostat.ingestion.sink import Sink
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import OnlineSettings, Settings
@@ -110,7 +111,15 @@ class Shop:
 
     @property
     def sink(self) -> Sink:
-        return Sink(self.streams, self.log, OfflineStore(self.settings.data_root), [SALES], self.clock)
+        limits, online = RingLimits.of(self.settings.ingestion), OnlineConfig.of(self.settings)
+        return Sink(
+            self.streams,
+            self.log,
+            OfflineStore(self.settings.data_root),
+            [SALES],
+            self.clock,
+            mender=RingMender(self.streams, self.log, online, VIEWS, limits, self.clock),
+        )
 
     def submit(self, events: Sequence[dict[str, Any]]) -> list[str]:
         """Send events; remember those whose acceptance somebody has been told of."""
@@ -274,6 +283,55 @@ def test_a_batch_that_is_sent_twice_counts_once_before_and_after_the_sink_has_mo
     shop.check()
 
 
+def test_an_event_of_long_ago_that_is_sent_again_counts_once_when_the_sink_has_seen_it(shop: Shop) -> None:
+    """Whether it came from a file or live: no server remembers ids for ever."""
+    old = {"event_id": "old", "user_id": 3, "shop": "s1", "at": NOW_US - 10 * US_PER_DAY, "sum": 5.0}
+    recent = {**old, "event_id": "recent", "at": NOW_US - US_PER_HOUR}
+    shop.log.append(SALES, pa.Table.from_pylist([old, recent], schema=SALES.schema), ingested_us=NOW_US)
+    shop.taken |= {"old", "recent"}
+    shop.submit(sales(0, 50))
+    shop.sink.drain_once()
+    _materialize(shop)
+    shop.check_rings()
+    assert shop.submit([recent]) == ["duplicate"]
+    assert shop.submit([old]) == ["accepted"]  # the log will know better
+    with pytest.raises(AssertionError):
+        shop.check_rings()
+    shop.check()
+    assert shop.streams.noted() == []
+
+
+def test_a_sink_that_is_killed_before_it_has_mended_a_ring_leaves_a_note(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.submit(sales(0, 50))
+    shop.check()
+    shop.online.client.delete(*shop.online.client.keys(f"{shop.online.keys.root}:d:*"))  # their ids are forgotten
+    assert "duplicate" not in shop.submit(sales(0, 50))
+
+    def die(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RingMender, "mend", die)
+        with pytest.raises(KeyboardInterrupt):
+            shop.sink.drain_once()
+    assert shop.waiting == 0
+    assert len(shop.streams.noted()) > 20
+    shop.check()
+
+
+def _materialize(shop: Shop) -> None:
+    materialize(
+        VIEWS,
+        event_log=shop.log,
+        online=OnlineConfig.of(shop.settings),
+        as_of_us=NOW_US,
+        limits=RingLimits.of(shop.settings.ingestion),
+        on_ray=False,
+    )
+
+
 # ── The server ───────────────────────────────────────────────────────────────────────
 
 
@@ -352,15 +410,7 @@ def test_rings_of_a_server_whose_data_are_lost_are_rebuilt_from_the_log_and_sent
         shutil.rmtree(home / "valkey" / "appendonlydir")
         server.restart()
         assert shop.online.client.dbsize() == 0
-        materialize(
-            VIEWS,
-            event_log=shop.log,
-            online=OnlineConfig.of(shop.settings),
-            as_of_us=NOW_US,
-            limits=RingLimits.of(shop.settings.ingestion),
-            present=True,
-            on_ray=False,
-        )
+        _materialize(shop)
         shop.check_rings()
         recent = [each for each in sales(0, 500) if each["at"] > NOW_US - US_PER_DAY]
         assert set(shop.submit(recent)) == {"duplicate"}

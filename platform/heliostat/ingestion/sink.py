@@ -22,15 +22,18 @@ import pyarrow as pa
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, Clock, parse_duration_us, parse_instant_us
 from heliostat.errors import StaleProgressError, StorageError, StreamEntryError
-from heliostat.features.definitions import EventSource
+from heliostat.features.definitions import EventSource, FeatureView
+from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.checking import EventCheck
 from heliostat.ingestion.lease import SinkLease
+from heliostat.ingestion.mending import RingMender
 from heliostat.schema import INGESTED
 from heliostat.settings import Settings
 from heliostat.storage.delta import Progress, StreamId
 from heliostat.storage.erasure import vacuum
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
+from heliostat.storage.online_store import OnlineConfig
 from heliostat.storage.streams import StreamName, Streams, events_from, rows_from
 
 _log = logging.getLogger(__name__)
@@ -39,9 +42,10 @@ _ENTRIES_A_STREAM = 10_000
 _TRIES = 5
 _COMMITS_A_COMPACTION = 50
 _LONGEST_PAUSE_S = 30.0
-# How often it is said that another sink runs, and how often old files are deleted.
+# How often it is said that another sink runs, old files are deleted, and rings are mended.
 _SAID_EVERY_S = 60.0
 _VACUUM_EVERY_S = 3600.0
+_MEND_EVERY_S = 5.0
 
 # Whether an event came from the future was judged when it was taken in.
 _END_OF_TIME_US = parse_instant_us("9999-12-31")
@@ -89,6 +93,11 @@ class _Declared(Protocol):
         """The declared event sources, by name."""
         ...
 
+    @property
+    def views(self) -> Mapping[str, FeatureView]:
+        """All versions of all views."""
+        ...
+
 
 class SinkStores(Protocol):
     """What the sink needs of a workspace."""
@@ -116,6 +125,11 @@ class SinkStores(Protocol):
         ...
 
     @property
+    def online_config(self) -> OnlineConfig:
+        """How to reach the rings."""
+        ...
+
+    @property
     def definitions(self) -> _Declared:
         """What is declared."""
         ...
@@ -132,6 +146,7 @@ class Sink:
         sources: The declared event sources.
         clock: Tells when an unreadable entry was put aside.
         vacuum_after_us: How long files that were merged stay for those that still read them, microseconds.
+        mender: Makes rings anew that have taken in what the log had already; None: nobody does.
     """
 
     streams: Streams
@@ -140,19 +155,30 @@ class Sink:
     sources: Sequence[EventSource]
     clock: Clock
     vacuum_after_us: int = US_PER_DAY
+    mender: RingMender | None = None
     _commits: int = field(default=0, init=False)
+    _mended_s: float = field(default=-math.inf, init=False)
     _vacuumed_s: float = field(default=-math.inf, init=False)
 
     @classmethod
     def of(cls, stores: SinkStores) -> Self:
         """The sink of a workspace."""
+        kept = stores.settings.storage.vacuum_after
         return cls(
             streams=stores.streams,
             event_log=stores.event_log,
             offline_store=stores.offline_store,
             sources=tuple(stores.definitions.sources.values()),
             clock=stores.clock,
-            vacuum_after_us=parse_duration_us(stores.settings.storage.vacuum_after),
+            vacuum_after_us=0 if kept is None else parse_duration_us(kept),
+            mender=RingMender(
+                stores.streams,
+                stores.event_log,
+                stores.online_config,
+                stores.definitions.views.values(),
+                RingLimits.of(stores.settings.ingestion),
+                stores.clock,
+            ),
         )
 
     def run_forever(self, interval_s: float, stop: threading.Event) -> Drained:
@@ -206,6 +232,7 @@ class Sink:
             total += self._drain(partial(self._drain_events, source))
         for name in RECORDS:
             total += self._drain(partial(self._drain_records, name))
+        self._mend()
         self._compact()
         return total
 
@@ -247,6 +274,8 @@ class Sink:
                 ),
             )
             self._commits += 1
+            if self.mender is not None:  # before the trim: what is trimmed is never looked at again
+                self.mender.note(source, entity, result.repeated[entity.name])
             accepted, known = max(accepted, result.accepted), max(known, result.duplicates)
         moved = Drained(accepted, known, unreadable=unreadable, trimmed=self._trim(waiting))
         return moved, _full(waiting)
@@ -316,6 +345,14 @@ class Sink:
         if letters:
             _log.warning("%d entries for %s can't be applied; they are dead letters now", len(letters), name)
         self.offline_store.append_dead_letters(name, pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
+
+    def _mend(self) -> None:
+        """Make rings anew that have taken in an event which the log had already, a few seconds' worth at a time."""
+        if self.mender is None or time.monotonic() < self._mended_s + _MEND_EVERY_S:
+            return
+        self._mended_s = time.monotonic()
+        if entities := self.mender.mend():
+            _log.info("made the rings of %d entities anew: they were sent events that the log had already", entities)
 
     # ── Small files ──────────────────────────────────────────────────────────────
 

@@ -152,6 +152,13 @@ class EntityAppend:
         self._written: dict[int, AddAction | None] = {}
         self._rows: dict[int, int] = {}
         self._checked: dict[int, frozenset[str]] = {}
+        self._repeated: list[pa.Table] = []
+
+    @property
+    def repeated(self) -> pa.Table:
+        """Rows of streams that the table had already."""
+        empty = self._schema.empty_table().drop_columns([BUCKET])
+        return pa.concat_tables([*self._repeated, empty], promote_options="default")
 
     @property
     def accepted(self) -> int:
@@ -204,7 +211,10 @@ class EntityAppend:
             names = [name for name in stored.names if name != BUCKET]
             rows = self._table.read(table, [before.path], columns=names)
             kept = np.arange(rows.num_rows)
-        new = kept[~self._known(table, unchecked, rows.select([self._event_id, ID_HASH]).take(pa.array(kept)))]
+        known = self._known(table, unchecked, rows.select([self._event_id, ID_HASH]).take(pa.array(kept)))
+        if self._progress is not None and known.any():
+            self._repeated.append(rows.take(pa.array(kept[known])))
+        new = kept[~known]
         if before is not None:
             if len(new) == rows.num_rows:
                 return
@@ -215,9 +225,8 @@ class EntityAppend:
     def _write(self, bucket: int, rows: pa.Table, new: IntArray) -> AddAction:
         times = rows.column(self._event_time).cast(pa.int64()).to_numpy()[new]
         if len(new) > 1 and (np.diff(times) < 0).any():
-            new = new[
-                np.argsort(times)
-            ]  # the order of equal times means nothing; a stable sort takes ten times as long
+            # The order of equal times means nothing, and a stable sort takes ten times as long.
+            new = new[np.argsort(times)]
         chosen = rows if _is_all(new, rows.num_rows) else rows.take(pa.array(new))
         return self._table.write(
             chosen,

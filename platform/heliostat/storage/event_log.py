@@ -79,11 +79,13 @@ class AppendResult:
         accepted: Events that are new in at least one of the source's tables.
         duplicates: Events that were there already, or more than once in the append.
         versions: The version that holds them, by entity.
+        repeated: Events of streams that a table had already, by entity.
     """
 
     accepted: int
     duplicates: int
     versions: Mapping[str, int]
+    repeated: Mapping[str, pa.Table]
 
 
 class EventLog:
@@ -374,6 +376,7 @@ class BulkAppend:
         """
         accepted: list[int] = []
         versions: dict[str, int] = {}
+        repeated: dict[str, pa.Table] = {}
         for entity in self._entities:
             self._log.ensure_table(self._source, entity)
             append = EntityAppend(
@@ -387,7 +390,8 @@ class BulkAppend:
             )
             versions[entity.name] = append.commit()
             accepted.append(append.accepted)
-        return AppendResult(max(accepted), self.rows - max(accepted), versions)
+            repeated[entity.name] = append.repeated
+        return AppendResult(max(accepted), self.rows - max(accepted), versions, repeated)
 
 
 def stored_schema(source: SourceLike) -> pa.Schema:

@@ -178,6 +178,38 @@ class Streams:
             if self.client.get(key) == holder:
                 self.client.delete(key)
 
+    def note(self, notes: Sequence[bytes]) -> None:
+        """Remember what is left to do about events that were taken from the streams.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        with self._reported():
+            self.client.sadd(self._notes, *notes)
+
+    def noted(self) -> list[bytes]:
+        """What is left to do.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        with self._reported():
+            return sorted(self.client.smembers(self._notes))
+
+    def unnote(self, notes: Sequence[bytes]) -> None:
+        """Forget what is done.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        if notes:
+            with self._reported():
+                self.client.srem(self._notes, *notes)
+
+    @property
+    def _notes(self) -> str:
+        return f"{self.keys.root}:mend"
+
     def close(self) -> None:
         """Close all connections."""
         self.client.close()
