@@ -9,11 +9,18 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from heliostat import cluster
 from heliostat.settings import ClockSettings, OnlineSettings, RaySettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
+
+# How quick the machine is decides no test.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 # Before any test imports Ray.
 cluster.set_environment()
