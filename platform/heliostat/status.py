@@ -13,6 +13,7 @@ from heliostat.clock import format_instant
 from heliostat.errors import OnlineStoreUnavailableError
 from heliostat.settings import Settings
 from heliostat.storage.embedded import EmbeddedServer
+from heliostat.storage.late_events import late_events
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.workspace import Workspace
 
@@ -31,12 +32,13 @@ def status_of(workspace: Workspace) -> dict[str, Any]:
         "project": settings.project,
         "home": str(settings.home),
         "now": format_instant(workspace.clock.now_us()),
-        "online_store": url,
+        "online_store": None if url is None else _online(workspace, url).shown_url,
         "ray": os.environ.get("RAY_ADDRESS") or cluster.head_address(settings.home),
         "job_api": cluster.jobs_address(settings.home),
         "serving": _ready(settings),
         "views": sorted({info.view for info in workspace.features.features()}),
-        "materialized": {} if url is None else _materialized(workspace, url),
+        "materialized": {} if url is None else _materialized(workspace, _online(workspace, url)),
+        "late_events": {} if url is None else _late(_online(workspace, url)),
         "models": {
             name: {version.version: list(version.aliases) for version in workspace.models.list(name)}
             for name in workspace.models.models()
@@ -44,13 +46,26 @@ def status_of(workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def _materialized(workspace: Workspace, url: str) -> dict[str, Any]:
-    """The last materialization of each declared view: instant, log version, rings and duration."""
+def _online(workspace: Workspace, url: str) -> OnlineConfig:
     settings = workspace.configured
     online = settings.online.model_copy(update={"url": url})
+    return OnlineConfig.of(settings.model_copy(update={"online": online}))
+
+
+def _late(config: OnlineConfig) -> dict[str, Any]:
+    """Events that came too late for a ring, by source, since the online store's data began."""
+    try:
+        with OnlineStore(config) as store:
+            return dict(late_events(store))
+    except OnlineStoreUnavailableError:
+        return {}
+
+
+def _materialized(workspace: Workspace, config: OnlineConfig) -> dict[str, Any]:
+    """The last materialization of each declared view: instant, log version, rings and duration."""
     refs = [view.ref for view in workspace.definitions.views.values()]
     try:
-        with OnlineStore(OnlineConfig.of(settings.model_copy(update={"online": online}))) as store:
+        with OnlineStore(config) as store:
             found = store.read([store.keys.materialized(ref) for ref in refs])
     except OnlineStoreUnavailableError as error:
         return dict.fromkeys(refs, str(error))

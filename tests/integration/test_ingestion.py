@@ -29,11 +29,13 @@ from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.ingestion.sink import Drained, Sink
 from heliostat.schema import INGESTED, TIMESTAMP
 from heliostat.settings import OnlineSettings, Settings
+from heliostat.status import status_of
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore
 from heliostat.storage.streams import AsyncStreams, Streams, actual_record, event_entries
+from heliostat.workspace import Workspace
 from jobs import ingest_events
 
 NOW_US = parse_instant_us("1998-07-01")
@@ -96,12 +98,16 @@ def test_each_event_is_told_what_became_of_it(intake: Intake) -> None:
     assert "after now" in again[1].reason
 
 
-def test_event_that_is_too_old_for_a_ring_that_moved_on_is_late_and_still_history(intake: Intake, sink: Sink) -> None:
+def test_event_that_is_too_old_for_a_ring_that_moved_on_is_late_counted_and_still_history(
+    settings: Settings, intake: Intake, sink: Sink
+) -> None:
     limits = RingLimits(lateness_us=US_PER_DAY, future_tolerance_us=60 * US_PER_S)
     longest = ring_layout(VIEW, limits).groups[-1]
     intake.submit("sales", [event("new")])
     old_us = NOW_US - longest.n_slots * longest.hop_us  # the same slot, one turn of the ring before
     assert _statuses(intake.submit("sales", [event("old", at_us=old_us)])) == ["late"]
+    with Workspace.open(settings) as workspace:
+        assert status_of(workspace)["late_events"] == {"sales": 1}
     sink.drain_once()
     assert _ids(sink) == ["new", "old"]
 

@@ -7,6 +7,7 @@ refused with a reason. Both are idempotent on the event id.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -18,7 +19,12 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 
 from heliostat.clock import Clock
-from heliostat.errors import CatalogUnavailableError, TooManyEventsError, UnknownSourceError
+from heliostat.errors import (
+    CatalogUnavailableError,
+    OnlineStoreUnavailableError,
+    TooManyEventsError,
+    UnknownSourceError,
+)
 from heliostat.features.categories import CategoryDictionary
 from heliostat.features.definitions import EventSource, FeatureView
 from heliostat.features.live import LiveRings, remember_ms
@@ -28,6 +34,7 @@ from heliostat.ingestion.files import Batch, event_files, read_ahead, read_batch
 from heliostat.settings import IngestionSettings, Settings
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.event_updates import EventOutcome, EventUpdate
+from heliostat.storage.late_events import acount_late, count_late
 from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineStore
 from heliostat.storage.streams import event_entries
@@ -307,8 +314,11 @@ class Intake:
         batch = self._prepared(source, events)
         if self._categories is not None and batch.texts:
             _learn(self._categories, source, batch.texts)
-        outcomes = self._online.apply_events(batch.updates, remember_ms=self._remember_ms)
-        return _results(batch, outcomes)
+        results = _results(batch, self._online.apply_events(batch.updates, remember_ms=self._remember_ms))
+        if late := _late(results):
+            with contextlib.suppress(OnlineStoreUnavailableError):  # the events are in; their count is for people
+                count_late(self._online, source, late)
+        return results
 
     async def asubmit(self, source: str, events: Sequence[Any]) -> list[EventResult]:
         """As `submit`, for asyncio."""
@@ -317,8 +327,11 @@ class Intake:
         batch = self._prepared(source, events)
         if self._categories is not None and batch.texts:  # seldom: the first time that a process sees them
             await asyncio.to_thread(_learn, self._categories, source, batch.texts)
-        outcomes = await self._online.apply_events(batch.updates, remember_ms=self._remember_ms)
-        return _results(batch, outcomes)
+        results = _results(batch, await self._online.apply_events(batch.updates, remember_ms=self._remember_ms))
+        if late := _late(results):
+            with contextlib.suppress(OnlineStoreUnavailableError):
+                await acount_late(self._online, source, late)
+        return results
 
     def _prepared(self, name: str, events: Sequence[Any]) -> _Batch:
         source = self._sources.get(name)
@@ -344,6 +357,10 @@ def _results(batch: _Batch, outcomes: Sequence[EventOutcome]) -> list[EventResul
     for row, reason in zip(batch.checked.rejected.tolist(), batch.checked.reasons, strict=True):
         results[row] = EventResult(_id_of(batch.events[row], batch.source), "rejected", reason)
     return [results[row] for row in range(len(batch.events))]
+
+
+def _late(results: Sequence[EventResult]) -> int:
+    return sum(each.status == "late" for each in results)
 
 
 def _id_of(event: Any, source: EventSource) -> int | str | None:  # noqa: ANN401 - whatever somebody sent

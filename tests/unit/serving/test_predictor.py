@@ -105,6 +105,7 @@ def test_the_log_has_what_the_model_saw_before_the_answer_leaves() -> None:
         "source": "model",
         "fallback": None,
         "given": [],
+        "inputs": None,
     }
     assert second["features"] == [0.0, 0.0, None, 0.0]
     assert second["missing"] == ["usage__mean"]
