@@ -110,7 +110,7 @@ class Min(Aggregation):
         return (State("min", "value", self.input),)
 
     def finalize(self, parts: Sequence[FloatArray], *, as_of_us: NDArray[np.int64] | int) -> FloatArray:  # noqa: ARG002
-        return np.where(np.isposinf(parts[0]), np.nan, parts[0])
+        return np.where(parts[0] == np.inf, np.nan, parts[0])
 
 
 class Max(Aggregation):
@@ -120,7 +120,7 @@ class Max(Aggregation):
         return (State("max", "value", self.input),)
 
     def finalize(self, parts: Sequence[FloatArray], *, as_of_us: NDArray[np.int64] | int) -> FloatArray:  # noqa: ARG002
-        return np.where(np.isneginf(parts[0]), np.nan, parts[0])
+        return np.where(parts[0] == -np.inf, np.nan, parts[0])
 
 
 class First(Aggregation):
@@ -216,7 +216,7 @@ class TimeSinceLast(Aggregation):
         return (State("max", "time", self.input),)
 
     def finalize(self, parts: Sequence[FloatArray], *, as_of_us: NDArray[np.int64] | int) -> FloatArray:
-        latest = np.where(np.isneginf(parts[0]), np.nan, parts[0])
+        latest = np.where(parts[0] == -np.inf, np.nan, parts[0])
         return (np.asarray(as_of_us, dtype=np.float64) - latest) / _UNITS_US[self.unit]
 
     def describe(self) -> dict[str, Any]:

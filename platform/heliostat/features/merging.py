@@ -6,14 +6,13 @@ Which slots count follows from the window contract, and a slot's number says whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from heliostat.features.aggregations import Aggregation, FloatArray, State
-from heliostat.features.states import emptied, merged_slots
+from heliostat.features.states import IDENTITY, UFUNCS, IntArray, Operator, merged_slots
 from heliostat.features.tiles import F8, LIFE, BoolArray, RingGroup, RingLayout, last_event
 
 
@@ -44,13 +43,16 @@ class _Window:
     Attributes:
         group: The ring.
         window_us: The window's length; None: all of the past.
-        sums: States that are added up and lie side by side: their columns, and where each result goes.
-        others: Other states: their columns, and where the result goes.
+        runs: States of one number that lie side by side and merge alike: how, their columns, and where the
+            results go.
+        edges: First and last values: their columns, and where the result goes.
+        others: Other states, the same.
     """
 
     group: RingGroup
     window_us: int | None
-    sums: tuple[tuple[slice, slice], ...]
+    runs: tuple[tuple[Operator, slice, slice], ...]
+    edges: tuple[tuple[State, slice, int], ...]
     others: tuple[tuple[State, slice, int], ...]
 
 
@@ -107,17 +109,73 @@ class MergePlan:
         for window in self._windows:
             ring = rings[window.group.label]
             mask = _mask(window.group, tiles[window.group.label], as_of_us, window.window_us)
-            if window.sums:
-                weights = mask.astype(np.float64)[:, None, :]
-                for place, results in window.sums:
-                    found[results] = _added_up(ring[:, :, place], mask, weights, expired)
+            if expired is not None:
+                mask[expired] = False
+            slots = _Slots.of(ring, mask)
+            for operator, place, results in window.runs:
+                found[results] = slots.folded(operator, place)
+            for state, place, result in window.edges:
+                found[result] = slots.edge(state, place)
             for state, place, result in window.others:
-                values = merged_slots(state, ring[:, :, place], mask)
-                found[result] = values if expired is None else emptied(state, values, expired)
+                found[result] = merged_slots(state, ring[:, :, place], mask)
         return found
 
 
 _NOTHING = np.empty(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """The slots of many rings that count, one after the other: the work follows the tiles in use.
+
+    Attributes:
+        ring: All slots, shape ``(n, n_slots, width)``.
+        mask: Which count, shape ``(n, n_slots)``.
+        rows: Those, shape ``(m, width)``.
+        some: Entities that have any; None: all of them.
+        starts: Where the rows of each of those begin.
+        counts: How many they are.
+    """
+
+    ring: FloatArray
+    mask: BoolArray
+    rows: FloatArray
+    some: IntArray | None
+    starts: IntArray
+    counts: IntArray
+
+    @classmethod
+    def of(cls, ring: FloatArray, mask: BoolArray) -> _Slots:
+        rows = ring.reshape(-1, ring.shape[2]).take(np.flatnonzero(mask), axis=0)
+        counts = np.add.reduce(mask, axis=1, dtype=np.int64)
+        starts = np.add.accumulate(counts) - counts
+        if np.logical_and.reduce(counts):
+            return cls(ring, mask, rows, None, starts, counts)
+        some = np.flatnonzero(counts)
+        return cls(ring, mask, rows, some, starts[some], counts[some])
+
+    def folded(self, operator: Operator, place: slice) -> list[FloatArray]:
+        """Neighbouring states of one number, merged: shape ``(n,)`` each."""
+        merged: FloatArray = UFUNCS[operator].reduceat(self.rows[:, place], self.starts, axis=0)
+        if self.some is not None:
+            whole = np.full((len(self.mask), merged.shape[1]), IDENTITY[operator])
+            whole[self.some] = merged
+            merged = whole
+        return list(merged.T)
+
+    def edge(self, state: State, place: slice) -> FloatArray:
+        """The first or last value, shape ``(n, 3)``."""
+        times = self.rows[:, place.start]
+        extreme = (np.minimum if state.op == "first" else np.maximum).reduceat(times, self.starts)
+        hits = np.flatnonzero(times == extreme.repeat(self.counts))
+        if len(hits) != len(self.starts):  # two slots share a time, or none of an entity's holds a value
+            return merged_slots(state, self.ring[:, :, place], self.mask)
+        merged: FloatArray = self.rows[hits, place]
+        if self.some is None:
+            return merged
+        whole = np.tile(state.empty, (len(self.mask), 1))
+        whole[self.some] = merged
+        return whole
 
 
 def _window(
@@ -126,24 +184,29 @@ def _window(
     states: Mapping[str, State],
     places: dict[tuple[str, int | None, str], int],
 ) -> _Window:
-    """Sorts states into sums and others, and numbers their results: sums that lie side by side in a row."""
-    added = [key for key, each in states.items() if each.width == 1 and each.merge_across == "add"]
-    added.sort(key=lambda key: group.columns[key].start)
-    sums: list[tuple[slice, slice]] = []
-    for key in added:
+    """Sorts states by how they merge, and numbers their results: those of a run one after the other."""
+    runs: list[tuple[Operator, slice, slice]] = []
+    edges: list[tuple[State, slice, int]] = []
+    others: list[tuple[State, slice, int]] = []
+    for key, state in sorted(states.items(), key=lambda each: group.columns[each[0]].start):
         column, result = group.columns[key], len(places)
         places[group.label, window_us, key] = result
-        if sums and sums[-1][0].stop == column.start:
-            before = sums.pop()
-            sums.append((slice(before[0].start, column.stop), slice(before[1].start, result + 1)))
+        if state.width > 1 or state.merge_across not in UFUNCS:
+            (edges if state.op in ("first", "last") else others).append((state, column, result))
+        elif (
+            runs
+            and runs[-1][0] == state.merge_across
+            and (runs[-1][1].stop, runs[-1][2].stop)
+            == (
+                column.start,
+                result,
+            )
+        ):
+            operator, before, results = runs.pop()
+            runs.append((operator, slice(before.start, column.stop), slice(results.start, result + 1)))
         else:
-            sums.append((column, slice(result, result + 1)))
-    others: list[tuple[State, slice, int]] = []
-    for key, state in states.items():
-        if key not in added:
-            others.append((state, group.columns[key], len(places)))
-            places[group.label, window_us, key] = len(places)
-    return _Window(group, window_us, tuple(sums), tuple(others))
+            runs.append((state.merge_across, column, slice(result, result + 1)))
+    return _Window(group, window_us, tuple(runs), tuple(edges), tuple(others))
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,29 +242,6 @@ def merge_rings(plan: MergePlan, rings: Mapping[str, FloatArray], *, as_of_us: i
             for name, (aggregation, places) in plan.features.items()
         }
     return Merged(columns, expired)
-
-
-def _added_up(
-    columns: FloatArray, mask: BoolArray, weights: FloatArray, expired: BoolArray | None
-) -> list[FloatArray]:
-    """Add states up that lie side by side: one product of the slots' weights (0 or 1) and their columns.
-
-    Args:
-        columns: Shape ``(n, n_slots, k)``.
-        mask: Slots that count, shape ``(n, n_slots)``.
-        weights: The same as numbers, shape ``(n, 1, n_slots)``.
-        expired: Rows that are empty whatever their slots hold; None: none.
-
-    Returns:
-        ``k`` arrays of shape ``(n,)``.
-    """
-    total = np.matmul(weights, columns)[:, 0]
-    if not math.isfinite(np.add.reduce(total, axis=None)):
-        # Perhaps a sum beyond 1e308 in a slot that doesn't count: 0 times infinity.
-        total = np.add.reduce(np.where(mask[:, :, None], columns, 0.0), axis=1)
-    if expired is not None:
-        total[expired] = 0.0
-    return list(total.T)
 
 
 def _mask(group: RingGroup, tiles: FloatArray, as_of_us: int, window_us: int | None) -> BoolArray:
