@@ -77,7 +77,7 @@ def up(
     settings = shell_settings(config, home)
     settings.home.mkdir(parents=True, exist_ok=True)
     if settings.online.url is None:
-        EmbeddedServer.ensure(settings.home, keep=True).close()
+        EmbeddedServer.ensure(settings.home, keep=True, fsync=settings.online.fsync).close()
         console.print("online store   embedded, running")
     address = os.environ.get("RAY_ADDRESS") or cluster.start_head(settings)
     console.print(f"ray            {address}")

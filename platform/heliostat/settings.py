@@ -96,6 +96,7 @@ class OnlineSettings(_Section):
     key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "hs"
     timeout_s: Annotated[float, Field(gt=0)] = 2.0
     max_connections: Annotated[int, Field(ge=1)] = 64
+    fsync: Literal["everysec", "always"] = "everysec"
 
     @field_validator("url")
     @classmethod

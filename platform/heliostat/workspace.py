@@ -82,7 +82,7 @@ class Workspace:
         """The settings, with the address of the online store written in: what other processes need."""
         if self._given.online.url is not None:
             return self._given
-        self._server = EmbeddedServer.ensure(self._given.home)
+        self._server = EmbeddedServer.ensure(self._given.home, fsync=self._given.online.fsync)
         online = self._given.online.model_copy(update={"url": self._server.url})
         return self._given.model_copy(update={"online": online})
 

@@ -262,3 +262,8 @@ def test_server_that_cannot_start_says_why_and_where_to_look(home: Path) -> None
     with pytest.raises(EmbeddedServerError, match=r"valkey\.log"):
         EmbeddedServer.ensure(home)
     assert EmbeddedServer.running(home) is None
+
+
+def test_what_is_accepted_is_synced_as_the_setting_says(home: Path) -> None:
+    with EmbeddedServer.ensure(home, fsync="always") as server, redis.Redis.from_url(server.url) as client:
+        assert client.config_get("appendfsync") == {"appendfsync": "always"}

