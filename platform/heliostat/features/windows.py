@@ -1,4 +1,4 @@
-"""The window contract: which events a query at an instant sees. See docs/concepts.md.
+"""The window contract: which events a query at an instant sees. See docs/window-contract.md.
 
 For a query instant ``q``, a window of length ``W`` and a hop ``h`` these are
 
