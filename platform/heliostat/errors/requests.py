@@ -1,0 +1,233 @@
+"""Requests that can't be read, answers that can't be given, and what a client hears of it."""
+
+from __future__ import annotations
+
+from heliostat.errors.base import HeliostatError, listed
+
+
+class RequestError(HeliostatError):
+    """A request can't be read."""
+
+    http_status = 400
+    exit_code = 3
+
+
+class BodyTooLargeError(RequestError):
+    """A request's body is larger than the limit."""
+
+    http_status = 413
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes)
+        self.limit_bytes = limit_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the body is larger than {self.limit_bytes} bytes; send fewer rows a request, "
+            "or raise serving.max_body_bytes"
+        )
+
+
+class TooManyEventsError(RequestError):
+    """A request carries more events than it may."""
+
+    http_status = 413
+
+    def __init__(self, given: int, limit: int) -> None:
+        super().__init__(given, limit)
+        self.given, self.limit = given, limit
+
+    def __str__(self) -> str:
+        return (
+            f"the request carries {self.given} events, and at most {self.limit} are taken at once; "
+            "send several requests, or raise ingestion.max_events_per_request"
+        )
+
+
+class MalformedBodyError(RequestError):
+    """A request's body can't be parsed at all."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the body is no JSON object ({self.reason}); send Content-Type: application/json and an object"
+
+
+class InvalidFieldError(RequestError):
+    """A field of a request has the wrong type, is missing, or isn't known."""
+
+    http_status = 422
+
+    def __init__(self, field: str, problem: str, expected: str) -> None:
+        super().__init__(field, problem, expected)
+        self.field, self.problem, self.expected = field, problem, expected
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.problem}; expected {self.expected}"
+
+
+class UnknownOverrideError(RequestError):
+    """A request gives a feature that the model doesn't take."""
+
+    http_status = 422
+
+    def __init__(self, feature: str, model: str, known: tuple[str, ...]) -> None:
+        super().__init__(feature, model, known)
+        self.feature, self.model, self.known = feature, model, known
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} takes no feature {self.feature!r}; it takes: {listed(self.known)}"
+
+
+class MissingInputError(RequestError):
+    """Features need values that only the request has, and it hasn't given them."""
+
+    http_status = 422
+
+    def __init__(self, missing: tuple[str, ...], of: str, where: str) -> None:
+        super().__init__(missing, of, where)
+        self.missing, self.of, self.where = missing, of, where
+
+    def __str__(self) -> str:
+        names = ", ".join(map(repr, self.missing))
+        example = ", ".join(f'"{name}": …' for name in self.missing)
+        return f"{self.of} needs {names} of the request, and {self.where} has none; give {{{example}}}; null is fine"
+
+
+class ServingError(HeliostatError):
+    """The service can't answer now; the same request may succeed later."""
+
+    http_status = 503
+    exit_code = 6
+
+
+class OverloadedError(ServingError):
+    """More requests wait than are allowed to."""
+
+    def __init__(self, waiting: int, limit: int) -> None:
+        super().__init__(waiting, limit)
+        self.waiting, self.limit = waiting, limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.waiting} requests wait already, the limit is {self.limit}; "
+            "try again later, or add replicas (serving.replicas)"
+        )
+
+
+class ShuttingDownError(ServingError):
+    """The replica takes no new requests."""
+
+    def __str__(self) -> str:
+        return "this replica is shutting down; send the request again, another one takes it"
+
+
+class DeadlineError(ServingError):
+    """A request wasn't answered within its time."""
+
+    http_status = 504
+
+    def __init__(self, deadline_ms: float) -> None:
+        super().__init__(deadline_ms)
+        self.deadline_ms = deadline_ms
+
+    def __str__(self) -> str:
+        return f"no answer within {self.deadline_ms:.0f} ms; try again, or raise serving.deadline_ms"
+
+
+class UnservableModelError(ServingError):
+    """No version of a model can be loaded, and nothing is known to fall back on."""
+
+    def __init__(self, model: str, version: int, reason: str) -> None:
+        super().__init__(model, version, reason)
+        self.model, self.version, self.reason = model, version, reason
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version} of model {self.model!r} can't be served ({self.reason}) and no other is known; "
+            f"see `heliostat models show {self.model}`, then roll back or train again"
+        )
+
+
+class StaleVersionError(ServingError):
+    """A version was trained on features that are declared otherwise now."""
+
+    def __init__(self, model: str, version: int, views: tuple[str, ...]) -> None:
+        super().__init__(model, version, views)
+        self.model, self.version, self.views = model, version, views
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version} of model {self.model!r} was trained on other definitions of: "
+            f"{listed(self.views)}; train a new version, or restore the definitions that it was trained on"
+        )
+
+
+class PredictionLogError(ServingError):
+    """Predictions couldn't be made durable, so they aren't given out."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"the prediction log can't be written ({self.reason}); repair the online store, "
+            "or set serving.when_log_fails: answer to answer without it"
+        )
+
+
+class DeploymentFailedError(ServingError):
+    """The inference graph doesn't come up."""
+
+    def __init__(self, application: str, reason: str) -> None:
+        super().__init__(application, reason)
+        self.application, self.reason = application, reason
+
+    def __str__(self) -> str:
+        return f"application {self.application!r} doesn't come up: {self.reason}"
+
+
+class BatchResultError(ServingError):
+    """A batch call gave another number of results than it was given items."""
+
+    http_status = 500
+
+    def __init__(self, expected: int, given: int) -> None:
+        super().__init__(expected, given)
+        self.expected, self.given = expected, given
+
+    def __str__(self) -> str:
+        return f"a batch of {self.expected} items gave {self.given} results; the stage that was called is broken"
+
+
+class GatewayError(HeliostatError):
+    """A gateway refused a request; the words are its own."""
+
+    http_status = 502
+    exit_code = 6
+
+    def __init__(self, request: str, status: int, code: str, message: str, fix: str = "") -> None:
+        super().__init__(request, status, code, message, fix)
+        self.request, self.status, self.code, self.message, self.fix = request, status, code, message, fix
+
+    def __str__(self) -> str:
+        fix = f"; {self.fix}" if self.fix else ""
+        return f"{self.request} was answered with {self.status} {self.code}: {self.message}{fix}"
+
+
+class GatewayUnreachableError(GatewayError):
+    """A gateway didn't answer, however often it was asked."""
+
+    def __init__(self, request: str, url: str, tries: int, reason: str) -> None:
+        HeliostatError.__init__(self, request, url, tries, reason)
+        self.request, self.url, self.tries, self.reason = request, url, tries, reason
+        self.status, self.code, self.message, self.fix = 0, "unreachable", reason, ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.request} got no answer from {self.url} in {self.tries} tries ({self.reason}); look whether "
+            "the gateway runs there (`heliostat up` starts one). Sending the same events again is safe"
+        )
