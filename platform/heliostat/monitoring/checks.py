@@ -11,6 +11,7 @@ from functools import cached_property
 
 from heliostat.clock import parse_duration_us
 from heliostat.errors import MonitoringDataError, StaleVersionError
+from heliostat.features.definitions import request_types
 from heliostat.models.definitions import ModelSpec
 from heliostat.models.estimates import Estimate
 from heliostat.models.labels import labels_from_log
@@ -179,12 +180,14 @@ class Monitor:
         rows = self._rows.sample(policy.sample)
         names = self._version.signature.names
         matrix = rows.matrix(len(names))
+        inputs, brought = rows.brought(list(request_types(features)))
         served = Served(
             rows.keys,
             rows.at_us,
             {name: matrix[:, place] for place, name in enumerate(names)},
             rows.ids,
-            given_rows(rows.given, list({ref.view.ref: ref.view for ref in features}.values())),
+            given_rows(rows.given, list({ref.view.ref: ref.view for ref in features}.values()), brought=brought),
+            inputs,
         )
         compared = compare(served, recompute_from_log(self._log, features), tolerance=policy.tolerance)
         findings = parity_findings(compared, max_mismatch_share=policy.max_mismatch_share)

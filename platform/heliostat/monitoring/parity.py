@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from heliostat.errors import MonitoringDataError
-from heliostat.features.bucket_join import entity_joins, single_features
+from heliostat.features.bucket_join import entity_joins
 from heliostat.features.definitions import FeatureRef, FeatureView
 from heliostat.monitoring.verdict import Finding, Severity
 from heliostat.storage.event_log import EventLog
@@ -28,8 +28,9 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-Recompute = Callable[[pa.Array, IntArray, int | None], Mapping[str, FloatArray]]
-"""Encoded keys and instants, length ``n``, and optionally what was known when, to features of shape ``(n,)``."""
+Recompute = Callable[[pa.Array, IntArray, int | None, Mapping[str, FloatArray]], Mapping[str, FloatArray]]
+"""Encoded keys and instants, length ``n``, optionally what was known when, and what the requests brought, shape
+``(n,)`` by input, to features of shape ``(n,)``."""
 
 TOLERANCE: Final = 1e-9
 
@@ -61,6 +62,7 @@ class Served:
         ids: Prediction ids, ``n`` of them: what an example is named by. Never an entity's key, since
             verdicts are kept for ever.
         given: By qualified feature name, the rows whose value is the client's, shape ``(n,)`` each.
+        inputs: What the requests brought for derived features, shape ``(n,)`` by name; NaN is null.
     """
 
     keys: pa.Array
@@ -68,6 +70,7 @@ class Served:
     features: Mapping[str, FloatArray]
     ids: Sequence[str]
     given: Mapping[str, BoolArray] = field(default_factory=dict)
+    inputs: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def compare(served: Served, recompute: Recompute, *, tolerance: float = TOLERANC
         MonitoringDataError: If a served feature isn't computed offline.
     """
     nobody = np.zeros(len(served.at_us), dtype=np.bool_)
-    offline = {**recompute(served.keys, served.at_us, None)}
+    offline = {**recompute(served.keys, served.at_us, None, served.inputs)}
     missing = sorted(set(served.features) - set(offline))
     for name in [name for name in missing if served.given.get(name, nobody).all()]:
         offline[name] = np.full(len(nobody), np.nan)
@@ -152,7 +155,8 @@ def _as_known_then(
     then = {name: offline[name].copy() for name in served.features}
     for at_us in np.unique(served.at_us[rows]):
         asked = rows[served.at_us[rows] == at_us]
-        known = recompute(served.keys.take(pa.array(asked)), served.at_us[asked], int(at_us))
+        inputs = {name: values[asked] for name, values in served.inputs.items()}
+        known = recompute(served.keys.take(pa.array(asked)), served.at_us[asked], int(at_us), inputs)
         for name, values in known.items():
             if name in then:
                 then[name][asked] = values
@@ -182,14 +186,17 @@ def _feature_parity(
     )
 
 
-def given_rows(names: Sequence[Sequence[str] | None], views: Sequence[FeatureView]) -> dict[str, BoolArray]:
+def given_rows(
+    names: Sequence[Sequence[str] | None], views: Sequence[FeatureView], *, brought: BoolArray | None = None
+) -> dict[str, BoolArray]:
     """The rows in which a feature is the client's: given with the request, or derived from what was.
 
-    A feature that needs a request's inputs is the client's in every row: the log doesn't have them.
+    So is a feature that takes inputs of the request, where the log hasn't got them.
 
     Args:
         names: For each of ``n`` rows, the qualified features that were given; None: not written down.
         views: Those that the features are of.
+        brought: Rows whose inputs are in the log, shape ``(n,)``; None: no row's are.
 
     Returns:
         Shape ``(n,)`` by qualified feature name; features that nobody gave are left out.
@@ -203,8 +210,8 @@ def given_rows(names: Sequence[Sequence[str] | None], views: Sequence[FeatureVie
             own = f"{view.prefix}__{name}"
             based_on = [own, *(f"{view.prefix}__{each}" for each in derived.inputs)]
             found = [rows[each] for each in based_on if each in rows]
-            if derived.request:
-                found.append(np.ones(len(names), dtype=np.bool_))
+            if derived.request and (brought is None or not brought.all()):
+                found.append(np.ones(len(names), dtype=np.bool_) if brought is None else ~brought)
             if found:
                 rows[own] = np.logical_or.reduce(found)
     return rows
@@ -215,17 +222,19 @@ def recompute_from_log(event_log: EventLog, features: Sequence[FeatureView | Fea
 
     Args:
         event_log: Where the views' sources are kept.
-        features: All of one entity; those that need a request's inputs are passed over.
+        features: All of one entity. An input that the requests haven't brought is null.
     """
-    refs = [ref for ref in single_features(features) if not ref.view.request_of([ref.feature])]
-    (join,) = entity_joins(refs, event_log, None)
+    (join,) = entity_joins(features, event_log, None)
     entity = join.entity
 
-    def recompute(keys: pa.Array, as_of_us: IntArray, known_at_us: int | None) -> dict[str, FloatArray]:
+    def recompute(
+        keys: pa.Array, as_of_us: IntArray, known_at_us: int | None, inputs: Mapping[str, FloatArray]
+    ) -> dict[str, FloatArray]:
         buckets = entity.buckets(keys, event_log.n_buckets)
         if not len(keys):
             return {name: np.empty(0) for name in join.names}
-        return replace(join, known_at_us=known_at_us).all_columns(buckets, keys, as_of_us)
+        request = {name: inputs.get(name, np.full(len(keys), np.nan)) for name in join.request}
+        return replace(join, known_at_us=known_at_us).all_columns(buckets, keys, as_of_us, request)
 
     return recompute
 

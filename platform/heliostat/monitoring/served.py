@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -28,12 +30,16 @@ GIVEN: Final = "given"
 """The column of which of these values the request brought along; read with them."""
 
 
+INPUTS: Final = "inputs"
+"""The column of what the request brought for derived features, as JSON; read with them."""
+
+
 @dataclass(frozen=True, eq=False)
 class ServedRows:
     """Predictions that were given out, ``n`` of them.
 
     Attributes:
-        table: `COLUMNS` of the prediction log, and `VECTORS` with `GIVEN` where they were asked for.
+        table: `COLUMNS` of the prediction log, and `VECTORS` with `GIVEN` and `INPUTS` where they were asked for.
         entity: Whom they are about.
     """
 
@@ -67,6 +73,19 @@ class ServedRows:
     def given(self) -> list[list[str] | None]:
         """For each row, the qualified features that the request gave; None where nobody wrote that down."""
         return list(self.table.column(GIVEN).to_pylist())
+
+    def brought(self, names: Sequence[str]) -> tuple[dict[str, FloatArray], NDArray[np.bool_]]:
+        """What the requests brought for derived features.
+
+        Args:
+            names: Inputs.
+
+        Returns:
+            Values by input, NaN for null, and the rows in which all of them are written down: shape ``(n,)`` each.
+        """
+        rows = [orjson.loads(text) if text else {} for text in self.table.column(INPUTS).to_pylist()]
+        values = {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in names}
+        return values, np.array([all(name in row for name in names) for row in rows], dtype=np.bool_)
 
     @property
     def variants(self) -> NDArray[np.str_]:
@@ -117,7 +136,7 @@ def read_served(
         until_us: End, exclusive.
         vectors: Whether to read what the model saw.
     """
-    columns = [*COLUMNS, VECTORS, GIVEN] if vectors else list(COLUMNS)
+    columns = [*COLUMNS, VECTORS, GIVEN, INPUTS] if vectors else list(COLUMNS)
     table = store.read_predictions(spec.name, start_us=from_us, end_us=until_us, columns=columns)
     return ServedRows(table, spec.entity)
 

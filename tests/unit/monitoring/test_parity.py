@@ -33,7 +33,7 @@ def _compare(
     asked: list[int | None] = []
 
     def recompute(
-        keys: pa.Array, at_us: NDArray[np.int64], known_at_us: int | None
+        keys: pa.Array, at_us: NDArray[np.int64], known_at_us: int | None, _: object
     ) -> Mapping[str, NDArray[np.float64]]:
         asked.append(known_at_us)
         values = np.array(offline if known_at_us is None else known_then or offline)
@@ -103,7 +103,7 @@ def test_a_mismatch_names_an_example() -> None:
 def test_a_feature_that_is_not_declared_any_more_is_named() -> None:
     served = Served(pa.array([1]), np.array([0]), {"old__x": np.array([1.0])}, ["p"])
     with pytest.raises(MonitoringDataError, match="old__x can't be computed again"):
-        compare(served, lambda keys, at_us, known_at_us: {"v__x": np.zeros(len(keys))})  # noqa: ARG005
+        compare(served, lambda keys, *_: {"v__x": np.zeros(len(keys))})
 
 
 def test_what_a_request_gave_and_what_derives_from_it_is_left_out() -> None:
@@ -132,7 +132,7 @@ def test_rows_that_are_left_out_are_neither_compared_nor_asked_again() -> None:
     asked: list[int | None] = []
 
     def recompute(
-        keys: pa.Array, at_us: NDArray[np.int64], known_at_us: int | None
+        keys: pa.Array, at_us: NDArray[np.int64], known_at_us: int | None, _: object
     ) -> Mapping[str, NDArray[np.float64]]:
         asked.append(known_at_us)
         return {"v__x": np.zeros(len(keys)), "v__y": np.zeros(len(at_us))}
@@ -224,3 +224,27 @@ def test_vectors_are_computed_again_from_the_log_and_late_events_are_explained(t
         "life__largest": {"equal": 2, "late": 1, "both null": 1},
     }
     assert compared["recent__spent"].example == "c"
+
+
+def test_features_of_a_requests_inputs_are_compared_where_the_log_has_them(tmp_path: Path) -> None:
+    view = FeatureView(
+        "risk", version=1, source=purchases, features={"largest": Max("amount")}, request={"amount": "float64"}
+    )
+
+    @view.derived
+    def share(amount: NDArray[np.float64], largest: NDArray[np.float64]) -> NDArray[np.float64]:
+        return amount / largest
+
+    log = _log(tmp_path, [(1, 7, 10, 40.0), (2, 8, 11, 10.0)], ingested_day=12)
+    amounts = np.array([20.0, 5.0, 1.0])
+    served = Served(
+        pa.array([7, 8, 8], pa.int64()),
+        np.full(3, 20 * US_PER_DAY),
+        {"risk__share": np.array([0.5, 0.6, 0.1])},
+        ["a", "b", "c"],
+        given_rows([None] * 3, [view], brought=np.array([True, True, False])),
+        {"amount": amounts},
+    )
+    parity = compare(served, recompute_from_log(log, [view["share"]]))["risk__share"]
+    assert (parity.counts[Match.EQUAL], parity.counts[Match.MISMATCH], parity.left_out) == (1, 1, 1)
+    assert parity.example == "b"
