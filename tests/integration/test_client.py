@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
@@ -17,7 +19,7 @@ from deployments.gateway import build_app
 from deployments.stages import gateway_parts
 from heliostat.client import Client, Sent
 from heliostat.errors import GatewayError, GatewayUnreachableError
-from heliostat.settings import IngestionSettings, Settings
+from heliostat.settings import IngestionSettings, Settings, load_settings
 from heliostat.workspace import Workspace
 from tests.integration.test_ingestion import ROOT
 from tests.integration.test_serving import Tally, purchase, register
@@ -233,3 +235,23 @@ def test_the_client_loads_neither_ray_nor_arrow() -> None:
     code = "import sys, heliostat.client; print({'ray', 'pyarrow', 'numpy', 'pandas', 'redis'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_pages_example_runs_and_says_what_it_shows(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "ingestion.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{gateway.port}"), {})  # noqa: S102 - the page
+    first, values = capsys.readouterr().out.splitlines()
+    assert first == "1 customer_id is missing"
+    assert "1.0" in values
+
+
+def test_the_pages_settings_are_understood(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "ingestion.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "settings.yaml").write_text(block)
+    kafka = load_settings([tmp_path / "settings.yaml"], environ={}, base=None).ingestion.kafka
+    assert (kafka.topics, kafka.brokers) == (
+        {"shop.purchases": "purchases"},
+        "kafka-1.internal:9092,kafka-2.internal:9092",
+    )
