@@ -14,8 +14,8 @@ import pytest
 from configs.churn.cdnow import write_parquet
 from configs.churn.definitions import customer, purchase_history, purchases, recent_purchases
 from heliostat.clock import US_PER_DAY, parse_instant_us
-from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.bucket_rings import BucketJob, BucketTask
+from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits

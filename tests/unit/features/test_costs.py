@@ -9,7 +9,7 @@ import pytest
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.features import costs
 from heliostat.features.aggregations import Count, Last, Sum
-from heliostat.features.backfill import bucket_rings
+from heliostat.features.backfill import BucketRings, RingPlan
 from heliostat.features.costs import backfill_costs
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.tiles import RingLimits
@@ -93,19 +93,15 @@ def test_views_of_one_source_and_entity_share_their_reading(log: EventLog) -> No
 
 def test_the_rings_bytes_are_those_that_a_materialization_writes(log: EventLog) -> None:
     (cost,) = _costs(log, RECENT)
-    writes = [
-        write
+    plan = RingPlan((RECENT,), KEYS, NOW_US, LIMITS)
+    rings = [
+        ring
         for bucket in log.buckets
-        for write in bucket_rings(
-            [RECENT],
-            log.read_bucket(SALES, USER, bucket, min_time_us=NOW_US - 8 * US_PER_DAY),
-            bucket=bucket,
-            keys=KEYS,
-            as_of_us=NOW_US,
-            limits=LIMITS,
-        )
+        for events in [log.read_bucket(SALES, USER, bucket, min_time_us=NOW_US - 8 * US_PER_DAY)]
+        for write in BucketRings.of(plan, bucket, events, events.slice(0, 0)).writes()
+        for ring in write.rings
     ]
-    written = sum(len(write.ring) + len(write.key) for write in writes)
+    written = sum(len(key) + len(ring) for key, _, ring in rings)
     assert written <= cost.ring_bytes <= 1.1 * written
 
 
