@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import logging
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ _logger = logging.getLogger("heliostat.serving")
 
 OUTSIDE_NAME = "outside"
 """The variant of entities outside of the experiment: the control's version serves them, and nobody counts them."""
+
+_PINNED = re.compile(r"@\d+__")
 
 # LightGBM scores about 200 rows a millisecond; more than this shouldn't hold up the event loop.
 _ROWS_ON_THE_LOOP = 512
@@ -175,13 +178,15 @@ class FeatureReaders:
         return FeatureBlock(batch.names, batch.matrix, batch.views, nowhere, None, as_of_us, stored=False)
 
     def given(self, query: FeatureQuery) -> list[tuple[str, ...]] | None:
-        """For each entity, the qualified features whose values the request gives; None: none for anybody."""
+        """For each entity, the qualified features whose values the request gives; None: none for anybody.
+
+        As signatures name them: without the version of a view that another one stands beside.
+        """
         if not query.overrides:
             return None
         reader = self.of(query.names)
-        return [
-            tuple(sorted(self._qualified(reader, query.overrides.get(row, {})))) for row in range(len(query.entities))
-        ]
+        rows = (self._qualified(reader, query.overrides.get(row, {})) for row in range(len(query.entities)))
+        return [tuple(sorted({_PINNED.sub("__", name) for name in names})) for names in rows]
 
     @staticmethod
     def _qualified(reader: FeatureReader, given: Mapping[str, float]) -> dict[str, float]:
