@@ -66,6 +66,7 @@ class EntityJoin:
                 max_time_us=int(as_of_us.max()),
                 known_at_us=self.known_at_us,
                 version=self.version(source.name),
+                raw=True,
             )
             columns |= compute_features(views, events, keys, as_of_us, request=request, deduplicate=False)
         return {name: columns[name] for name in self.names}

@@ -39,7 +39,7 @@ from heliostat.features.aggregations import (
     check_input,
     evaluate,
 )
-from heliostat.features.definitions import EventSource, FeatureView
+from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.sketches import rank
 from heliostat.features.states import emptied
 from heliostat.features.timeline import (
@@ -51,8 +51,8 @@ from heliostat.features.timeline import (
     Tiles,
     counted,
     edges,
-    first_of,
     nth_smallest,
+    tiles_with,
 )
 from heliostat.features.windows import lower_edge_us
 from heliostat.schema import INGESTED, TIE, hash64, tie48, times_us
@@ -238,7 +238,7 @@ class _Timeline:
         """Order events and rows; events that no row can see are dropped first."""
         source, entity = views[0].source, views[0].entity
         asked = pc.unique(keys)
-        event_codes = _codes(entity.encode(events, what=f"events of {source.name!r}"), asked)
+        event_codes = _event_codes(source, entity, events, asked)
         times = times_us(events.column(source.event_time))
         if len(as_of_us):
             seen = (event_codes >= 0) & (times < as_of_us.max())
@@ -248,7 +248,11 @@ class _Timeline:
         else:
             seen = np.zeros(len(times), dtype=np.bool_)
         kept: IntArray | None = None if seen.all() else np.flatnonzero(seen)
-        if kept is not None and 2 * len(kept) < len(seen):
+        if kept is not None and len(kept) and kept[-1] - kept[0] + 1 == len(kept):
+            span = slice(kept[0], kept[-1] + 1)  # as where a file in order of time has more of it than was asked for
+            events, event_codes, times = events.slice(span.start, len(kept)), event_codes[span], times[span]
+            kept = None
+        elif kept is not None and 2 * len(kept) < len(seen):
             events, event_codes, times = events.take(pa.array(kept)), event_codes[kept], times[kept]
             kept = None
         ties = (
@@ -267,7 +271,7 @@ class _Timeline:
             order = kept[index.order]
         inputs = {key: _OrderedInput(each, order) for key, each in given.items()}
         row_codes = _codes(keys, asked)
-        rows = np.argsort(index.packed(row_codes, as_of_us), kind="stable")
+        rows = np.argsort(index.packed(row_codes, as_of_us))
         return cls(index.codes, index.times, order, ties, inputs, index, row_codes[rows], as_of_us[rows], rows)
 
     def features(self, view: FeatureView, request: Mapping[str, FloatArray] | None) -> dict[str, FloatArray]:
@@ -325,8 +329,7 @@ class _Timeline:
                 case "add", "one", "add":
                     merged = counted(given.used, ranges)
                 case "max", "one", "add":
-                    tile = self._tile(hop_us).of_event
-                    merged = counted(first_of(tile, given.used), ranges)
+                    merged = tiles_with(self._tile(hop_us), given.used, ranges)
                 case "first" | "last", _, _:
                     merged = self._edge(state, given, ranges)
                 case "max" | "min", "time", _:
@@ -406,6 +409,18 @@ class _Timeline:
             fold = FOLDS[state.op]
             self._running[key] = fold.running(self._tile(hop_us).events, fold.of(given.values, given.used), False)
         return self._running[key]
+
+
+def _event_codes(source: EventSource, entity: Entity, events: pa.Table, known: pa.Array) -> IntArray:
+    """The position of each event's key among the known ones; -1 where it isn't."""
+    what = f"events of {source.name!r}"
+    column = entity.key_columns[0]
+    if len(entity.key_columns) > 1 or not pa.types.is_dictionary(events.schema.field(column).type):
+        return _codes(entity.encode(events, what=what), known)
+    whole = events.column(column).unify_dictionaries().combine_chunks()
+    codes = _codes(entity.encode(pa.table({column: whole.dictionary}), what=what), known)
+    places: IntArray = codes[whole.indices.to_numpy()]
+    return places
 
 
 def _codes(keys: pa.Array, known: pa.Array) -> IntArray:

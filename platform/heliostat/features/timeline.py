@@ -47,7 +47,8 @@ class EventIndex:
             # Too long a time for one integer: the rank of an instant is as good, and shorter.
             self._instants = np.unique(times)
             self._bits = len(self._instants).bit_length()
-        packed = self.packed(codes, times)
+        packed = codes << self._bits
+        packed |= times - self._origin_us if self._instants is None else np.searchsorted(self._instants, times)
         if n_codes <= _FEW_CODES and (times[1:] >= times[:-1]).all():
             # What is in order of time already needs to be dealt out to its entities only.
             order = np.argsort(codes.astype(np.uint16), kind="stable")
@@ -268,24 +269,30 @@ def counted(marked: NDArray[np.bool_], ranges: Ranges) -> FloatArray:
     if marked.all():
         counts = ranges.high - ranges.low
     else:
-        total = np.concatenate([[0], np.cumsum(marked)])
+        total = np.zeros(len(marked) + 1, dtype=np.int64)
+        np.cumsum(marked, out=total[1:])
         counts = total[ranges.high] - total[ranges.low]
     return counts.astype(np.float64)
 
 
-def first_of(groups: IntArray, used: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Marks the first usable event of each group; groups ascend."""
+def tiles_with(tiles: Tiles, used: NDArray[np.bool_], ranges: Ranges) -> FloatArray:
+    """How many tiles of each range hold a usable event; the ranges begin and end with tiles or events."""
     if used.all():
-        return changes(groups)
-    marked = np.zeros(len(groups), dtype=np.bool_)
+        some = np.flatnonzero(~ranges.empty)
+        counts = np.zeros(len(ranges.low))
+        counts[some] = tiles.of_event[ranges.high[some] - 1] - tiles.of_event[ranges.low[some]] + 1
+        return counts
+    marked = np.zeros(len(used), dtype=np.bool_)
     positions = np.flatnonzero(used)
-    marked[positions[changes(groups[positions])]] = True
-    return marked
+    marked[positions[changes(tiles.of_event[positions])]] = True
+    return counted(marked, ranges)
 
 
 def edges(used: NDArray[np.bool_], ranges: Ranges, *, first: bool) -> tuple[IntArray, NDArray[np.bool_]]:
     """The first or last usable event of each range, and whether there is one."""
     n = len(used)
+    if used.all():
+        return np.where(ranges.empty, 0, ranges.low if first else ranges.high - 1), ~ranges.empty
     if first:
         following = np.minimum.accumulate(np.where(used, np.arange(n), n)[::-1])[::-1]
         position = np.append(following, n)[ranges.low]
