@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
+import lightgbm as lgb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 import ray.data
 
+from deployments.gateway import build_app
+from deployments.stages import gateway_parts
 from heliostat.batch import scorer_of
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import MissingInputError, SpineError
@@ -18,9 +23,16 @@ from heliostat.features.offline import compute_features
 from heliostat.features.point_in_time import historical_features, snapshot
 from heliostat.features.retrieval import FeatureReader
 from heliostat.ingestion.intake import Intake
+from heliostat.ingestion.sink import Sink
+from heliostat.models.categories import Categories
+from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.registry import ModelVersion
+from heliostat.models.spine import ModelSpine
 from heliostat.schema import TIMESTAMP, text_code
+from heliostat.serving.requests import PredictAnswer
 from heliostat.settings import ClockSettings, Settings, StorageSettings, TrainingSettings
+from heliostat.training.dataset import build_training_set, split_spine
+from heliostat.training.fitting import Recipe
 from heliostat.training.trainer import train
 from heliostat.workspace import Workspace
 from tests.integration.fraud_declarations import account, card, fraud, holders, payments, spending
@@ -172,3 +184,116 @@ def test_the_rings_serve_what_the_spine_trains_on(workspace: Workspace) -> None:
     }
     wanted = np.column_stack([offline[name] for name in batch.names])
     np.testing.assert_allclose(batch.matrix, wanted, rtol=1e-12)
+
+
+# ── Over HTTP, without Ray ──────────────────────────────────────────────────────────
+
+
+class _Silent:
+    """A meter that counts nothing."""
+
+    def answered(self, route: str, status: int, latency_ms: float) -> None: ...
+
+    def predicted(self, answer: PredictAnswer) -> None: ...
+
+    def took_in(self, source: str, outcome: str, events: int) -> None: ...
+
+
+def _promoted(workspace: Workspace) -> ModelPackage:
+    """A version that serves, trained on the spine in this process."""
+    spine = ModelSpine.of(made_spine(), fraud, workspace.event_log.n_buckets)
+    split = split_spine(spine, horizon_us=fraud.label.horizon_us, now_us=NOW_US)
+    training_set = build_training_set(
+        fraud,
+        workspace.event_log,
+        split,
+        spine=spine,
+        rows_of=lambda rows: pa.concat_tables([rows.table(bucket) for bucket in rows.event_log.buckets]),
+    )
+    training, recipe = training_set.training, Recipe.of(fraud, seed=1)
+    categories = Categories.learned(training.matrix, fraud.feature_names, fraud.categorical)
+    rows = recipe.dataset(
+        categories.encoded(training.matrix, fraud.feature_names), training.labels, recipe.parameters
+    )
+    text = lgb.train({**recipe.parameters, "num_threads": 1}, rows, num_boost_round=20).model_to_string()
+    package = ModelPackage(text, Signature.of(fraud), "binary", categories=categories)
+    version = workspace.models.register(fraud, package, lineage=training_set.origin()).version
+    workspace.promote("fraud", version, reason="a test", gate={"passed": True})
+    return package
+
+
+def test_what_is_served_over_http_is_what_the_log_gives_again(workspace: Workspace) -> None:
+    package, rng = _promoted(workspace), np.random.default_rng(9)
+    now_us = workspace.clock.now_us()
+    events = [
+        {
+            "id": 10_000 + each,
+            "card": int(rng.integers(0, 20)),
+            "at": now_us - int(rng.integers(1, 20 * 24)) * US_PER_DAY // 24,
+            "amount": float(rng.gamma(2, 15)),
+            "country": COUNTRIES[each % 3],
+        }
+        for each in range(80)
+    ]
+    rows = [{"card": each, "since": now_us - US_PER_DAY, "home": COUNTRIES[each % 2]} for each in range(0, 20, 3)]
+    cards, amounts = list(range(20)), [float(each) for each in range(20)]
+
+    async def scenario() -> dict[str, Any]:
+        parts = gateway_parts(Workspace.open(workspace.settings), _Silent())
+        transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            taken = [
+                (await client.post("/events", json={"source": source, "events": sent})).json()
+                for source, sent in (("payments", events), ("holders", rows), ("holders", rows))
+            ]
+            inputs = [{"amount": each} for each in amounts]
+            answers = {
+                "taken": [(each["accepted"], each["late"], each["duplicates"]) for each in taken],
+                "features": (await client.get("/features/spending/7")).json(),
+                "account": (await client.get("/features/account/3")).json(),
+                "without": await client.post("/predict", json={"entity_ids": cards}),
+                "predict": (await client.post("/predict", json={"entity_ids": cards, "inputs": inputs})).json(),
+                "models": (await client.get("/models")).json(),
+                "docs": (await client.get("/openapi.json")).json(),
+            }
+        await parts.close()
+        return answers
+
+    found = asyncio.run(scenario())
+    assert [sum(each) for each in found["taken"]] == [80, 7, 7]
+    assert found["taken"][2] == (0, 0, 7), "a row of a profile is named by its entity and instant"
+    assert found["features"]["features"]["country"] in COUNTRIES
+    assert found["features"]["needs_inputs"] == {"amount_ratio": ["amount"]}
+    assert "amount_ratio" not in found["features"]["features"]
+    assert found["account"]["features"] == {"home": "DE"}
+    assert found["without"].status_code == 422
+    assert found["without"].json()["error"] == "missing_input"
+    assert "'amount'" in found["without"].json()["message"]
+    assert found["models"]["models"][0]["inputs"] == {"amount": "float64"}
+    body = found["docs"]["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["inputs"]["oneOf"][0]["items"]["required"] == ["amount"]
+
+    # Rings know live events alone: nothing was materialized. The log knows both, once the sink has run.
+    Sink.of(workspace).drain_once()
+    live = pa.table(
+        {name: [each[name] for each in events] for name in payments.schema.names if name != "at"}
+        | {"at": pa.array([each["at"] for each in events]).cast(TIMESTAMP)}
+    ).select(payments.schema.names)
+    served = workspace.offline_store.read_predictions("fraud", start_us=now_us - 1, end_us=now_us + 10**12)
+    at_us = served["at"].cast(pa.int64()).to_pylist()[0]
+    keys = card.encoded([str(each) for each in cards])
+    offline = {
+        **compute_features([spending], live, keys, np.full(20, at_us), request={"amount": np.array(amounts)}),
+        **compute_features(
+            [account],
+            holders.identified(pa.Table.from_pylist(rows, schema=holders.given_schema)),
+            keys,
+            np.full(20, at_us),
+        ),
+    }
+    matrix = np.column_stack([offline[name] for name in fraud.feature_names])
+    np.testing.assert_allclose(found["predict"]["predictions"], package.load().predict(matrix), rtol=1e-12)
+    order = [served["entity"].to_pylist().index(str(each)) for each in cards]
+    logged = np.array([served["features"].to_pylist()[at] for at in order], dtype=float)
+    np.testing.assert_allclose(logged, matrix, rtol=1e-12)
+    assert served["inputs"].to_pylist()[order[3]] == '{"amount":3.0}'
