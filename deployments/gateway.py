@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,13 +24,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments import documentation
 from deployments.http import Meter, answer_to, install_error_handlers, json_response, read_body
 from heliostat.clock import Clock, format_instant
-from heliostat.errors import HeliostatError, TooManyEventsError
+from heliostat.errors import HeliostatError, StorageError, TooManyEventsError
 from heliostat.experiments.assignment import RoutingDocument
 from heliostat.features.categories import CategoryDictionary
 from heliostat.features.metadata import FeatureMetadata
 from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.models.registry import ModelRegistry, ModelVersion
+from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.requests import parse_actuals, parse_events, parse_predict
 from heliostat.serving.stages import FeatureReaders
@@ -39,6 +42,9 @@ from heliostat.storage.streams import AsyncStreams, actual_record
 _READY_FOR_S = 1.0
 # Checking events is work for the processor: predictions get their turn between two parts of a large request.
 _EVENTS_AT_ONCE = 100
+
+
+EventCoalescer = Coalescer[list[Any], list[EventResult]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +95,7 @@ class Api:
         self._parts = parts
         self._limits = parts.settings.serving
         self._overridable: dict[str, frozenset[str]] = {}
+        self._intakes: dict[str, EventCoalescer] = {}
         self._checked_at = -math.inf
         self._checking = asyncio.Lock()
         self._problems: dict[str, str] = {}
@@ -123,9 +130,10 @@ class Api:
         limit = self._parts.settings.ingestion.max_events_per_request
         if len(events) > limit:
             raise TooManyEventsError(len(events), limit)
+        intake = self._intake_of(source)
         results: list[EventResult] = []
         for first in range(0, len(events), _EVENTS_AT_ONCE):
-            results += await self._parts.intake.asubmit(source, events[first : first + _EVENTS_AT_ONCE])
+            results += await intake.submit(events[first : first + _EVENTS_AT_ONCE])
         counts = Counter(each.status for each in results)
         for status, number in counts.items():
             self._parts.meter.took_in(source, status, number)
@@ -138,6 +146,39 @@ class Api:
             "results": [each.to_document() for each in results],
         }
         return json_response(document, 422 if counts["rejected"] == len(results) else 200)
+
+    def _intake_of(self, source: str) -> EventCoalescer:
+        """Takes a source's events: what several requests bring at once goes in as one batch."""
+        known = self._intakes.get(source)
+        if known is None:
+            self._parts.definitions.source(source)  # an unknown one is refused
+            known = self._intakes[source] = Coalescer(
+                partial(self._take_in, source), max_weight=_EVENTS_AT_ONCE, weigh=len
+            )
+        return known
+
+    async def _take_in(self, source: str, requests: list[list[Any]]) -> list[list[EventResult] | Exception]:
+        try:
+            results = iter(await self._parts.intake.asubmit(source, list(chain.from_iterable(requests))))
+        except StorageError:
+            raise
+        except Exception:
+            if len(requests) == 1:
+                raise
+            # It was raised before anything was taken, and one request's fault is no other's.
+            return [await self._take_alone(source, each) for each in requests]
+        return [list(islice(results, len(each))) for each in requests]
+
+    async def _take_alone(self, source: str, events: list[Any]) -> list[EventResult] | Exception:
+        try:
+            return await self._parts.intake.asubmit(source, events)
+        except Exception as error:  # noqa: BLE001 - it belongs to the request that brought them
+            return error
+
+    async def close(self) -> None:
+        """Answer what waits."""
+        for each in self._intakes.values():
+            await each.close()
 
     async def actuals(self, request: Request) -> Response:
         """Report what became of predictions."""
@@ -308,6 +349,7 @@ def build_app(parts: Parts) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await api.close()
         await parts.close()
 
     api = Api(parts)

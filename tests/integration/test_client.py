@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import httpx
 import pytest
 import uvicorn
 
@@ -19,10 +21,11 @@ from deployments.gateway import build_app
 from deployments.stages import gateway_parts
 from heliostat.client import Client, Sent
 from heliostat.errors import GatewayError, GatewayUnreachableError
+from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.settings import IngestionSettings, Settings, load_settings
 from heliostat.workspace import Workspace
 from tests.integration.test_ingestion import ROOT
-from tests.integration.test_serving import Tally, purchase, register
+from tests.integration.test_serving import Shop, Tally, purchase, register, shop  # noqa: F401 - a fixture
 
 
 class Gateway:
@@ -154,6 +157,36 @@ def test_many_events_go_in_batches_and_wrong_ones_are_told_by_their_place(client
     with pytest.raises(GatewayError, match=r"2 events were rejected, the first \(at 64\): customer_id is missing"):
         sent.raise_for_rejected()
     assert client.send("purchases", events[:10]) == Sent(duplicates=10, requests=1)
+
+
+def test_what_several_requests_bring_at_once_goes_in_together_and_each_is_told_its_own(
+    shop: Shop,  # noqa: F811 - the fixture
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches: list[int] = []
+    asubmit = Intake.asubmit
+
+    async def counted(self: Intake, source: str, events: Sequence[Any]) -> list[EventResult]:
+        batches.append(len(events))
+        if len(batches) == 2:
+            raise ZeroDivisionError("somebody's events broke the check")
+        return await asubmit(self, source, events)
+
+    monkeypatch.setattr(Intake, "asubmit", counted)
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        async def post(number: int) -> list[str]:
+            events = [purchase(number, number, "1998-06-20"), {"event_id": -number}][: 1 + number % 2]
+            reply = await client.post("/events", json={"source": "purchases", "events": events})
+            return [each["status"] for each in reply.json()["results"]]
+
+        for first in (0, 40):
+            told = await asyncio.gather(*(post(number) for number in range(first, first + 40)))
+            assert told == [["accepted"], ["accepted", "rejected"]] * 20
+
+    shop.run(scenario)
+    assert len(batches) < 80
+    assert max(batches) > 2
 
 
 def test_events_that_are_all_wrong_are_an_answer_and_no_error(client: Client) -> None:
