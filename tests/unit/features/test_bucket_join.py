@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from heliostat.clock import US_PER_DAY
 from heliostat.errors import DuplicateNameError, SpineError, UnknownFeatureError
-from heliostat.features.aggregations import Count, Sum
+from heliostat.features.aggregations import Count, CountDistinct, Last, Sum
 from heliostat.features.bucket_join import check_spine, entity_joins, single_features, spine_instants_us
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
+from heliostat.features.offline import compute_features
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_log import EventLog
 
@@ -147,3 +149,37 @@ def test_a_spine_without_instants_or_with_a_features_name_is_refused(tmp_path: P
         check_spine(["shop", "when"], joins, "as_of")
     with pytest.raises(SpineError, match="'demand__n' already"):
         check_spine(["shop", "as_of", "demand__n"], joins, "as_of")
+
+
+def test_texts_in_dictionaries_give_the_features_that_plain_texts_give(tmp_path: Path) -> None:
+    """The log hands out texts as its files have them: a dictionary a row group, another in each file."""
+    log = EventLog(str(tmp_path), n_buckets=1)
+    small = pc.field("shop") == "shop 0"
+    mixed = pc.if_else(pc.field("shop") == "shop 1", pc.field("amount"), 0.5)
+    features = {
+        "small": Count(where=small),
+        "weight": Sum(pc.if_else(small, 2.0, 1.0), window="30d"),
+        "mixed": Sum(mixed, window="30d"),
+        "shops": CountDistinct("shop", categories=("shop 0", "shop 2"), window="30d"),
+        "last_shop": Last("shop", window="30d"),
+    }
+    views = [
+        FeatureView("by_shop", version=1, source=SALES, entity=SHOP, features=features),
+        FeatureView("by_user", version=1, source=SALES, entity=USER, features=features),
+    ]
+    for first in (0, 500, 1_000):
+        some = sales(first, 500 if first else 200)
+        log.append(SALES, some.slice(first % 3), ingested_us=first)
+    texts = log.read_bucket(SALES, SHOP, 0, columns=["shop"], raw=True).column("shop")
+    assert texts.num_chunks > 1
+    assert pa.types.is_dictionary(texts.type)
+    as_of_us = np.array([DAY_US, DAY_US - 2 * US_PER_DAY, DAY_US, DAY_US])
+    asked = pa.array(["shop 2", "shop 0", "none", "shop 1"]), pa.array([1, 2, 99, 5])
+    for view, keys in zip(views, asked, strict=True):
+        (join,) = entity_joins([view], log, None)
+        found = join.columns(0, keys, as_of_us)
+        plain = compute_features([view], log.read_bucket(SALES, view.entity, 0), keys, as_of_us)
+        assert list(found) == list(plain)
+        for name, values in found.items():
+            assert np.array_equal(values, plain[name], equal_nan=True), name
+        assert found[f"{view.name}__small"].sum() > 0
