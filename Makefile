@@ -52,6 +52,9 @@ format: $(READY) ## Format the code
 bench: $(READY) ## Benchmarks side by side with what a user would pick instead
 	$(BIN)/python benchmarks/point_in_time.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/online_read.py
+	$(BIN)/python benchmarks/materialization.py
+	$(BIN)/python benchmarks/feast_join.py
 
 lock: $(READY) ## Write the lock file anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra demo --extra kafka --extra dev \

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import activities, duckdb_join, peers, point_in_time, ray_data_join
+from benchmarks import activities, feast_join, materialization, online_read, peers, point_in_time, ray_data_join
 from heliostat.clock import US_PER_DAY
+from heliostat.storage.online_store import OnlineConfig, OnlineStore
 
 PLAN = point_in_time.Plan(events=5_000, rows=400, users=50, runs=1, seed=3, buckets=2, partitions=1)
 
@@ -88,11 +90,110 @@ def test_the_benchmark_runs_as_a_program_without_any_peer() -> None:
     assert "| Heliostat " in done.stdout
 
 
-def test_the_peers_program_imports_nothing_of_heliostat() -> None:
-    program = Path(duckdb_join.__file__).read_text()
+@pytest.mark.parametrize("name", ["duckdb_join.py", "feast_store.py"])
+def test_a_peers_program_imports_nothing_of_heliostat(name: str) -> None:
+    program = (peers.ROOT / "benchmarks" / name).read_text()
     assert "import heliostat" not in program
     assert "from heliostat" not in program
     assert "from benchmarks" not in program
+
+
+# ── Beside Feast ────────────────────────────────────────────────────────────────────
+
+
+def test_what_feast_is_given_is_what_rings_say(tmp_path: Path) -> None:
+    plan = online_read.SMOKE
+    with (
+        peers.valkey_server(tmp_path / "valkey") as port,
+        OnlineStore(OnlineConfig(url=f"redis://127.0.0.1:{port}", project="bench")) as store,
+    ):
+        online_read.fill(store, plan, tmp_path)
+        for vector in online_read.VECTORS:
+            read = online_read.Ours(store, vector.views).read(list(range(plan.users)))
+            given = [pq.read_table(tmp_path / f"{view.name}.parquet") for view in vector.views]
+            columns = [
+                table.column(name).to_numpy(zero_copy_only=False)
+                for view, table in zip(vector.views, given, strict=True)
+                for name in view.feature_names
+            ]
+            assert vector.n_features == len(columns) == read.shape[1]
+            np.testing.assert_allclose(read, np.column_stack(columns), rtol=online_read.TOLERANCE)
+        assert np.nanmax(read) > 0
+
+
+def test_the_same_ten_features_come_out_of_one_two_and_three_views() -> None:
+    whole, *parts = online_read.VECTORS[:3]
+    names = list(whole.views[0].feature_names)
+    assert [len(vector.views) for vector in online_read.VECTORS] == [1, 2, 3, 2, 3]
+    for vector in parts:
+        assert [name for view in vector.views for name in view.feature_names] == names
+
+
+def test_online_reads_are_measured_without_feast(capsys: pytest.CaptureFixture[str]) -> None:
+    assert online_read.main(["--smoke"]) == 0
+    said = capsys.readouterr().out
+    assert "# Online read" in said
+    assert "Measured with feast skipped" in said
+    assert said.count("| Heliostat, rings merged") == 2 * len(online_read.VECTORS)
+
+
+def test_historical_features_are_the_newest_rows_before_each_instant(tmp_path: Path) -> None:
+    place = feast_join.Place(tmp_path / "files")
+    feast_join.prepare(place, feast_join.Size(events=2_000, rows=300, users=40))
+    feast_join.heliostat_join(place, feast_join.NEWEST, feast_join.ALONE)
+    rows, spine = (pq.read_table(file).to_pandas() for file in (place.feature_rows, place.spine))
+    expected = pd.merge_asof(
+        spine.sort_values(feast_join.TIME),
+        rows.sort_values(feast_join.TIME),
+        on=feast_join.TIME,
+        by="user_id",
+        allow_exact_matches=False,
+    ).sort_values("row")
+    answer = pq.read_table(place.answer(feast_join.ALONE)).sort_by("row")
+    for name in feast_join.VALUES:
+        np.testing.assert_array_equal(answer.column(name).to_numpy(zero_copy_only=False), expected[name].to_numpy())
+
+
+def test_feasts_answer_is_compared_row_by_row_and_its_missing_rows_are_counted(tmp_path: Path) -> None:
+    place = feast_join.Place(tmp_path)
+    values = {name: [1.0, 2.0, None] for name in feast_join.VALUES}
+    ours = pa.table({"row": [0, 1, 2], **{name: pa.array(given, pa.float64()) for name, given in values.items()}})
+    for contender in (feast_join.ALONE, feast_join.ON_RAY):
+        pq.write_table(ours, place.answer(contender))
+    pq.write_table(ours.slice(0, 2), place.answer(feast_join.FEAST))
+    assert feast_join.compare(place) == (1, [])
+    pq.write_table(ours.slice(1, 2), place.answer(feast_join.FEAST))
+    lost, differences = feast_join.compare(place)
+    assert (lost, len(differences)) == (1, 2 * len(feast_join.VALUES))
+    assert "Feast has no row where" in differences[0]
+    changed = ours.set_column(1, feast_join.VALUES[0], pa.array([1.0, 2.5, None]))
+    pq.write_table(changed, place.answer(feast_join.FEAST))
+    assert feast_join.compare(place)[1][0].startswith("activities differs in 1 rows; in row 1: Feast ")
+
+
+def test_totals_run_over_each_users_own_activities() -> None:
+    events = activities.events(3_000, 30, 5)
+    rows = feast_join.running_totals(events).to_pandas()
+    given = events.to_pandas()
+    durations = given["session_duration"].fillna(0.0)
+    by_user = given["user_id"]
+    np.testing.assert_array_equal(rows["activities"], given.groupby(by_user).cumcount() + 1)
+    np.testing.assert_allclose(rows["duration"], durations.groupby(by_user).cumsum())
+    np.testing.assert_allclose(rows["longest"], durations.groupby(by_user).cummax())
+    np.testing.assert_array_equal(rows["last_weight"], given["type"].map(activities.WEIGHTS))
+
+
+def test_materialized_values_are_checked_before_anybody_is_timed(tmp_path: Path) -> None:
+    with peers.valkey_server(tmp_path / "valkey") as port:
+        place = materialization.Place(tmp_path, port)
+        entities = materialization.prepare(place, materialization.Plan(users=40, events=600, runs=1))
+        assert 30 <= entities <= 40
+        materialization.check(place, None)
+        assert place.used_bytes() > 0
+        values = pq.read_table(place.values)
+        pq.write_table(values.set_column(2, "count_30d", pa.array(np.full(entities, 0.5))), place.values)
+        with pytest.raises(SystemExit, match="Heliostat brings other values online"):
+            materialization.check(place, None)
 
 
 # ── What benchmarks share ───────────────────────────────────────────────────────────
@@ -110,6 +211,41 @@ def test_an_environment_is_made_again_only_when_its_requirements_change(
     assert (python.stat().st_mtime_ns, (tmp_path / "own" / "pyvenv.cfg").stat().st_mtime_ns) == made
     found = subprocess.run([str(python), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
     assert Path(found.stdout.strip()) == tmp_path / "own"
+
+
+ECHO = """
+import json, sys, time
+print(json.dumps({"version": "1"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["do"] == "end":
+        sys.exit(3)
+    kept = b"x" * asked.get("bytes", 0)
+    time.sleep(asked.get("seconds", 0))
+    print(json.dumps({"said": asked["do"]}), flush=True)
+"""
+
+
+def test_a_peers_program_answers_until_it_ends(tmp_path: Path) -> None:
+    (tmp_path / "echo.py").write_text(ECHO)
+    with peers.Program.started(Path(sys.executable), str(tmp_path / "echo.py"), name="Echo") as program:
+        assert program.greeting == {"version": "1"}
+        assert program.ask(do="this") == {"said": "this"}
+        with pytest.raises(peers.ProgramEndedError, match="Echo's process ended with exit code 3"):
+            program.ask(do="end")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"seconds": 60}, "stopped after 0.5 s"), ({"seconds": 60, "bytes": 300_000_000}, "stopped at 0 GiB of memory")],
+)
+def test_a_peers_program_is_stopped_beyond_its_limits(tmp_path: Path, asked: dict[str, int], said: str) -> None:
+    (tmp_path / "echo.py").write_text(ECHO)
+    limits = peers.Limits(seconds=30 if "bytes" in asked else 0.5, memory_bytes=200_000_000)
+    with peers.Program.started(Path(sys.executable), str(tmp_path / "echo.py"), name="Echo") as program:
+        assert program.ask_within(limits, do="quick") == {"said": "quick"}
+        with pytest.raises(peers.LimitExceededError, match=f"Echo was {said}"):
+            program.ask_within(limits, do="slow", **asked)
 
 
 def test_memory_is_that_of_the_whole_tree_without_what_is_left_out() -> None:
