@@ -29,6 +29,7 @@ import httpx
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,7 +48,7 @@ from heliostat.workspace import Workspace
 
 SOURCE, VIEW = "purchases", "recent_purchases"
 CUSTOMERS = 50_000
-_ANSWERS_A_SECOND = 3_000
+_ANSWERS_A_SECOND = 2_500
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Plan:
 
     batches: tuple[int, ...] = (1, 10, 100, 1_000)
     concurrency: tuple[int, ...] = (1, 4, 16)
-    seconds: float = 2.0
+    seconds: float = 1.0
     rounds: int = 3
     bulk_events: int = 10_000_000
 
@@ -97,17 +98,18 @@ class Events:
         """The next so many events."""
         first, self.made = self.made, self.made + count
         customers = self._rng.integers(1, CUSTOMERS + 1, count).tolist()
-        ages_us = self._rng.integers(1, 30 * US_PER_DAY, count).tolist()
+        times_us = self._now_us - self._rng.integers(1, 30 * US_PER_DAY, count)
+        times = pc.strftime(pa.array(times_us, pa.timestamp("us")), "%Y-%m-%dT%H:%M:%SZ").to_pylist()
         amounts = np.round(self._rng.gamma(2.0, 15.0, count), 2).tolist()
         return [
             {
                 "event_id": first + at,
                 "customer_id": customer,
-                "purchased_at": format_instant(self._now_us - age_us),
+                "purchased_at": at_text,
                 "quantity": 1,
                 "amount": amount,
             }
-            for at, (customer, age_us, amount) in enumerate(zip(customers, ages_us, amounts, strict=True))
+            for at, (customer, at_text, amount) in enumerate(zip(customers, times, amounts, strict=True))
         ]
 
 
@@ -157,10 +159,11 @@ def over_http(url: str, events: Events, plan: Plan, folder: Path) -> Iterator[li
                 seconds = plan.seconds if turn >= 0 else plan.seconds / 4
                 bodies = folder / "bodies"
                 # More than anybody could send: no event comes twice.
-                count = max(20, int(seconds * _ANSWERS_A_SECOND / (1 + size / 25)))
+                count = max(20, int(seconds * _ANSWERS_A_SECOND / (1 + size / 15)))
+                made = events.batch(size * count)
                 with bodies.open("wb") as sink:
-                    for _ in range(count):
-                        sink.write(orjson.dumps({"source": SOURCE, "events": events.batch(size)}) + b"\n")
+                    for begin in range(0, len(made), size):
+                        sink.write(orjson.dumps({"source": SOURCE, "events": made[begin : begin + size]}) + b"\n")
                 found = _load(f"{url}/events", bodies, concurrency, seconds)
                 if turn >= 0:
                     cell.events_per_s.append(size * found["requests_per_s"])

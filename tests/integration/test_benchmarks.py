@@ -293,3 +293,17 @@ def test_facts_name_no_machine_and_no_path() -> None:
     assert next(iter(found)) == "events"
     assert found["numpy"] == np.__version__
     assert not any("/" in str(value) for value in found.values())
+
+
+@pytest.mark.slow
+def test_the_ingestion_benchmark_runs_and_finds_every_event_where_it_should_be() -> None:
+    command = [sys.executable, "benchmarks/ingestion.py", "--smoke"]
+    done = subprocess.run(command, cwd=peers.ROOT, check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[1:]] == [
+        *["POST /events"] * 2,
+        *["intake, without HTTP"] * 2,
+        "Parquet -> log, new",
+        "Parquet -> log, known already",
+    ]
