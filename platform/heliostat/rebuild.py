@@ -70,15 +70,17 @@ def materialize_views(
     *,
     as_of_us: int | None = None,
     full: bool = False,
+    on_ray: bool = True,
     on_step: OnStep | None = None,
 ) -> tuple[Materialization, ...]:
-    """Materialize declared views as the settings say. Ray must be connected.
+    """Materialize declared views as the settings say.
 
     Args:
         workspace: Event log, online store, clock, settings and declarations.
         views: Which; None: all versions of all.
         as_of_us: An earlier instant; None: now.
         full: Look at all entities, also where nothing has changed.
+        on_ray: On the Ray that is connected; False: in this process.
         on_step: Told how far it is.
 
     Raises:
@@ -99,6 +101,7 @@ def materialize_views(
         full=full,
         full_every_us=settings.full_every_us,
         rate=RateLimit(settings.max_entities_per_s, settings.max_bytes_per_s),
+        on_ray=on_ray,
         on_step=on_step,
     )
 
@@ -117,13 +120,14 @@ def past_instant_us(workspace: Workspace, text: str | None) -> int | None:
     return instant_us
 
 
-def rebuild(workspace: Workspace, *, on_step: OnStep | None = None) -> Rebuilt:
-    """Restore all online state, beside live ingestion if there is any. Ray must be connected.
+def rebuild(workspace: Workspace, *, on_ray: bool = True, on_step: OnStep | None = None) -> Rebuilt:
+    """Restore all online state, beside live ingestion if there is any.
 
     If it is interrupted, a materialization goes on with the buckets that are missing.
 
     Args:
         workspace: All stores, clock, settings and declarations.
+        on_ray: On the Ray that is connected; False: in this process.
         on_step: Told how far it is.
 
     Raises:
@@ -139,7 +143,7 @@ def rebuild(workspace: Workspace, *, on_step: OnStep | None = None) -> Rebuilt:
             routes.append(model)
     # What buckets say of themselves isn't believed: each is looked at in full.
     online.remove([online.keys.bucket_state(view.ref, at) for view in views for at in workspace.event_log.buckets])
-    rings = materialize_views(workspace, views, on_step=on_step)
+    rings = materialize_views(workspace, views, on_ray=on_ray, on_step=on_step)
     cached = sum(restore_cache(workspace, spec) for spec in workspace.definitions.models.values())
     return Rebuilt(rings, tuple(routes), cached, moved)
 

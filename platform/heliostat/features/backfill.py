@@ -30,7 +30,7 @@ from heliostat.schema import ID_HASH, hash64, tie48, times_us
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.ring_writes import EntityWrite
 
-_RINGS_AT_ONCE_BYTES = 16 * 2**20
+_RINGS_AT_ONCE_BYTES = 8 * 2**20
 _EVENTS_AT_ONCE = 250_000
 
 
@@ -145,8 +145,9 @@ class BucketRings:
         if not group.life and len(tiles.tiles):
             newest = max(self.plan.as_of_us // group.hop_us, int(tiles.tiles.max()))
             tiles = tiles.between(newest - group.n_slots + 1, newest)
-        here = np.unique(tiles.codes)
-        own = TileStates(np.searchsorted(here, tiles.codes), tiles.tiles, tiles.slots)
+        begins = np.diff(tiles.codes, prepend=-1) > 0
+        here = tiles.codes[begins]
+        own = TileStates(np.cumsum(begins) - 1, tiles.tiles, tiles.slots)
         packed = pack_rings(group, own, len(here), as_of_us=self.plan.as_of_us, limits=self.plan.limits)
         data, size = packed.tobytes(), len(group.empty_ring)
         rings = [b""] * (last - first)

@@ -109,14 +109,17 @@ class HistoryReader:
         until_us = plan.as_of_us + (plan.limits.future_tolerance_us if self.present else 0)
         first_us = earliest_us(plan.views, np.array([plan.as_of_us]))
         events = self._log([*names, ID_HASH], first_us, until_us, version)
-        recent = self._log(short, plan.open_us, until_us, version)
         if self.present:
             # What was ingested while this runs may be later than what the instant allowed for.
             every = tuple(dict.fromkeys((*names, *short, ID_HASH, INGESTED)))
-            later = self._log(every, until_us, None, version)
-            later = later.filter(pc.greater(later.column(INGESTED), plan.as_of_us))
-            events = pa.concat_tables([events, later.select(events.column_names)])
-            recent = pa.concat_tables([recent, later.select(recent.column_names)])
+            recent = self._log(every, plan.open_us, None, version)
+            later = pc.greater_equal(recent.column(source.event_time), pa.scalar(until_us, TIMESTAMP))
+            known = pc.greater(recent.column(INGESTED), plan.as_of_us)
+            beyond = recent.filter(pc.and_(later, known))
+            events = pa.concat_tables([events, beyond.select(events.column_names)])
+            recent = recent.filter(pc.or_(pc.invert(later), known)).select(short)
+        else:
+            recent = self._log(short, plan.open_us, until_us, version)
         none = entity.encode(recent.slice(0, 0))
         history = BucketHistory(self.bucket, events, recent, version, tail is not None, none, self)
         return history if tail is None else history._with(tail)

@@ -31,7 +31,7 @@ from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import BUSY, BucketLease, RingCall, RingCounts, RingLayouts
 
 _CALLS_AT_ONCE = 8
-_BATCHES_UNDER_WAY = 2
+_BATCHES_UNDER_WAY = 4
 _ROUNDS = 40
 _MOST_LEFT = 1_000
 

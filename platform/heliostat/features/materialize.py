@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -329,16 +330,15 @@ class _Run:
         by_bucket = {done.bucket: done for done in self.finished if done.full}
         if not by_bucket:
             return swept
-        known = {
-            (bucket, group): np.sort(np.frombuffer(done.present[group], dtype=np.uint64))
-            for bucket, done in by_bucket.items()
+        known = [
+            np.sort(np.concatenate([np.frombuffer(done.present[group], np.uint64) for done in by_bucket.values()]))
             for group in range(len(plan.groups))
-        }
+        ]
         source, entity = self.task.views[0].source, self.task.views[0].entity
         layouts = RingLayouts(plan.described, True, remember_ms(self.task.limits))
         for view in self.task.views:
             for keys in store.scan(f"{store.keys.root}:r:{view.ref}:"):
-                doomed, outdated = _unknown_rings(plan, keys, known)
+                doomed, outdated = _unknown_rings(plan, keys, known, set(by_bucket))
                 swept += RingCounts(cleared=store.remove(outdated))
                 for bucket, writes in doomed.items():
                     done = by_bucket[bucket]
@@ -350,19 +350,28 @@ class _Run:
 
 
 def _unknown_rings(
-    plan: RingPlan, keys: Sequence[str], known: dict[tuple[int, int], NDArray[np.uint64]]
+    plan: RingPlan, keys: Sequence[str], known: Sequence[NDArray[np.uint64]], buckets: AbstractSet[int]
 ) -> tuple[dict[int, list[EntityWrite]], list[str]]:
-    """Of some rings' keys: by bucket, those of entities without events; and those of layouts that are no more."""
+    """Of some rings' keys: by bucket, those of entities without events; and those of layouts that are no more.
+
+    Args:
+        plan: Says which layouts there are.
+        keys: The rings'.
+        known: For each group, hashes of the entities with events in its reach, ascending.
+        buckets: Those that all of this is known of.
+    """
     places = [group_of_key(plan, key) for key in keys]
     outdated = [key for key, place in zip(keys, places, strict=True) if place is None]
-    rings = [(key, *place) for key, place in zip(keys, places, strict=True) if place is not None]
     doomed: dict[int, list[EntityWrite]] = {}
-    hashes = hash64(pa.array([text for *_, text in rings], pa.string())) if rings else np.empty(0, np.uint64)
-    for (key, group, bucket, _), each in zip(rings, hashes, strict=True):
-        present = known.get((bucket, group))
-        if present is None:
-            continue
-        at = int(np.searchsorted(present, each))
-        if at == len(present) or present[at] != each:
+    for group, present in enumerate(known):
+        own = [
+            (key, place[1], place[2])
+            for key, place in zip(keys, places, strict=True)
+            if place is not None and place[0] == group and place[1] in buckets
+        ]
+        hashes = hash64(pa.array([text for *_, text in own], pa.string())) if own else np.empty(0, np.uint64)
+        missing = np.searchsorted(present, hashes, "right") == np.searchsorted(present, hashes, "left")
+        for at in np.flatnonzero(missing).tolist():
+            key, bucket, _ = own[at]
             doomed.setdefault(bucket, []).append(EntityWrite(0, ((key, group, b""),)))
     return doomed, outdated

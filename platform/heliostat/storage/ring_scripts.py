@@ -83,9 +83,9 @@ end
 # Events of one bucket, each atomic by itself. KEYS: the bucket's epoch; then, for each event: seen,
 # [stream], rings…; ARGV: life of the seen key in ms, number of descriptors, the descriptors; then, for
 # each event: number of stream fields (0: no stream), the fields, number of rings, and for each of those
-# the number of its descriptor and its slot. Answers a number an event: 0 known already, 1 applied, 2 too old for a ring.
-# The stream comes before the rings: should a ring fail, the event is history already, and
-# materializing repairs the ring.
+# the number of its descriptor and its slot. Answers a number an event: 0 known already, 1 applied, 2 too
+# old for a ring. The stream comes before the rings: should a ring fail, the event is history already,
+# and materializing repairs the ring.
 APPLY_EVENTS: Final = Script(
     _COMMON
     + """
