@@ -383,8 +383,8 @@ class SingleFeatureBaseline:
 
 
 def baseline_feature(spec: ModelSpec) -> str:
-    """The feature that the baseline sorts by: the first time since something, else the first of all."""
+    """The feature that the baseline sorts by: the first time since something, else the first quantity of all."""
     for ref in spec.feature_refs:
         if isinstance(ref.view.base_features.get(ref.feature), TimeSinceLast):
             return ref.name
-    return spec.feature_names[0]
+    return next((name for name in spec.feature_names if name not in spec.categorical), spec.feature_names[0])
