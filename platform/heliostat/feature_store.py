@@ -17,7 +17,7 @@ reaches the event log through its stream, `write_offline` the other way round by
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from heliostat.clock import parse_instant_us
 from heliostat.errors import (
+    HeliostatError,
     InvalidDefinitionError,
     InvalidValueError,
     UnknownFeatureError,
@@ -167,9 +168,7 @@ class FeatureStore:
         declared = self._written(view, "write_online")
         writer = OnlineWriter(declared, self._workspace.settings, timestamp, self._workspace.clock.now_us())
         if is_dataset(frame):
-            from heliostat.features.bucket_tasks import over_dataset
-
-            counts = [part.to_pylist()[0] for part in over_dataset(writer, frame, batch_rows=ROWS_AT_ONCE)]
+            counts = [part.to_pylist()[0] for part in _over_dataset(writer, frame)]
             return Written(sum(each["new"] for each in counts), sum(each["known"] for each in counts))
         return writer.write(as_table(frame), self._workspace.online)
 
@@ -367,6 +366,23 @@ def _identity(declared: Any) -> tuple[str, str]:  # noqa: ANN401 - any declarati
     if isinstance(declared, FeatureView):
         return "view", declared.ref
     return type(declared).__name__, declared.name
+
+
+def _over_dataset(task: OnlineWriter, rows: Any) -> Iterator[pa.Table]:  # noqa: ANN401 - a Dataset
+    """What a task gives for each part of somebody's Dataset; an error of ours inside it comes out as itself."""
+    from ray.exceptions import RayTaskError
+
+    context, before = rows.context, rows.context.raise_original_map_exception
+    context.raise_original_map_exception = True  # Ray Data's own wrapper would lose the error's kind
+    try:
+        done = rows.map_batches(task, batch_format="pyarrow", batch_size=ROWS_AT_ONCE)
+        yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayTaskError as error:
+        if isinstance(error.cause, HeliostatError):
+            raise error.cause from None
+        raise
+    finally:
+        context.raise_original_map_exception = before
 
 
 def _column_names(frame: object) -> list[str]:
