@@ -56,6 +56,7 @@ bench: $(READY) ## Benchmarks side by side with what a user would pick instead
 	$(BIN)/python benchmarks/online_read.py
 	$(BIN)/python benchmarks/materialization.py
 	$(BIN)/python benchmarks/feast_join.py
+	$(BIN)/python benchmarks/compared.py
 
 lock: $(READY) ## Write the lock file anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra demo --extra kafka --extra dev \

@@ -407,7 +407,7 @@ class Report:
 
     def markdown(self) -> str:
         """The report as Markdown."""
-        cells = [list(self.columns), *([_shown(cell) for cell in row] for row in self.rows)]
+        cells = [list(self.columns), *([shown(cell) for cell in row] for row in self.rows)]
         widths = [max(len(row[at]) for row in cells) for at in range(len(self.columns))]
         lines = [
             "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -435,7 +435,8 @@ class Report:
         return page
 
 
-def _shown(cell: object) -> str:
+def shown(cell: object) -> str:
+    """As tables show it: a number with three significant digits."""
     if isinstance(cell, float):
         return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:#.3g}".rstrip(".")
     return f"{cell:,}" if isinstance(cell, int) else str(cell)

@@ -13,7 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import activities, feast_join, materialization, online_read, peers, point_in_time, ray_data_join
+from benchmarks import (
+    activities,
+    compared,
+    feast_join,
+    materialization,
+    online_read,
+    peers,
+    point_in_time,
+    ray_data_join,
+)
 from heliostat.clock import US_PER_DAY
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 
@@ -194,6 +203,33 @@ def test_materialized_values_are_checked_before_anybody_is_timed(tmp_path: Path)
         pq.write_table(values.set_column(2, "count_30d", pa.array(np.full(entities, 0.5))), place.values)
         with pytest.raises(SystemExit, match="Heliostat brings other values online"):
             materialization.check(place, None)
+
+
+# ── The page ────────────────────────────────────────────────────────────────────────
+
+
+def test_the_page_shows_what_the_result_files_say() -> None:
+    page = compared.PAGE.read_text()
+    assert compared.written(page) == page, "run benchmarks/compared.py"
+
+
+def test_a_comparison_says_how_many_times_as_quick_and_whether_that_was_the_goal(tmp_path: Path) -> None:
+    columns = ["rows at rest", "spine rows", "users", "question", "contender", "seconds"]
+    rows = [
+        [200, 100, 10, "newest row", "Feast", 6.0],
+        [200, 100, 10, "newest row", "Heliostat, one process", 0.5],
+        [200, 100, 10, "newest row", "Heliostat on Ray", 1.0],
+        [200, 100, 10, "windows of 30 days", "Heliostat on Ray", 1.0],
+        [900, 100, 10, "newest row", "Feast", "stopped after 300 s"],
+        [900, 100, 10, "newest row", "Heliostat on Ray", 2.0],
+    ]
+    peers.Report("A title", columns, rows).write("feast_join", folder=tmp_path)
+    _, _, *lines = compared.table(tmp_path).splitlines()
+    assert [line.split(" | ")[1:] for line in lines] == [
+        ["0.500 s", "Feast", "6.00 s", "12.0", "≥ 10.0", "yes |"],
+        ["1.00 s", "Feast", "6.00 s", "6.00", "≥ 10.0", "no |"],
+        ["2.00 s", "Feast", "stopped after 300 s", "", "≥ 10.0", " |"],
+    ]
 
 
 # ── What benchmarks share ───────────────────────────────────────────────────────────

@@ -1,0 +1,149 @@
+"""What was measured side by side, in one table: the results of all benchmarks -> docs/compared.md.
+
+python benchmarks/compared.py           # writes the table anew; nothing is measured
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.peers import RESULTS, ROOT, shown
+
+PAGE = ROOT / "docs" / "compared.md"
+BEGIN, END = "<!-- measured: written by benchmarks/compared.py -->", "<!-- end -->"
+HEADS = ("what", "Heliostat", "beside it", "", "times as quick", "goal", "reached")
+
+Row = Mapping[str, Any]
+"""A row of a result by its column."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison.
+
+    Attributes:
+        what: In words.
+        ours: Seconds or milliseconds; in general what is better when it is smaller.
+        peer: Its name.
+        theirs: The same for it, or why there is none.
+        unit: Of both.
+        goal: How many times as quick we want to be; None: nobody has said.
+    """
+
+    what: str
+    ours: float
+    peer: str
+    theirs: float | str
+    unit: str
+    goal: float | None = None
+
+    def cells(self) -> list[str]:
+        """As the table shows it."""
+        theirs = self.theirs if isinstance(self.theirs, str) else f"{shown(self.theirs)} {self.unit}"
+        times = None if isinstance(self.theirs, str) else self.theirs / self.ours
+        reached = "" if times is None or self.goal is None else "yes" if times >= self.goal else "no"
+        goal = "" if self.goal is None else f"≥ {shown(self.goal)}"
+        ours = f"{shown(self.ours)} {self.unit}"
+        return [self.what, ours, self.peer, theirs, "" if times is None else shown(times), goal, reached]
+
+
+def online_read(rows: list[Row]) -> Iterator[Line]:
+    """Feature vectors, beside Feast's SDK."""
+    for entities, goal in ((100, 10.0), (1, 2.0)):
+        here = [row for row in rows if row["entities"] == entities and row["features"] == 10]
+        by_reader = {row["reader"]: row for row in here if row["views"] == 1}
+        ours, theirs = (by_reader[name] for name in ("Heliostat, rings merged", "Feast, get_online_features"))
+        what = f"read 10 features of {entities} {'entities' if entities > 1 else 'entity'} online"
+        yield Line(f"{what}, median", ours["p50 ms"], "Feast", theirs["p50 ms"], "ms", goal)
+        yield Line(f"{what}, p99", ours["p99 ms"], "Feast", theirs["p99 ms"], "ms", goal if entities > 1 else None)
+
+
+def feast_join(rows: list[Row]) -> Iterator[Line]:
+    """Historical features, beside Feast's default offline store."""
+    for row in rows:
+        if row["contender"] == "Feast" or row["question"] != "newest row":
+            continue
+        same = ("rows at rest", "spine rows", "users")
+        theirs = next(
+            (each["seconds"] for each in rows if each["contender"] == "Feast" and _equal(each, row, same)), None
+        )
+        if theirs is not None:
+            size = f"{row['rows at rest']:,} × {row['spine rows']:,}, {row['users']:,} users"
+            who = row["contender"].removeprefix("Heliostat").strip(", ")
+            yield Line(f"historical features, {size} ({who})", row["seconds"], "Feast", theirs, "s", 10.0)
+
+
+def materialization(rows: list[Row]) -> Iterator[Line]:
+    """History brought online, beside Feast's."""
+    by_name = {row["contender"]: row for row in rows}
+    theirs = by_name["Feast, materialize"]["seconds"]
+    for name in ("Heliostat on Ray", "Heliostat, one process"):
+        who = name.removeprefix("Heliostat").strip(", ")
+        yield Line(f"materialize ten features ({who})", by_name[name]["seconds"], "Feast", theirs, "s", 10.0)
+
+
+def point_in_time(rows: list[Row]) -> Iterator[Line]:
+    """The point-in-time join, beside DuckDB and Ray Data."""
+    ours = next(row["seconds"] for row in rows if row["contender"] == "Heliostat")
+    goals = {"DuckDB, range join": 1 / 0.3, "Ray Data": 10.0}
+    for row in rows:
+        if row["contender"] != "Heliostat":
+            name = row["contender"]
+            yield Line("windows over events, point in time", ours, name, row["seconds"], "s", goals.get(name))
+
+
+def serving(rows: list[Row]) -> Iterator[Line]:
+    """The whole inference graph, beside a plain program."""
+    for row in rows:
+        if (row["entities"], row["concurrency"]) in ((1, 1), (100, 64)):
+            what = f"predict, {row['entities']} entities, {row['concurrency']} at once, median"
+            yield Line(what, row["p50 ms Heliostat"], "plain FastAPI", row["p50 ms plain"], "ms")
+
+
+SECTIONS: Mapping[str, Callable[[list[Row]], Iterator[Line]]] = {
+    "online_read": online_read,
+    "feast_join": feast_join,
+    "materialization": materialization,
+    "point_in_time": point_in_time,
+    "serving": serving,
+}
+
+
+def _equal(one: Row, other: Row, columns: tuple[str, ...]) -> bool:
+    return all(one[column] == other[column] for column in columns)
+
+
+def table(folder: Path = RESULTS) -> str:
+    """The table in Markdown, of those benchmarks that have a result."""
+    cells = [list(HEADS), ["---"] * len(HEADS)]
+    for name, lines in SECTIONS.items():
+        file = folder / f"{name}.json"
+        if file.exists():
+            found = json.loads(file.read_text())
+            rows = [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+            cells += [line.cells() for line in lines(rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def written(page: str, folder: Path = RESULTS) -> str:
+    """A page with its table as the results have it."""
+    head, _, rest = page.partition(BEGIN)
+    return f"{head}{BEGIN}\n\n{table(folder)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> int:
+    """Run as a program."""
+    PAGE.write_text(written(PAGE.read_text()))
+    print(f"written to {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
