@@ -6,6 +6,7 @@ version of it to read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -49,6 +50,13 @@ class EntityJoin:
         """The version of a source's log to read; None where there is no log."""
         version = self.versions[source]
         return version if version >= 0 else None
+
+    def events_by_bucket(self) -> dict[int, int]:
+        """How many events of all sources each bucket has, about: as the log is now."""
+        events: Counter[int] = Counter()
+        for views in self.sources:
+            events.update(self.event_log.statistics(views[0].source, self.entity).rows_by_bucket)
+        return dict(events)
 
     def columns(
         self, bucket: int, keys: pa.Array, as_of_us: IntArray, request: Mapping[str, FloatArray] | None = None

@@ -1,17 +1,22 @@
-"""One Ray task a bucket of entities, for work that keeps a core busy."""
+"""One Ray task a bucket of entities, for work that keeps a core busy.
+
+Plain tasks rather than a Dataset: buckets are many small, equal pieces of work, and what Ray Data
+plans, meters and hands on for each of them takes as long as the work itself.
+"""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
-import ray.data
-from ray.data import DataContext, Dataset, TaskPoolStrategy
+import ray
 from ray.exceptions import RayTaskError
 
 from heliostat.cluster import cpus_a_task
 from heliostat.errors import HeliostatError
+
+Given = TypeVar("Given")
 
 
 def over_buckets(
@@ -30,10 +35,7 @@ def over_buckets(
     Raises:
         HeliostatError: What a task raised, as itself.
     """
-    with _context():
-        numbers = ray.data.range(n_buckets, override_num_blocks=n_buckets)
-        done = _mapped(numbers, _OfBuckets(task), concurrency)
-    yield from _batches(done)
+    yield from _over(task, range(n_buckets), concurrency)
 
 
 def over_blocks(
@@ -43,7 +45,7 @@ def over_blocks(
 
     Args:
         task: Picklable; takes one of the tables.
-        blocks: At least one; they go to the tasks through Ray's memory.
+        blocks: They go to the tasks through Ray's memory, in this order.
         concurrency: Most at a time; None: as many as there are cores.
 
     Yields:
@@ -52,73 +54,39 @@ def over_blocks(
     Raises:
         HeliostatError: What a task raised, as itself.
     """
-    with _context():
-        done = _mapped(ray.data.from_arrow(list(blocks)), task, concurrency)
-    yield from _batches(done)
+    yield from _over(task, blocks, concurrency)
 
 
-def over_dataset(task: Callable[[pa.Table], pa.Table], rows: Dataset, *, batch_rows: int) -> Iterator[pa.Table]:
-    """Run a task for each part of somebody's Dataset; tables come as they are done, in no order.
-
-    Args:
-        task: Picklable; takes a table.
-        rows: Any Dataset.
-        batch_rows: How many rows a task gets at most.
-
-    Yields:
-        What the tasks gave.
-
-    Raises:
-        HeliostatError: What a task raised, as itself.
-    """
-    context, before = rows.context, rows.context.raise_original_map_exception
-    context.raise_original_map_exception = True  # as in `_context`, for as long as it runs
+def _over(task: Callable[[Given], pa.Table], work: Sequence[Given], concurrency: int | None) -> Iterator[pa.Table]:
+    """Each piece of work in a task; no more are under way than are needed to keep all cores busy."""
+    each_takes = cpus_a_task()
+    at_a_time = concurrency or 2 * max(1, int(ray.cluster_resources().get("CPU", 1.0) / each_takes))
+    remote, shared = ray.remote(_run).options(num_cpus=each_takes), ray.put(task)
+    begun = 0
+    under_way: list[ray.ObjectRef[pa.Table]] = []
     try:
-        yield from _batches(rows.map_batches(task, batch_format="pyarrow", batch_size=batch_rows))
+        while begun < len(work) or under_way:
+            while begun < len(work) and len(under_way) < at_a_time:
+                under_way.append(remote.remote(shared, work[begun]))
+                begun += 1
+            done, under_way = ray.wait(under_way, num_returns=1)
+            table = _got(done[0])
+            if table.num_rows:
+                yield table
     finally:
-        context.raise_original_map_exception = before
+        for each in under_way:
+            ray.cancel(each)
 
 
-def _batches(rows: Dataset) -> Iterator[pa.Table]:
-    """A Dataset's blocks, to the end; an error of ours inside a task comes out as itself."""
+def _run(task: Callable[[Given], pa.Table], given: Given) -> pa.Table:
+    return task(given)
+
+
+def _got(done: ray.ObjectRef[pa.Table]) -> pa.Table:
+    """A task's table; an error of ours inside it comes out as itself."""
     try:
-        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            if batch.num_rows:
-                yield batch
+        return ray.get(done)
     except RayTaskError as error:
         if isinstance(error.cause, HeliostatError):
             raise error.cause from None
         raise
-
-
-@contextlib.contextmanager
-def _context() -> Iterator[None]:
-    """How Datasets made inside are run."""
-    context = DataContext.get_current().copy()
-    # Ray Data's own wrapper would lose the error's kind.
-    context.raise_original_map_exception = True
-    # It would keep half of the cores free for operators that these pipelines don't have.
-    context.op_resource_reservation_enabled = False
-    with DataContext.current(context):
-        yield
-
-
-def _mapped(rows: Dataset, task: Callable[[pa.Table], pa.Table], concurrency: int | None) -> Dataset:
-    return rows.map_batches(
-        task,
-        batch_format="pyarrow",
-        batch_size=None,
-        zero_copy_batch=True,
-        num_cpus=cpus_a_task(),
-        compute=TaskPoolStrategy(size=concurrency),
-    )
-
-
-class _OfBuckets:
-    """The task as Ray Data calls it: a table of bucket numbers in, their tables out."""
-
-    def __init__(self, task: Callable[[int], pa.Table]) -> None:
-        self._task = task
-
-    def __call__(self, numbers: pa.Table) -> pa.Table:
-        return pa.concat_tables([self._task(number) for number in numbers.column("id").to_pylist()])

@@ -1,4 +1,4 @@
-"""Point-in-time joins over Ray Data: a spine and the event log in, feature rows out.
+"""Point-in-time joins over Ray: a spine and the event log in, feature rows out.
 
 The event log is bucketed by entity, so the join needs no shuffle of events: the spine is
 split by the same buckets, and each bucket is one independent task that reads its events
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -270,6 +271,7 @@ def _joined(
         return columns
     for join, keys, brought in zip(joins, encoded, request, strict=True):
         blocks = _bucket_blocks(keys, as_of_us, join.entity.buckets(keys, join.event_log.n_buckets), brought)
+        blocks.sort(key=partial(_events_behind, join.events_by_bucket()), reverse=True)
         for batch in over_blocks(_BucketTask(join), blocks, concurrency=concurrency):
             rows = batch.column(_ROW).to_numpy()
             for name in join.names:
@@ -294,6 +296,11 @@ def _bucket_blocks(
     begins = np.flatnonzero(np.diff(buckets[order], prepend=-1))
     ends = np.append(begins[1:], len(order))
     return [whole.slice(begin, end - begin) for begin, end in zip(begins, ends, strict=True)]
+
+
+def _events_behind(events_by_bucket: Mapping[int, int], block: pa.Table) -> int:
+    """How much work a block is: the largest first, so that none of them is left over at the end."""
+    return events_by_bucket.get(block.column(BUCKET)[0].as_py(), 0)
 
 
 def _join_dataset(
