@@ -15,9 +15,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Final
@@ -29,12 +28,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from heliostat.errors import EntityBusyError, HeliostatError, StaleProgressError
+from heliostat.errors import ConflictError, EntityBusyError, StaleProgressError
 from heliostat.features.bucket_rings import BucketTask
 from heliostat.features.definitions import Entity, EntityKey, EventSource, FeatureView
+from heliostat.features.subject import Subject, rows_by_text
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.sink import Sink
-from heliostat.schema import BUCKET, arrow_type, cast_column
+from heliostat.schema import BUCKET
 from heliostat.storage.delta import Table, arrow_schema, joined
 from heliostat.storage.erasure import (
     Doomed,
@@ -156,10 +156,9 @@ class _Forgetting:
     """One run over all stores."""
 
     def __init__(self, workspace: Workspace, entity: Entity, text: str, digest: str, server: ServerEraser) -> None:
-        self._workspace, self._entity, self._text, self._digest = workspace, entity, text, digest
+        self._workspace, self._entity, self._digest = workspace, entity, digest
+        self._subject = Subject(entity, text)
         self._server, self._keys = server, server.keys
-        self._parts = entity.parse(text)
-        self._encoded = entity.encoded([text])
         self._mending = f"{self._keys.root}:mending:{digest}"
         self._rows: Counter[str] = Counter()
 
@@ -168,6 +167,7 @@ class _Forgetting:
         for passes in itertools.count(1):
             keys += self._server.delete(self._own_keys())
             self._drain()
+            self._unnote()
             if not self._erase_rows():
                 break
             if passes == _PASSES:
@@ -178,37 +178,19 @@ class _Forgetting:
         left = (*self._uncommitted(), *self._server.rewrite_files())
         return ForgetReport(self._entity.name, self._digest, dict(self._rows), keys, others, passes, vacuumed, left)
 
-    # ── Who is meant ─────────────────────────────────────────────────────────────
-
-    def _is_about(self, owner: Entity | None, text: str) -> bool:
-        """Whether an entity's text means the one that is forgotten, or has it as a part: a user's device."""
-        if owner is None or owner.name == self._entity.name:
-            return text == self._text
-        if not self._shares_columns((owner,), owner.key_columns):
-            return False
-        try:
-            found = owner.parse(text)
-        except HeliostatError:
-            return False
-        return all(found[column] == value for column, value in self._parts.items())
-
-    def _shares_columns(self, owners: Sequence[Entity], columns: Sequence[str]) -> bool:
-        """Whether columns of these names are this entity's key, and not another entity's with the same names."""
-        if not set(self._parts) <= set(columns):
-            return False
-        if any(each.name == self._entity.name for each in owners):
-            return True
-        return not any(set(each.key_columns) == set(self._parts) for each in owners)
-
     def _by_columns(self, files: Callable[[Mapping[str, Any]], bool] | None = None) -> Doomed:
-        rows = partial(_has_key, parts=self._parts, entity=self._entity)
-        columns = tuple(self._parts)
-        return Doomed(columns, rows) if files is None else Doomed(columns, rows, files)
+        columns = tuple(self._subject.parts)
+        return Doomed(columns, self._subject.rows) if files is None else Doomed(columns, self._subject.rows, files)
 
-    def _by_text(self, owner: Entity | None, column: str = "entity") -> Doomed:
-        return Doomed((column,), partial(_matches, column=column, meant=partial(self._is_about, owner)))
+    def _by_text(self, owner: Entity | None) -> Doomed:
+        meant = partial(self._subject.is_meant, owner)
+        return Doomed(("entity",), partial(rows_by_text, column="entity", meant=meant))
 
     # ── Tables ───────────────────────────────────────────────────────────────────
+
+    @property
+    def _declared_views(self) -> Collection[FeatureView]:
+        return self._workspace.definitions.views.values()
 
     @cached_property
     def _models(self) -> Mapping[str, Entity]:
@@ -227,18 +209,18 @@ class _Forgetting:
         for kind, owners in kinds:
             for name in store.tables(kind):
                 table = store.table(kind, name)
-                if self._shares_columns(owners.get(name, ()), _columns(table)):
+                if self._subject.has_columns(owners.get(name, ()), _columns(table)):
                     yield f"{kind}/{name}", table, self._by_columns()
         # Actuals name predictions: those go while the predictions are still there to say which.
         for model in store.tables("actuals"):
             ids = self._prediction_ids(model)
             owner = self._models.get(model)
-            told = partial(_is_actual, meant=partial(self._is_about, owner), ids=ids)
+            told = partial(_is_actual, meant=partial(self._subject.is_meant, owner), ids=ids)
             yield f"actuals/{model}", store.table("actuals", model), Doomed(("entity", "prediction_id"), told)
         for model in store.tables("predictions"):
             yield f"predictions/{model}", store.table("predictions", model), self._by_text(self._models.get(model))
         for name in store.tables("dead_letters"):
-            letters = partial(_matches, column="event", meant=self._is_in_letter)
+            letters = partial(rows_by_text, column="event", meant=self._subject.is_in_letter)
             yield f"dead_letters/{name}", store.table("dead_letters", name), Doomed(("event",), letters)
 
     def _event_tables(self) -> Iterator[tuple[str, str, Table, Doomed]]:
@@ -247,11 +229,11 @@ class _Forgetting:
             owners = tuple(declared[source].entities) if source in declared else ()
             for name in subfolders(log.root, log.storage_options, "events", source):
                 table = Table(joined(log.root, "events", source, name), log.storage_options, BUCKET)
-                if not self._shares_columns(owners, _columns(table)):
+                if not self._subject.has_columns(owners, _columns(table)):
                     continue
                 only = None
                 if name == self._entity.name:
-                    bucket = int(self._entity.buckets(self._encoded, log.n_buckets)[0])
+                    bucket = int(self._entity.buckets(self._subject.encoded, log.n_buckets)[0])
                     only = partial(_is_of_bucket, bucket=bucket)
                 yield source, name, table, self._by_columns(only)
 
@@ -286,8 +268,8 @@ class _Forgetting:
 
     def _own_keys(self) -> list[str]:
         """Rings and cached batch results about the entity, of any view or model that there ever was."""
-        views = {view.ref: view.entity for view in self._workspace.definitions.views.values()}
-        text = str(next(iter(self._parts.values())))
+        views = {view.ref: view.entity for view in self._declared_views}
+        text = str(next(iter(self._subject.parts.values())))
         prefix = f"{self._keys.root}:"
         found: list[str] = []
         for key in dict.fromkeys((*self._server.find(text), *self._server.find(quote(text, safe="")))):
@@ -300,7 +282,7 @@ class _Forgetting:
                 owner = self._models.get(model)
             else:
                 continue
-            if self._is_about(owner, about):
+            if self._subject.is_meant(owner, about):
                 found.append(key)
         return [*found, *self._bucket_states(views)]
 
@@ -312,7 +294,7 @@ class _Forgetting:
             key
             for key, document in states.items()
             if any(
-                self._is_about(views.get(key.removeprefix(prefix).partition(":")[0]), text)
+                self._subject.is_meant(views.get(key.removeprefix(prefix).partition(":")[0]), text)
                 for text in orjson.loads(document).get("left", ())
             )
         ]
@@ -330,25 +312,23 @@ class _Forgetting:
         declared = {self._keys.events(name, 0).partition("{")[0] for name in self._workspace.definitions.sources}
         for stream in self._streams():
             if stream.startswith(f"{self._keys.root}:events:") and stream.partition("{")[0] not in declared:
-                self._server.delete_entries(stream, lambda payload: self._is_in_letter(payload.decode()))
+                self._server.delete_entries(stream, lambda payload: self._subject.is_in_letter(payload.decode()))
+
+    def _unnote(self) -> None:
+        """Out of what the sink has noted of rings that it makes anew."""
+        views = {(view.source.name, view.entity.name): view.entity for view in self._declared_views}
+        streams = self._workspace.streams
+        meant: list[bytes] = []
+        for note in streams.noted():
+            source, name, text = orjson.loads(note)
+            if self._subject.is_meant(views.get((source, name)), text):
+                meant.append(note)
+        streams.unnote(meant)
 
     def _streams(self) -> list[str]:
         records = (self._workspace.streams.record_stream(name) for name in ("predictions", "actuals"))
         events = self._server.find("events:")
         return [*records, *(key for key in events if key.startswith(f"{self._keys.root}:events:"))]
-
-    def _is_in_letter(self, event: str) -> bool:
-        """Whether a rejected event is about the entity: by its columns, or if it has none, by its text."""
-        try:
-            document = json.loads(event)
-        except ValueError:
-            document = None
-        if isinstance(document, dict) and all(document.get(column) is not None for column in self._parts):
-            return all(_same(document[column], value) for column, value in self._parts.items())
-        return all(
-            re.search(rf"(?<![\w]){re.escape(str(value))}(?![\w])", event) is not None
-            for value in self._parts.values()
-        )
 
     # ── Whoever else had a share in these events ─────────────────────────────────
 
@@ -387,7 +367,7 @@ class _Forgetting:
             source = sources.get(name)
             views = [
                 view
-                for view in self._workspace.definitions.views.values()
+                for view in self._declared_views
                 if source is not None and view.source.name == name and view.entity.name == entity_name
             ]
             if source is not None and views:
@@ -403,7 +383,13 @@ class _Forgetting:
         version = workspace.event_log.version(source, entity)
         task = BucketTask(tuple(views), workspace.event_log, version, workspace.online_config, now_us, limits)
         for bucket in np.unique(buckets).tolist():
-            task.remake(bucket, [texts[at] for at in np.flatnonzero(buckets == bucket).tolist()], workspace.online)
+            own = [texts[at] for at in np.flatnonzero(buckets == bucket).tolist()]
+            try:
+                done = not task.remake(bucket, own, workspace.online).busy
+            except ConflictError:
+                done = False
+            if not done:  # somebody writes them just now: the sink does it after that
+                workspace.streams.note([orjson.dumps([source.name, entity.name, text]) for text in own])
 
 
 def _columns(table: Table) -> list[str]:
@@ -415,33 +401,6 @@ def _is_of_bucket(file: Mapping[str, Any], *, bucket: int) -> bool:
     return bool(file[f"partition.{BUCKET}"] == bucket)
 
 
-def _has_key(rows: pa.Table, *, parts: Mapping[str, int | str], entity: Entity) -> NDArray[np.bool_]:
-    """Rows whose key columns hold these values."""
-    same = np.ones(rows.num_rows, dtype=np.bool_)
-    for column, value in parts.items():
-        dtype = arrow_type(entity.keys[column])
-        try:
-            found = pc.equal(cast_column(rows.column(column), dtype), pa.scalar(value, dtype))
-        except pa.ArrowException:  # other types can't hold the key
-            return np.zeros(rows.num_rows, dtype=np.bool_)
-        same &= pc.fill_null(found, False).to_numpy()
-    return same
-
-
-def _matches(rows: pa.Table, *, column: str, meant: Callable[[str], bool]) -> NDArray[np.bool_]:
-    """Rows whose text is meant; each distinct text is looked at once."""
-    texts = rows.column(column).combine_chunks().dictionary_encode()
-    wanted = np.array([text is not None and meant(text) for text in texts.dictionary.to_pylist()] + [False])
-    found: NDArray[np.bool_] = wanted[texts.indices.fill_null(len(wanted) - 1).to_numpy()]
-    return found
-
-
 def _is_actual(rows: pa.Table, *, meant: Callable[[str], bool], ids: pa.Array) -> NDArray[np.bool_]:
     named = pc.is_in(rows.column("prediction_id"), value_set=ids).to_numpy()
-    return np.asarray(named | _matches(rows, column="entity", meant=meant))
-
-
-def _same(found: object, wanted: int | str) -> bool:
-    if isinstance(wanted, int) and isinstance(found, float | int) and not isinstance(found, bool):
-        return found == wanted
-    return str(found) == str(wanted)
+    return np.asarray(named | rows_by_text(rows, column="entity", meant=meant))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +40,7 @@ from heliostat.storage.streams import actual_record
 from heliostat.workspace import Workspace
 from tests.integration.erasure_declarations import SALES, SHOP, USER, device_sales, shop_sales, user_sales
 
+ROOT = Path(__file__).parents[2]
 NOW_US = parse_instant_us("2026-03-01")
 MARK = "zq7|marked-customer"
 QUOTED = "zq7%7Cmarked-customer"
@@ -125,6 +132,8 @@ def fill(workspace: Workspace) -> None:
     offline.write_batch("churn", NOW_US, pa.table({"user": ["b", MARK], "as_of": at, "score": [0.5, 0.9]}))
     keys = workspace.online.keys
     workspace.online.put_many({keys.batch("churn", user): b"{}" for user in (MARK, "b")})
+    # What the sink has noted about somebody whose view has gone meanwhile.
+    streams.note([orjson.dumps(["sales", "old_entity", MARK])])
     # A ring of a view that nobody declares any more, and what materialization has left for the next time.
     bucket = int(USER.buckets(USER.encoded([MARK]), workspace.configured.storage.buckets)[0])
     state = BucketState("layout", 3, NOW_US, NOW_US, left=("b", MARK))
@@ -290,6 +299,32 @@ def test_run_that_was_killed_is_run_again(workspace: Workspace, monkeypatch: pyt
     np.testing.assert_array_equal(online(workspace, shop_sales, shops), offline(workspace, shop_sales, shops))
     with workspace.catalog.read() as rows:
         assert [run.outcome for run in rows.runs(FORGET_KIND)] == ["forgotten", "failed"]
+
+
+@pytest.mark.slow
+def test_run_that_was_killed_with_signal_9_is_run_again(workspace: Workspace) -> None:
+    fill(workspace)
+    materialized(workspace)
+    environment = {**os.environ, **workspace.settings.environment(), "PYTHONPATH": "platform:."}
+    command = [sys.executable, "-m", "heliostat.cli", "forget", "user", MARK]
+    started_s = time.monotonic()
+    whole = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert whole.returncode == 0, whole.stderr
+    lasts_s = time.monotonic() - started_s
+    codes = []
+    for share in np.random.default_rng(7).uniform(0.5, 1.0, 6).tolist():
+        fill(workspace)
+        running = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(share * lasts_s)
+        running.kill()
+        codes.append(running.wait())
+    assert -signal.SIGKILL in codes
+    report = forget(workspace, USER, MARK, exclusive=True)
+    assert report.left == ()
+    assert found_in(workspace) == []
+    shops = ["north", "south", "lonely"]
+    np.testing.assert_array_equal(online(workspace, shop_sales, shops), offline(workspace, shop_sales, shops))
 
 
 def test_entity_whose_events_keep_coming_is_busy_until_they_stop_and_what_comes_after_is_new(
