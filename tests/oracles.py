@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 
-from heliostat.schema import hash64, tie48
+from heliostat.schema import hash64, text_code, tie48
 
 DAY_US = 86_400_000_000
 HOUR_US = 3_600_000_000
@@ -161,7 +161,7 @@ def aggregate(aggregation: Any, events: list[Event], values: list[Any], as_of_us
     match function:
         case "First":
             return Answer(min(zip(events, values, strict=True), key=lambda pair: order(pair[0]))[1])
-        case "Last":
+        case "Last" | "Latest":
             return Answer(max(zip(events, values, strict=True), key=lambda pair: order(pair[0]))[1])
         case "DistinctDays":
             return Answer(float(len({event.time_us // DAY_US for event in events})))
@@ -250,11 +250,14 @@ def numbers(table: pa.Table, column: Any) -> list[float | None]:
     if column is None:
         return [1.0] * table.num_rows
     raw = table[column].to_pylist() if isinstance(column, str) else evaluated(table, column)
+    raw = [text_code(value) if isinstance(value, str) else value for value in raw]
     return [float(value) if value is not None and math.isfinite(float(value)) else None for value in raw]
 
 
 def looked_at(table: pa.Table, aggregation: Any) -> list[Any]:
     """What an aggregation uses of each row; None where it uses nothing."""
+    if type(aggregation).__name__ == "Latest":  # an event without a value says that there is none now
+        return [math.nan if value is None else value for value in numbers(table, aggregation.column)]
     if type(aggregation).__name__ != "CountDistinct":
         return numbers(table, aggregation.column)
     raw = (

@@ -25,6 +25,7 @@ from heliostat.features.aggregations import (
     DistinctDays,
     First,
     Last,
+    Latest,
     Max,
     Mean,
     Min,
@@ -215,7 +216,7 @@ _SHARES = (0.0, 0.1, 0.5, 0.5, 0.9, 0.99, 1.0)
 _RANGES = [((0.01, 1000.0), 0.1), ((1e-12, 1e12), 0.5), ((1.0, 5.0), 0.05), ((1e-3, 1e6), 0.25), ((2.5, 3e11), 0.4)]
 _MOST_CELLS = 6_000  # so that an example's rings stay small
 _FUNCTIONS: list[type[Aggregation]] = [
-    Count, Sum, Sum, Mean, StdDev, StdDev, Min, Max, First, Last, DistinctDays, CountDistinct, CountDistinct,
+    Count, Sum, Sum, Mean, StdDev, StdDev, Min, Max, First, Last, Latest, DistinctDays, CountDistinct, CountDistinct,
     Quantile, Quantile, TimeSinceLast,
 ]  # fmt: skip
 
@@ -263,6 +264,8 @@ def _prepared_aggregations(hop: str | None) -> list[Aggregation]:
         elif function in (Count, DistinctDays) and _RANDOM.random() < 0.5:
             found.append(function(window=window, where=where))
         else:
+            if function in (First, Last, Latest) and _RANDOM.random() < 0.3:
+                column = "kind"  # a text, as its code
             found.append(function(column, window=window, where=where))
     return found
 

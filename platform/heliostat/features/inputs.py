@@ -244,6 +244,8 @@ def _numbers(column: pa.ChunkedArray, *, nulls: bool) -> tuple[FloatArray, NDArr
 
 def _members(column: pa.ChunkedArray, categories: Categories) -> tuple[FloatArray, NDArray[np.bool_]]:
     """2^position of each category; what is none of them isn't used."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     position = pc.fill_null(pc.index_in(column, value_set=pa.array(categories, column.type)), -1)
     found = position.combine_chunks().to_numpy(zero_copy_only=False)
     return np.ldexp(1.0, np.maximum(found, 0)), found >= 0

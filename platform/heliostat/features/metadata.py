@@ -183,10 +183,14 @@ def serving_readers(rows: CatalogReader) -> dict[str, list[str]]:
     return readers
 
 
+_EVERY_FUNCTION: Final = ("function", "column", "where", "window", "hop")
+
+
 def _function(meaning: Document, feature: str) -> str:
     if feature in meaning["derived"]:
         return f"derived from {', '.join(meaning['derived'][feature]['inputs'])}"
     how = meaning["features"][feature]
-    what = f"{how['function']}({how['column'] or ''})"
+    settings = (f"{name}={value}" for name, value in how.items() if name not in _EVERY_FUNCTION)
+    what = f"{how['function']}({', '.join([*([how['column']] if how['column'] else []), *settings])})"
     over = f" over {how['window']}" if how["window"] else " over all time"
     return what + over + (f" where {how['where']}" if how["where"] else "")
