@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heliostat.clock import US_PER_DAY, parse_instant_us
+from heliostat.clock import US_PER_DAY, ManualClock, parse_instant_us
 from heliostat.errors import InvalidDefinitionError, UnknownColumnError
 from heliostat.features.aggregations import Latest
+from heliostat.features.categories import CategoryDictionary
 from heliostat.features.definitions import Entity, EventSource, FeatureView, ProfileSource
 from heliostat.features.offline import compute_features
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.checking import EventCheck
+from heliostat.ingestion.intake import ingest_files
 from heliostat.schema import TIMESTAMP, text_code
+from heliostat.settings import ClockSettings, Settings
+from heliostat.storage.catalog import Catalog
+from heliostat.storage.event_log import EventLog
+from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineKeys
 from tests.rings import rings_of
 
@@ -120,3 +129,29 @@ def test_a_profile_source_that_cant_work_says_why() -> None:
         ProfileSource("p", schema=profiles.schema, entity=user, updated_at="since")
     with pytest.raises(UnknownColumnError, match="changed_at"):
         ProfileSource("p", schema=SCHEMA, entity=user, updated_at="changed_at")
+
+
+def test_files_of_rows_come_in_without_ids_and_again_without_effect(tmp_path: Path) -> None:
+    clock = ManualClock(NOW_US)
+    settings = Settings(home=tmp_path, clock=ClockSettings(kind="replay", replay_from="2024-06-01"))
+    (tmp_path / "rows.csv").write_text(
+        "user_id,since,country,income\n1,2024-01-01,NL,5\n1,2024-02-01,,6\n1,2024-01-01,DE,7\n,2024-01-01,NL,1\n"
+    )
+    pq.write_table(checked(row(2, 3, "FR")).select(SCHEMA.names), tmp_path / "rows.parquet")
+    log = EventLog(str(tmp_path / "data"), n_buckets=2)
+    words = CategoryDictionary(lambda: Catalog.open(f"sqlite:///{tmp_path}/catalog.db"), [account], clock)
+    stores = SimpleNamespace(
+        clock=clock,
+        configured=settings,
+        settings=settings,
+        event_log=log,
+        offline_store=OfflineStore(str(tmp_path / "data")),
+        categories=words,
+    )
+    files = [tmp_path / "rows.csv", tmp_path / "rows.parquet"]
+    report = ingest_files(files, profiles, workspace=stores)  # type: ignore[arg-type] # what it needs of a workspace
+    assert (report.accepted, report.duplicates, report.rejected) == (3, 1, 1)
+    assert ingest_files(files, profiles, workspace=stores).accepted == 0  # type: ignore[arg-type] # as above
+    stored = pa.concat_tables([log.read_bucket(profiles, user, bucket) for bucket in range(2)])
+    assert sorted(map(str, stored["country"].to_pylist())) == ["FR", "NL", "None"]
+    assert np.isnan(offline(stored)["country"][0]), "the row of February says so"
