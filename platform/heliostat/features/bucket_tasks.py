@@ -1,7 +1,7 @@
 """One Ray task a bucket of entities, for work that keeps a core busy.
 
-Plain tasks rather than a Dataset: buckets are many small, equal pieces of work, and what Ray Data
-plans, meters and hands on for each of them takes as long as the work itself.
+Plain tasks rather than a Dataset: buckets are many small, independent pieces of work, which need no
+planning. Their results wait for whoever takes them, and no more are begun than keep the cores busy.
 """
 
 from __future__ import annotations
