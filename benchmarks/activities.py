@@ -6,6 +6,8 @@ over `DAYS` days. The declarations over them are the ones that a user would writ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -111,23 +113,50 @@ def events(n_events: int, n_users: int, seed: int) -> pa.Table:
     Returns:
         The columns of `EVENT_SCHEMA`, ``n_events`` rows; 2 % have no session duration.
     """
-    rng = np.random.default_rng(seed)
-    times = rng.integers(START_US, START_US + DAYS * US_PER_DAY, n_events)
-    times.sort()
-    kinds = pa.DictionaryArray.from_arrays(
-        pa.array(np.searchsorted(np.cumsum(_SHARES)[:-1], rng.random(n_events)).astype(np.int8)), pa.array(TYPES)
-    )
-    durations = np.round(rng.lognormal(5.0, 1.2, n_events), 3)
-    return pa.table(
-        [
-            pa.array(_skewed(rng, n_events, n_users)),
-            pa.array(np.arange(n_events)),
-            pa.array(times).cast(TIMESTAMP),
-            kinds.cast(pa.string()),
-            pa.array(durations, mask=rng.random(n_events) < _NO_DURATION),
-        ],
-        schema=EVENT_SCHEMA,
-    )
+    return next(event_batches(n_events, n_users, seed, batch_rows=n_events))
+
+
+def event_batches(
+    n_events: int, n_users: int, seed: int, *, batch_rows: int = 1_000_000, busiest: float = 0.0
+) -> Iterator[pa.Table]:
+    """The same, a stretch of time after the other, for more of them than fit into memory.
+
+    Args:
+        n_events: How many in all.
+        n_users: Of how many users.
+        seed: The same seed and batch size give the same events.
+        batch_rows: Most events a batch.
+        busiest: The share of the events that one user has besides.
+
+    Yields:
+        The columns of `EVENT_SCHEMA`.
+    """
+    n_batches = -(-n_events // batch_rows)
+    edges_us = START_US + np.arange(n_batches + 1) * (DAYS * US_PER_DAY) // n_batches
+    firsts = np.arange(n_batches + 1) * n_events // n_batches
+    for number in range(n_batches):
+        rng = np.random.default_rng([seed, number])
+        ids = np.arange(firsts[number], firsts[number + 1])
+        n = len(ids)
+        times = rng.integers(edges_us[number], edges_us[number + 1], n)
+        times.sort()
+        kinds = pa.DictionaryArray.from_arrays(
+            pa.array(np.searchsorted(np.cumsum(_SHARES)[:-1], rng.random(n)).astype(np.int8)), pa.array(TYPES)
+        )
+        durations = np.round(rng.lognormal(5.0, 1.2, n), 3)
+        users = _skewed(rng, n, n_users, seed)
+        if busiest:
+            users[rng.random(n) < busiest] = 0
+        yield pa.table(
+            [
+                pa.array(users),
+                pa.array(ids),
+                pa.array(times).cast(TIMESTAMP),
+                kinds.cast(pa.string()),
+                pa.array(durations, mask=rng.random(n) < _NO_DURATION),
+            ],
+            schema=EVENT_SCHEMA,
+        )
 
 
 def spine(n_rows: int, n_users: int, seed: int) -> pa.Table:
@@ -151,8 +180,8 @@ def spine(n_rows: int, n_users: int, seed: int) -> pa.Table:
     )
 
 
-def _skewed(rng: np.random.Generator, n_events: int, n_users: int) -> NDArray[np.int64]:
-    """Users of events, busy ones spread over all numbers."""
+def _skewed(rng: np.random.Generator, n_events: int, n_users: int, seed: int) -> NDArray[np.int64]:
+    """Users of events, busy ones spread over all numbers; the same ones in all batches."""
     share = np.cumsum(1.0 / (np.arange(n_users) + _HEAD))
     ranks = np.searchsorted(share / share[-1], rng.random(n_events))
-    return rng.permutation(n_users)[np.minimum(ranks, n_users - 1)]
+    return np.random.default_rng([seed, 0, 1]).permutation(n_users)[np.minimum(ranks, n_users - 1)]

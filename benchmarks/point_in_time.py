@@ -1,30 +1,30 @@
-"""The point-in-time join, side by side with DuckDB's range join and Ray Data's own group-by.
+r"""The point-in-time join, side by side with DuckDB's range join and Ray Data's own group-by.
 
     python benchmarks/point_in_time.py
     python benchmarks/point_in_time.py --events 200000 --rows 20000 --runs 1 --skip duckdb
+    python benchmarks/point_in_time.py --events 100000000 --rows 10000000 --users 1000000 --buckets 128 \
+        --runs 3 --skip duckdb --skip ray-data
 
 All contenders answer the same question: for each row (user, instant) of a spine, five features
 of the user's 30 days before the instant. Each starts from files in the layout it likes best and ends
-with a Parquet file; the answers are compared on all rows before a ratio is printed.
+with a Parquet file; the answers are compared on all rows before a ratio is printed. A second log, in
+which one user has a tenth of all events, shows what a busy entity costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,17 +33,19 @@ import ray.data
 from numpy.typing import NDArray
 
 from benchmarks import activities, duckdb_join, ray_data_join
-from benchmarks.peers import ROOT, Contender, Report, Turns, facts, interleaved, python_of, timed, tree_bytes
+from benchmarks.peers import ROOT, Contender, Program, Report, Turns, facts, interleaved, python_of, timed, tree_bytes
 from heliostat import cluster
 from heliostat.features.point_in_time import historical_features
 from heliostat.settings import RaySettings, Settings
 from heliostat.storage.event_log import EventLog
 
-OURS, RAY_DATA = "Heliostat", "Ray Data"
+OURS, BUSY, RAY_DATA = "Heliostat", "Heliostat, one busy user", "Ray Data"
 DUCKDB, DUCKDB_BEST, DUCKDB_SORTED = "DuckDB, range join", "DuckDB, quickest", "DuckDB, quickest, sorted"
 DUCKDB_REQUIREMENTS = ("duckdb>=1.5",)
-TARGETS = {DUCKDB: 0.5, RAY_DATA: 0.1}
+TARGETS = {DUCKDB: 0.3, RAY_DATA: 0.1}
+MOST_BUSY_RATIO = 1.5
 FULL_EVENTS = 10_000_000
+LARGE_EVENTS = 100_000_000
 
 FEATURES = ("activity_count", "avg_session_duration", "days_since_last", "active_days", "activity_score")
 EXACT = frozenset({"activity_count", "active_days"})
@@ -66,6 +68,7 @@ class Plan:
         seed: Of the generator.
         buckets: The event log's.
         partitions: Of Ray Data's shuffle.
+        busiest: The share of one user's events in the second log; 0: there is none.
     """
 
     events: int
@@ -75,15 +78,12 @@ class Plan:
     seed: int
     buckets: int
     partitions: int
+    busiest: float = 0.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run's files are.
-
-    Attributes:
-        folder: A temporary folder.
-    """
+    """Where a run's files are: in a temporary folder."""
 
     folder: Path
 
@@ -106,89 +106,77 @@ class Place:
         """Where a contender writes its answer: a file, or a folder of files."""
         return self.folder / f"result of {contender}.parquet"
 
-    def event_log(self, buckets: int) -> EventLog:
-        """The events as Heliostat keeps them."""
-        return EventLog(str(self.folder / "log"), n_buckets=buckets)
+    def event_log(self, buckets: int, *, busy: bool = False) -> EventLog:
+        """The events as Heliostat keeps them; those with a busy user apart."""
+        return EventLog(str(self.folder / ("busy log" if busy else "log")), n_buckets=buckets)
 
 
 # ── Data at rest ────────────────────────────────────────────────────────────────────
 
 
-def prepare(place: Place, plan: Plan) -> dict[str, float]:
+def prepare(place: Place, plan: Plan, *, peers: bool = True) -> dict[str, float]:
     """Generate the events and the spine, and put them to rest for everybody.
 
     Args:
         place: Where.
         plan: How many.
+        peers: Whether anybody but Heliostat wants the events.
 
     Returns:
         Seconds: ``"parquet"``, writing the events for the peers; ``"event log"``, appending them to ours,
         which includes their validation, deduplication and shuffle.
     """
-    events = activities.events(plan.events, plan.users, plan.seed)
     spine = activities.spine(plan.rows, plan.users, plan.seed)
     pq.write_table(spine.add_column(0, "row", pa.array(np.arange(plan.rows))), place.spine)
-    log = place.event_log(plan.buckets)
-    step = 1_000_000
-
-    def append() -> None:
+    seconds = {"parquet": 0.0, "event log": 0.0}
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(pq.ParquetWriter(place.events, activities.EVENT_SCHEMA, compression="zstd"))
+        log = place.event_log(plan.buckets)
+        bulk = stack.enter_context(log.bulk(activities.user_activities, ingested_us=activities.START_US))
+        for batch in activities.event_batches(plan.events, plan.users, plan.seed):
+            if peers:
+                seconds["parquet"] += timed(partial(file.write_table, batch))
+            seconds["event log"] += timed(partial(bulk.add, batch))
+        seconds["event log"] += timed(bulk.commit)
+    if plan.busiest:
+        log = place.event_log(plan.buckets, busy=True)
         with log.bulk(activities.user_activities, ingested_us=activities.START_US) as bulk:
-            for first in range(0, plan.events, step):
-                bulk.add(events.slice(first, step))
+            for batch in activities.event_batches(plan.events, plan.users, plan.seed, busiest=plan.busiest):
+                bulk.add(batch)
             bulk.commit()
-
-    return {
-        "parquet": timed(lambda: pq.write_table(events, place.events, compression="zstd")),
-        "event log": timed(append),
-    }
+    return seconds
 
 
 # ── Heliostat ───────────────────────────────────────────────────────────────────────
 
 
-def heliostat_join(place: Place, event_log: EventLog) -> None:
+def heliostat_join(place: Place, event_log: EventLog, name: str = OURS) -> None:
     """The spine's file -> the join -> a result file.
 
     Args:
         place: Where the files are.
         event_log: The events.
+        name: Whose answer it is.
     """
     spine = pq.read_table(place.spine)
     view = activities.user_features
     joined = historical_features(spine, [view[name] for name in FEATURES], event_log)
     names = ["row", *FEATURES]
     result = joined.select(["row", *(view[name].name for name in FEATURES)]).rename_columns(names)
-    pq.write_table(result, place.result(OURS), use_dictionary=False)  # floats that rarely repeat
+    pq.write_table(result, place.result(name), use_dictionary=False)  # floats that rarely repeat
 
 
 # ── DuckDB ──────────────────────────────────────────────────────────────────────────
 
 
-class DuckDBPeer:
-    """A DuckDB process that answers queries one after the other.
-
-    Attributes:
-        pid: The process's id.
-        version: DuckDB's.
-    """
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.pid = process.pid
-        self.version: str = self._answer()["version"]
+class DuckDBPeer(Program):
+    """A DuckDB process that answers queries one after the other."""
 
     @classmethod
-    @contextlib.contextmanager
-    def started(cls) -> Iterator[DuckDBPeer]:
+    def ready(cls) -> contextlib.AbstractContextManager[DuckDBPeer]:
         """Start the process, in DuckDB's own environment; ended with the block."""
-        command = [str(python_of("duckdb", DUCKDB_REQUIREMENTS)), str(Path(duckdb_join.__file__))]
-        process = subprocess.Popen(
-            [*command, f"--threads={_CORES}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            yield cls(process)
-        finally:
-            process.communicate()
+        python = python_of("duckdb", DUCKDB_REQUIREMENTS)
+        return cls.started(python, "duckdb_join.py", f"--threads={_CORES}", name="DuckDB")
 
     def seconds(self, query: str, place: Place, *, events: Path, out: Path) -> float:
         """Run a formulation.
@@ -202,26 +190,12 @@ class DuckDBPeer:
         Returns:
             How long it took, as DuckDB's process saw it.
         """
-        asked = {"query": query, "spine": str(place.spine), "events": str(events), "out": str(out)}
-        self._process.stdin.write(json.dumps(asked) + "\n")  # type: ignore[union-attr]  # it is a pipe
-        self._process.stdin.flush()  # type: ignore[union-attr]
-        return float(self._answer()["seconds"])
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            raise RuntimeError(f"DuckDB's process ended with exit code {self._process.wait()}; see its message above")
-        return dict(json.loads(line))
+        return float(self.ask(query=query, spine=str(place.spine), events=str(events), out=str(out))["seconds"])
 
 
 @dataclass(frozen=True)
 class Query:
-    """What DuckDB is asked.
-
-    Attributes:
-        name: Of the formulation.
-        events: The events' file.
-    """
+    """What DuckDB is asked: a formulation by its name, of a file of events."""
 
     name: str
     events: Path
@@ -311,32 +285,40 @@ def run(plan: Plan, place: Place, skip: Sequence[str] = ()) -> Outcome:
     print(f"{plan.events:,} events of {plan.users:,} users, {plan.rows:,} rows: putting them to rest …", flush=True)
     # In a process of its own, so that its memory isn't counted as anybody's.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
-        outcome.layouts = aside.submit(prepare, place, plan).result()
+        outcome.layouts = aside.submit(prepare, place, plan, peers=set(skip) != {"duckdb", "ray-data"}).result()
     log = place.event_log(plan.buckets)
     with contextlib.ExitStack() as stack:
         peers: dict[str, DuckDBPeer] = {}
         if "duckdb" not in skip:
             choose_queries(outcome, place)
             # A process each, whose memory is that of its query alone.
-            peers = {name: stack.enter_context(DuckDBPeer.started()) for name in outcome.queries}
+            peers = {name: stack.enter_context(DuckDBPeer.ready()) for name in outcome.queries}
         apart = tuple(peer.pid for peer in peers.values())
         settings = Settings(home=place.folder, ray=RaySettings(object_store_bytes=_OBJECT_STORE_BYTES))
         stack.enter_context(cluster.connect(settings))
         ray.data.DataContext.get_current().enable_progress_bars = False
         outcome.idle_bytes = tree_bytes(without=apart)
         print("in turns:", flush=True)
-        ours = Contender(lambda: timed(lambda: heliostat_join(place, log)), plan.runs, _WARM_UPS, without=apart)
+        warm_ups = 1 if plan.events >= LARGE_EVENTS else _WARM_UPS
+        logs = {OURS: log, BUSY: place.event_log(plan.buckets, busy=True)}
+        ours = {
+            name: Contender(
+                partial(timed, partial(heliostat_join, place, each, name)), plan.runs, warm_ups, without=apart
+            )
+            for name, each in logs.items()
+            if name == OURS or plan.busiest
+        }
         duckdb = {
             name: Contender(_asking(peer, place, outcome.queries[name], name), plan.runs, _WARM_UPS, peer.pid)
             for name, peer in peers.items()
         }
-        outcome.turns = interleaved({OURS: ours, **duckdb})
+        outcome.turns = interleaved({**ours, **duckdb})
         if "ray-data" not in skip:
             # Last: its shuffle leaves Ray with other, cold processes.
             work = partial(ray_data_join.join, place.events, place.spine, place.result(RAY_DATA), plan.partitions)
             contender = Contender(lambda: timed(work), min(plan.runs, _SLOW_RUNS), without=apart)
             outcome.turns |= interleaved({RAY_DATA: contender})
-    outcome.differences = disagreements(place, list(outcome.turns))
+    outcome.differences = disagreements(place, [name for name in outcome.turns if name != BUSY])
     return outcome
 
 
@@ -347,8 +329,8 @@ def choose_queries(outcome: Outcome, place: Place) -> None:
         outcome: Gets it.
         place: Has the events; gets them sorted by user too.
     """
-    with DuckDBPeer.started() as peer:
-        outcome.duckdb = peer.version
+    with DuckDBPeer.ready() as peer:
+        outcome.duckdb = str(peer.greeting["version"])
         outcome.layouts["sorted"] = peer.seconds("sort", place, events=place.events, out=place.sorted_events)
         in_time, by_user = (try_queries(peer, place, file) for file in (place.events, place.sorted_events))
     outcome.tried = {"in order of time": in_time, "sorted by user": by_user}
@@ -366,16 +348,23 @@ def _asking(peer: DuckDBPeer, place: Place, query: Query, name: str) -> Callable
 def report(plan: Plan, outcome: Outcome) -> Report:
     """The table, and what a reader must know of it."""
     ours = outcome.turns[OURS].median_s
-    rests = {OURS: "event log, bucketed by user", DUCKDB_SORTED: "Parquet, sorted by user"}
+    rests = {
+        OURS: "event log, bucketed by user",
+        BUSY: "event log, bucketed by user",
+        DUCKDB_SORTED: "Parquet, sorted by user",
+    }
     rows: list[list[object]] = []
     for name, turns in outcome.turns.items():
         ratio: object = "1" if name == OURS else ours / turns.median_s
         target = f"≤ {TARGETS[name]}" if name in TARGETS else ""
+        if name == BUSY:
+            ratio, target = turns.median_s / ours, f"≤ {MOST_BUSY_RATIO}"
         rows.append(
             [
                 name,
                 rests.get(name, "Parquet, in order of time"),
                 turns.median_s,
+                turns.median_s / plan.events * 1e9,
                 ratio,
                 target,
                 turns.peak_bytes / 2**30,
@@ -394,6 +383,13 @@ def report(plan: Plan, outcome: Outcome) -> Report:
         "Ratio: Heliostat's time over the contender's. The target's range join is the one that one first writes.",
         f"Peak memory: of all its processes together, shared pages counted once; Ray alone, idle, holds {idle} GiB.",
         f"Once, before: {'; '.join(at_rest)}.",
+        *(
+            [
+                f"In the log with a busy user, that one has about {plan.busiest * plan.events:,.0f} events; ratio: to the log without."
+            ]
+            if BUSY in outcome.turns
+            else []
+        ),
         "Window: 30 days, rounded down to the day at its lower edge, for all.",
     ]
     for layout, tried in outcome.tried.items():
@@ -408,7 +404,7 @@ def report(plan: Plan, outcome: Outcome) -> Report:
     )
     return Report(
         title=f"Point-in-time join: {plan.events:,} events × {plan.rows:,} spine rows",
-        columns=("contender", "events at rest", "seconds", "ratio", "target", "peak GiB"),
+        columns=("contender", "events at rest", "seconds", "ns an event", "ratio", "target", "peak GiB"),
         rows=rows,
         notes=notes,
         facts=facts("ray", "pyarrow", "numpy", duckdb=outcome.duckdb, users=plan.users, buckets=plan.buckets),
@@ -429,6 +425,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the generator")
     parser.add_argument("--buckets", type=int, default=16, help="of the event log")
     parser.add_argument("--partitions", type=int, default=4, help="of Ray Data's shuffle")
+    parser.add_argument(
+        "--busiest", type=float, default=0.1, help="share of one user's events, in a second log; or 0"
+    )
     parser.add_argument("--skip", action="append", choices=["duckdb", "ray-data"], default=[])
     given = vars(parser.parse_args(arguments))
     skip = given.pop("skip")
@@ -440,8 +439,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     found = report(plan, outcome)
     print(found.markdown())
-    if plan.events >= FULL_EVENTS and not skip:
-        print(f"written to {found.write('point_in_time').relative_to(ROOT)}")
+    name = "point_in_time" if FULL_EVENTS <= plan.events < LARGE_EVENTS and not skip else ""
+    if plan.events >= LARGE_EVENTS:
+        name = "point_in_time_large"
+    if name:
+        print(f"written to {found.write(name).relative_to(ROOT)}")
     return 1 if outcome.differences else 0
 
 

@@ -51,6 +51,18 @@ def test_activities_are_in_order_of_time_over_sixty_days_with_distinct_ids() -> 
     assert 0 < events.column("session_duration").null_count < 1_000
 
 
+def test_batches_of_activities_go_on_where_the_last_one_ended_with_the_same_users() -> None:
+    batches = list(activities.event_batches(25_000, 300, 4, batch_rows=10_000, busiest=0.1))
+    whole = pa.concat_tables(batches)
+    times = whole.column("happened_at").cast(pa.int64()).to_numpy()
+    assert max(batch.num_rows for batch in batches) <= 10_000
+    assert (np.diff(times) >= 0).all()
+    assert whole.column("event_id").to_pylist() == list(range(25_000))
+    shares = [np.bincount(batch.column("user_id").to_numpy(), minlength=300) / batch.num_rows for batch in batches]
+    assert all(0.08 < share[0] < 0.15 for share in shares)
+    assert np.corrcoef(shares[0][1:], shares[-1][1:])[0, 1] > 0.9
+
+
 def test_a_few_users_do_much_of_it_and_the_spine_asks_about_all_alike() -> None:
     per_user = np.sort(np.bincount(activities.events(100_000, 1_000, 0).column("user_id").to_numpy()))[::-1]
     assert per_user[:100].sum() > 0.4 * 100_000
