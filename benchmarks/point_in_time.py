@@ -383,15 +383,10 @@ def report(plan: Plan, outcome: Outcome) -> Report:
         "Ratio: Heliostat's time over the contender's. The target's range join is the one that one first writes.",
         f"Peak memory: of all its processes together, shared pages counted once; Ray alone, idle, holds {idle} GiB.",
         f"Once, before: {'; '.join(at_rest)}.",
-        *(
-            [
-                f"In the log with a busy user, that one has about {plan.busiest * plan.events:,.0f} events; ratio: to the log without."
-            ]
-            if BUSY in outcome.turns
-            else []
-        ),
         "Window: 30 days, rounded down to the day at its lower edge, for all.",
     ]
+    if BUSY in outcome.turns:
+        notes.append(f"One busy user has {plan.busiest:.0%} of all events; the ratio is to the log without.")
     for layout, tried in outcome.tried.items():
         told = ", ".join(f"{query} {seconds:.1f} s" for query, seconds in tried.items())
         notes.append(f"DuckDB's formulations, events {layout}: {told}.")
