@@ -11,23 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeAlias
-from urllib.parse import urlsplit
 
 import hiredis
 import redis
 import redis.asyncio
 import redis.exceptions
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from heliostat.errors import MaterializationConflictError, OnlineStoreUnavailableError
+from heliostat.errors import MaterializationConflictError
 from heliostat.settings import Settings
 from heliostat.storage.event_updates import OUTCOMES, EventCall, EventOutcome, EventUpdate, event_calls
+from heliostat.storage.online_config import OnlineConfig as OnlineConfig
+from heliostat.storage.online_config import OnlineKeys as OnlineKeys
 from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RINGS, Script
 from heliostat.storage.ring_writes import SUPERSEDED, BucketLease, RingCall
 
@@ -37,147 +35,6 @@ _CHUNK = 500
 _EVENT_CALLS = 32
 _SCANNED = 5_000
 _FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
-
-
-@dataclass(frozen=True)
-class OnlineKeys:
-    """The names of all keys: ``{prefix}:{project}:{kind}:…``.
-
-    What users choose freely (entity keys, event ids) comes last, behind the hash tag, so that
-    braces in it mean nothing.
-
-    Attributes:
-        prefix: Shared by all projects of a server.
-        project: Keeps projects apart.
-    """
-
-    prefix: str
-    project: str
-
-    @property
-    def root(self) -> str:
-        """What every key begins with."""
-        return f"{self.prefix}:{self.project}"
-
-    def ring_prefix(self, view_ref: str, group: str) -> str:
-        """What the keys of one group of rings begin with; `{b<bucket>}:<entity>` follows."""
-        return f"{self.root}:r:{view_ref}:{group}:"
-
-    def ring(self, view_ref: str, group: str, entity_text: str, bucket: int) -> str:
-        """One entity's ring of one view and group."""
-        return f"{self.ring_prefix(view_ref, group)}{{b{bucket}}}:{entity_text}"
-
-    def seen(self, source: str, entity: str, event_id: str, bucket: int) -> str:
-        """Says that an event of a source has been applied for one of its entities."""
-        return f"{self.root}:d:{source}:{entity}:{{b{bucket}}}:{event_id}"
-
-    def events(self, source: str, bucket: int) -> str:
-        """The stream of one bucket's events."""
-        return f"{self.root}:events:{source}:{{b{bucket}}}"
-
-    def epoch(self, bucket: int) -> str:
-        """Counts the materializations that have begun of a bucket."""
-        return f"{self.root}:epoch:{{b{bucket}}}"
-
-    def fence(self, source: str, entity: str, bucket: int) -> str:
-        """The token of whoever began last to materialize a bucket of a source and entity."""
-        return f"{self.root}:fence:{source}:{entity}:{{b{bucket}}}"
-
-    def bucket_state(self, view_ref: str, bucket: int) -> str:
-        """The document that says which of the log's files a bucket's rings were made from."""
-        return f"{self.root}:m:{view_ref}:{{b{bucket}}}"
-
-    def materialized(self, view_ref: str) -> str:
-        """The document that says how far a view's rings came from the event log."""
-        return f"{self.root}:materialized:{view_ref}"
-
-    def route(self, model: str) -> str:
-        """The routing document of a model."""
-        return f"{self.root}:route:{model}"
-
-    def predictions(self) -> str:
-        """The stream of predictions."""
-        return f"{self.root}:predictions"
-
-    def batch(self, model: str, entity_text: str) -> str:
-        """A batch prediction that is kept for look-up."""
-        return f"{self.root}:batch:{model}:{entity_text}"
-
-
-@dataclass(frozen=True)
-class OnlineConfig:
-    """How to reach the online store: picklable, and cheap.
-
-    Attributes:
-        url: ``redis://``, ``rediss://`` or ``unix://``.
-        project: Keeps projects apart.
-        prefix: What every key begins with.
-        cluster: Whether the address is a Redis Cluster's.
-        timeout_s: For connecting and for every answer.
-        max_connections: Of one process.
-    """
-
-    url: str = field(repr=False)  # may hold a password
-    project: str
-    prefix: str = "hs"
-    cluster: bool = False
-    timeout_s: float = 2.0
-    max_connections: int = 64
-
-    @classmethod
-    def of(cls, settings: Settings) -> OnlineConfig:
-        """From settings that name a server, as `Workspace.settings` do.
-
-        Raises:
-            OnlineStoreUnavailableError: If they don't.
-        """
-        online = settings.online
-        if online.url is None:
-            raise OnlineStoreUnavailableError("(nowhere)", "online.url isn't set and no embedded server runs")
-        return cls(
-            url=online.url,
-            project=settings.project,
-            prefix=online.key_prefix,
-            cluster=online.cluster,
-            timeout_s=online.timeout_s,
-            max_connections=online.max_connections,
-        )
-
-    @property
-    def keys(self) -> OnlineKeys:
-        """The names of all keys."""
-        return OnlineKeys(self.prefix, self.project)
-
-    @property
-    def shown_url(self) -> str:
-        """The address without user and password."""
-        parts = urlsplit(self.url)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-    def connect(self) -> Any:  # noqa: ANN401 - redis.Redis or RedisCluster, which share no type
-        """A blocking client; nothing is sent before its first command, except to a cluster."""
-        # A connection that the server has closed is opened once more; a timeout isn't waited for twice.
-        retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
-        kind = redis.RedisCluster if self.cluster else redis.Redis
-        return kind.from_url(self.url, retry=retry, **self._options())
-
-    def connect_async(self) -> Any:  # noqa: ANN401 - as above
-        """An asyncio client, for the loop that uses it first."""
-        retry = AsyncRetry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
-        kind = redis.asyncio.RedisCluster if self.cluster else redis.asyncio.Redis
-        return kind.from_url(self.url, retry=retry, **self._options())
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "socket_timeout": self.timeout_s,
-            "socket_connect_timeout": self.timeout_s,
-            "max_connections": self.max_connections,
-        }
-
-    def failure(self, error: BaseException) -> OnlineStoreUnavailableError:
-        """A client's error, as Heliostat reports it."""
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return OnlineStoreUnavailableError(self.shown_url, reason)
 
 
 @dataclass(frozen=True, slots=True)
