@@ -250,7 +250,9 @@ def _trained(names: tuple[str, ...], *views: FeatureView) -> ModelVersion:
 def test_a_version_reads_the_views_that_it_was_trained_on_pinned_beside_others(tmp_path: Path) -> None:
     spec = _spec(Label.any_within("again", ORDERS, "10d"))
     new = spec.views[0]
-    old = FeatureView("activity", version=new.version + 1, source=ORDERS, entity=USER, features={"n": Count(window="7d")})
+    old = FeatureView(
+        "activity", version=new.version + 1, source=ORDERS, entity=USER, features={"n": Count(window="7d")}
+    )
     declared = {view.ref: view for view in (old, new)}
     version = _trained(("activity__n",), old)
     assert version.pinned_names == (f"{old.ref}__n",)
