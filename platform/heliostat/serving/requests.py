@@ -336,11 +336,11 @@ def _by_key(
 def _required_inputs(given: object, spec: ModelSpec, entities: Sequence[str]) -> Inputs:
     """What every entity is given, and nothing that the model doesn't need is missing."""
     needed = spec.inputs
-    found = (
-        {}
-        if given is None
-        else _by_row("inputs", given, spec, entities, lambda each, at: _inputs(each, spec, needed, at))
-    )
+    found: Inputs = {}
+    if given is not None:
+        found = _by_row("inputs", given, spec, entities, lambda each, at: _inputs(each, spec, needed, at))
+    if not needed:
+        return found
     for row, entity in enumerate(entities):
         missing = tuple(name for name in needed if name not in found.get(row, ()))
         if missing:
