@@ -86,3 +86,11 @@ def test_the_environment_of_the_user_wins(monkeypatch: pytest.MonkeyPatch) -> No
     cluster.set_environment()
     assert os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] == "3"
     assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_the_ingress_and_the_proxy_behind_it_get_ports_of_their_own(tmp_path: Path) -> None:
+    told = cluster._ingress_environment(tmp_path)
+    ports = {name: int(value) for name, value in told.items() if name.endswith("_PORT")}
+    assert {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"} <= ports.keys()
+    assert len(set(ports.values())) == len(ports) == 4
+    assert not set(ports.values()) & {8500, 9500}, "Serve's defaults, which a second cluster would find taken"
