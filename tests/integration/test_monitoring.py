@@ -44,6 +44,7 @@ from heliostat.settings import (
 )
 from heliostat.storage.delta import Progress
 from heliostat.storage.offline_store import PREDICTIONS
+from heliostat.training.trainer import _parity
 from heliostat.workspace import Workspace
 
 TRAINED_US = parse_instant_us("1997-10-01")
@@ -135,6 +136,7 @@ def _serve(
             "source": ["model"] * n,
             "fallback": pa.nulls(n, pa.string()),
             "given": [list(given)] * n,
+            "inputs": pa.nulls(n, pa.string()),
         },
         schema=PREDICTIONS,
     )
@@ -269,6 +271,18 @@ def test_the_tolerance_and_the_share_of_mismatches_are_settings(
     assert status() is Severity.ALARM
     assert status(max_mismatch_share=0.02) is Severity.WARNING
     assert status(tolerance=0.1) is Severity.OK
+
+
+def test_a_gate_that_asks_for_parity_reads_the_newest_check_of_what_serves(
+    workspace: Workspace, vectors: NDArray[np.float64]
+) -> None:
+    assert "no parity check has looked at version 1" in _parity(workspace, churn, 1).problem
+    tampered = vectors[:400].copy()
+    tampered[:100, NAMES.index("purchase_history__spent")] += 0.01
+    _serve(workspace, KEYS[:400], tampered, at_us=SERVED_US)
+    _checked(workspace, "parity", until_us=SERVED_US + US_PER_DAY)
+    assert _parity(workspace, churn, 1).share == 0.25
+    assert _parity(workspace, churn, 2).share is None, "it is about the version that serves"
 
 
 def test_quality_sees_nulls_and_a_source_that_has_gone_quiet(
