@@ -160,9 +160,7 @@ Shell = Callable[..., Outcome]
 
 
 @pytest.fixture
-def heliostat(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Shell]:
+def heliostat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
     logger = logging.getLogger("heliostat")
     before = logger.handlers, logger.level, logger.propagate
     monkeypatch.chdir(ROOT)
