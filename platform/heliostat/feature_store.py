@@ -168,7 +168,7 @@ class FeatureStore:
         declared = self._written(view, "write_online")
         writer = OnlineWriter(declared, self._workspace.settings, timestamp, self._workspace.clock.now_us())
         if is_dataset(frame):
-            counts = [part.to_pylist()[0] for part in _over_dataset(writer, frame)]
+            counts = [row for part in _over_dataset(writer, frame) for row in part.to_pylist()]
             return Written(sum(each["new"] for each in counts), sum(each["known"] for each in counts))
         return writer.write(as_table(frame), self._workspace.online)
 

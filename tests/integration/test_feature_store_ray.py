@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from heliostat import Entity, PrecomputedView
+from heliostat import Entity, PrecomputedView, feature_store
 from heliostat.clock import parse_instant_us
 from heliostat.errors import InvalidValueError
 from heliostat.feature_store import FeatureStore
@@ -84,6 +84,12 @@ def test_a_spine_that_is_a_dataset_keeps_its_rows(store: FeatureStore) -> None:
     np.testing.assert_array_equal(values[1::2], np.arange(30) / 7)
     as_frame = store.get_historical(spine.to_pandas(), ["scores"])
     np.testing.assert_array_equal(as_frame["scores__risk"], values)
+
+
+def test_every_part_of_a_large_block_is_counted(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_store, "ROWS_AT_ONCE", 100)
+    done = store.write_online(ray.data.from_arrow(_rows(250)), "scores", WHEN)
+    assert (done.new, done.known) == (250, 0)
 
 
 def test_a_dataset_with_a_wrong_block_says_what_is_wrong_and_writes_no_offline_row(store: FeatureStore) -> None:
