@@ -11,7 +11,6 @@ durable stream, in the server's one atomic script, before the answer leaves. Bul
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import shutil
@@ -34,7 +33,6 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import load
 from benchmarks.peers import ROOT, PeakMemory, Report, facts
 from benchmarks.serving import graph
 from heliostat.clock import US_PER_DAY, format_instant
@@ -173,22 +171,13 @@ def over_http(url: str, events: Events, plan: Plan, folder: Path) -> Iterator[li
 
 
 def _load(url: str, bodies: Path, concurrency: int, seconds: float) -> dict[str, float]:
-    command = [sys.executable, __file__, "--load", url, "--bodies", str(bodies)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), url, "--bodies", str(bodies)]
     command += ["--concurrency", str(concurrency), "--seconds", str(seconds)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 60)
-    if done.returncode:
+    found: dict[str, float] = json.loads(done.stdout) if done.returncode == 0 else {"failed": 1}
+    if found["failed"]:
         raise SystemExit(f"requests failed: {done.stdout}{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout)
     return found
-
-
-def send(url: str, bodies: Path, concurrency: int, seconds: float) -> int:
-    """The load generator's process: each body once at most."""
-    requests = bodies.read_bytes().splitlines()
-    run = load.generate(url, requests, concurrency=concurrency, seconds=seconds, most=len(requests))
-    outcome = asyncio.run(run)
-    print(json.dumps(outcome.summary()))
-    return 1 if outcome.failed or not outcome.requests else 0
 
 
 def check_visible(url: str, now_us: int) -> None:
@@ -341,13 +330,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="as small as it gets, nothing written")
     parser.add_argument("--bulk-events", type=int, default=Plan.bulk_events, help="rows of the bulk file")
-    parser.add_argument("--load", help=argparse.SUPPRESS)  # the load generator's own process
-    parser.add_argument("--bodies", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--concurrency", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of a run")
     given = parser.parse_args()
-    if given.load is not None:
-        return send(given.load, given.bodies, given.concurrency, given.seconds)
     plan = SMOKE if given.smoke else Plan(seconds=given.seconds, bulk_events=given.bulk_events)
     home = Path(tempfile.mkdtemp(prefix="hs-bench-"))
     settings = Settings(

@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -137,6 +138,9 @@ def main() -> int:
     """Run as a program; exit code 1 if no request succeeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="http://127.0.0.1:PORT/predict")
+    parser.add_argument(
+        "--bodies", type=Path, help="a file with a body a line, each sent once; instead of --entities"
+    )
     parser.add_argument("--entities", type=int, default=1, help="entities a request")
     parser.add_argument("--population", type=int, default=2_000, help="entity ids are 1 to this")
     parser.add_argument("--concurrency", type=int, default=16, help="connections")
@@ -144,8 +148,12 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=100_000, help="requests at most")
     parser.add_argument("--seed", type=int, default=1, help="which entities")
     given = parser.parse_args()
-    asked = bodies(given.entities, given.population, seed=given.seed)
-    run = generate(given.url, asked, concurrency=given.concurrency, seconds=given.seconds, most=given.most)
+    if given.bodies is None:
+        asked, most = bodies(given.entities, given.population, seed=given.seed), given.most
+    else:
+        asked = given.bodies.read_bytes().splitlines()
+        most = min(given.most, len(asked))
+    run = generate(given.url, asked, concurrency=given.concurrency, seconds=given.seconds, most=most)
     outcome = asyncio.run(run)
     print(json.dumps(outcome.summary()))
     return 0 if outcome.requests else 1
