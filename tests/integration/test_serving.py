@@ -280,6 +280,7 @@ def test_the_documentation_shows_every_route_with_an_example_that_works(shop: Sh
             "/predict",
             "/events",
             "/actuals",
+            "/features",
             "/features/{view}/{entity}",
             "/models",
             "/models/{model}/{version}",
