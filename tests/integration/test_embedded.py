@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -267,3 +268,14 @@ def test_server_that_cannot_start_says_why_and_where_to_look(home: Path) -> None
 def test_what_is_accepted_is_synced_as_the_setting_says(home: Path) -> None:
     with EmbeddedServer.ensure(home, fsync="always") as server, redis.Redis.from_url(server.url) as client:
         assert client.config_get("appendfsync") == {"appendfsync": "always"}
+
+
+def test_a_server_whose_home_was_removed_ends_with_its_last_user(home: Path) -> None:
+    user = _user(home / "gone")
+    url, pid = _url_of(user), _record(home / "gone")["pid"]
+    shutil.rmtree(home / "gone")
+    assert _client(url).ping()
+    user.kill()
+    user.communicate()
+    assert _wait_until(lambda: not _running(pid))
+    assert _wait_until(lambda: not Path(url.removeprefix("unix://")).parent.exists())

@@ -32,7 +32,8 @@ class Server:
         os.kill(json.loads((self.home / "valkey" / "server.json").read_text())["pid"], signal.SIGKILL)
 
     def restart(self) -> None:
-        self.held = EmbeddedServer.ensure(self.home)
+        before, self.held = self.held, EmbeddedServer.ensure(self.home)
+        before.close()
 
 
 @pytest.fixture

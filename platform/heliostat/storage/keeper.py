@@ -73,22 +73,30 @@ def remove_traces(directory: Path, socket: Path) -> None:
 
 def _end_when_unused(directory: Path, socket: Path, server: subprocess.Popen[bytes], ending: threading.Event) -> None:
     while True:
-        with locked(directory / USERS_LOCK):
-            pass  # nobody held it for a moment; who comes next holds the lifecycle lock while coming
-        with locked(directory / LIFECYCLE_LOCK), locked(directory / USERS_LOCK, blocking=False) as unused:
-            record = read_record(directory)
-            if record is not None and record.get("keep"):
-                return
-            if unused:
-                ending.set()
-                server.terminate()
-                try:
-                    server.wait(TERMINATE_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    server.kill()
-                    server.wait()
-                remove_traces(directory, socket)
-                return
+        try:
+            with locked(directory / USERS_LOCK):
+                pass  # nobody held it for a moment; who comes next holds the lifecycle lock while coming
+            with locked(directory / LIFECYCLE_LOCK), locked(directory / USERS_LOCK, blocking=False) as unused:
+                record = read_record(directory)
+                if record is not None and record.get("keep"):
+                    return
+                if unused:
+                    _end(directory, socket, server, ending)
+                    return
+        except FileNotFoundError:
+            _end(directory, socket, server, ending)  # the data are gone with their directory: nobody finds it again
+            return
+
+
+def _end(directory: Path, socket: Path, server: subprocess.Popen[bytes], ending: threading.Event) -> None:
+    ending.set()
+    server.terminate()
+    try:
+        server.wait(TERMINATE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    remove_traces(directory, socket)
 
 
 def main(directory: Path, socket: Path, server_lock: int, command: list[str]) -> int:
