@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -36,8 +35,6 @@ from heliostat.storage.ring_scripts import Script
 _ABANDONED_HOURS: Final = 24
 _REWRITE_TIMEOUT_S: Final = 600.0
 _POLL_S: Final = 0.02
-_FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
-
 
 # ── Delta tables ────────────────────────────────────────────────────────────────────
 
@@ -267,7 +264,7 @@ class ServerEraser:
 
     def __init__(self, config: OnlineConfig) -> None:
         self.config, self.keys = config, config.keys
-        with self._reported():
+        with self.config.reported():
             self.client = config.connect()
 
     def __enter__(self) -> Self:
@@ -276,13 +273,6 @@ class ServerEraser:
     def __exit__(self, *_: object) -> None:
         self.client.close()
 
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except _FAILURES as error:
-            raise self.config.failure(error) from error
-
     def find(self, part: str = "") -> list[str]:
         """The project's keys that have a text in them; all of them without one.
 
@@ -290,7 +280,7 @@ class ServerEraser:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
         pattern = f"{_glob(self.keys.root)}:*{_glob(part)}*" if part else f"{_glob(self.keys.root)}:*"
-        with self._reported():
+        with self.config.reported():
             return sorted({_text(key) for key in self.client.scan_iter(match=pattern, count=1_000)})
 
     def delete(self, keys: Sequence[str]) -> int:
@@ -301,7 +291,7 @@ class ServerEraser:
         """
         gone = 0
         for first in range(0, len(keys), 1_000):
-            with self._reported(), self.client.pipeline(transaction=False) as pipeline:
+            with self.config.reported(), self.client.pipeline(transaction=False) as pipeline:
                 for key in keys[first : first + 1_000]:
                     pipeline.unlink(key)
                 gone += sum(pipeline.execute())
@@ -310,12 +300,12 @@ class ServerEraser:
     def remember(self, key: str, members: Sequence[str]) -> None:
         """Add members to a set that outlives this process."""
         if members:
-            with self._reported():
+            with self.config.reported():
                 self.client.sadd(key, *members)
 
     def remembered(self, key: str) -> list[str]:
         """The members of such a set."""
-        with self._reported():
+        with self.config.reported():
             return sorted(_text(each) for each in self.client.smembers(key))
 
     def delete_entries(self, stream: str, concerns: Callable[[bytes], bool]) -> int:
@@ -324,7 +314,7 @@ class ServerEraser:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        with self._reported():
+        with self.config.reported():
             found = [
                 entry
                 for entry, fields in self.client.xrange(stream)
@@ -340,7 +330,7 @@ class ServerEraser:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        with self._reported():
+        with self.config.reported():
             for stream in streams:
                 self.client.eval(_REWRITE_STREAM.text, 1, stream)
 
@@ -354,7 +344,7 @@ class ServerEraser:
             OnlineStoreUnavailableError: If a server doesn't answer.
         """
         problems: list[str] = []
-        with self._reported():
+        with self.config.reported():
             for name, node in self._nodes():
                 try:
                     self._rewrite_node_files(node)

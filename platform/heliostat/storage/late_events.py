@@ -5,12 +5,7 @@ Such events are in the event log all the same. The count is for people: losing i
 
 from __future__ import annotations
 
-import redis
-import redis.exceptions
-
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineStore
-
-_FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
 def late_key(keys: OnlineKeys) -> str:
@@ -24,18 +19,14 @@ def count_late(store: OnlineStore, source: str, events: int) -> None:
     Raises:
         OnlineStoreUnavailableError: If the server doesn't answer.
     """
-    try:
+    with store.config.reported():
         store.client.hincrby(late_key(store.keys), source, events)
-    except _FAILURES as error:
-        raise store.config.failure(error) from error
 
 
 async def acount_late(store: AsyncOnlineStore, source: str, events: int) -> None:
     """As `count_late`, for asyncio."""
-    try:
+    with store.config.reported():
         await store.client.hincrby(late_key(store.keys), source, events)
-    except _FAILURES as error:
-        raise store.config.failure(error) from error
 
 
 def late_events(store: OnlineStore) -> dict[str, int]:
@@ -44,8 +35,6 @@ def late_events(store: OnlineStore) -> dict[str, int]:
     Raises:
         OnlineStoreUnavailableError: If the server doesn't answer.
     """
-    try:
+    with store.config.reported():
         found = store.client.hgetall(late_key(store.keys))
-    except _FAILURES as error:
-        raise store.config.failure(error) from error
     return {name.decode(): int(count) for name, count in sorted(found.items())}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
+import redis.exceptions
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from heliostat.errors import OnlineStoreUnavailableError
 from heliostat.settings import Settings
+
+_FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
 @dataclass(frozen=True)
@@ -155,3 +160,15 @@ class OnlineConfig:
         """A client's error, as Heliostat reports it."""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return OnlineStoreUnavailableError(self.shown_url, reason)
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """A client's errors come out as Heliostat reports them; for blocking and asyncio clients alike.
+
+        Raises:
+            OnlineStoreUnavailableError: If the client raises inside.
+        """
+        try:
+            yield
+        except _FAILURES as error:
+            raise self.failure(error) from error

@@ -9,8 +9,7 @@ Redis Cluster. `OnlineStore` blocks; `AsyncOnlineStore` is the same for asyncio.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
@@ -34,7 +33,6 @@ _Command: TypeAlias = tuple[Any, ...]
 _CHUNK = 500
 _EVENT_CALLS = 32
 _SCANNED = 5_000
-_FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +100,7 @@ class OnlineStore:
     def __init__(self, config: OnlineConfig) -> None:
         self.config = config
         self.keys = config.keys
-        with self._reported():
+        with self.config.reported():
             self.client = config.connect()
 
     @classmethod
@@ -114,13 +112,6 @@ class OnlineStore:
         """
         return cls(OnlineConfig.of(settings))
 
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except _FAILURES as error:
-            raise self.config.failure(error) from error
-
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
         """The values of keys, None where there is none: one round trip.
 
@@ -131,7 +122,7 @@ class OnlineStore:
         """
         if not keys:
             return []
-        with self._reported():
+        with self.config.reported():
             values: list[bytes | None] = self.client.mget_nonatomic(keys) if self.config.cluster else self._mget(keys)
             return values
 
@@ -223,7 +214,7 @@ class OnlineStore:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
         pattern = re.sub(r"([*?\[\]^\\])", r"\\\1", prefix) + "*"
-        with self._reported():
+        with self.config.reported():
             found = (each.decode() for each in self.client.scan_iter(match=pattern, count=_SCANNED))
             while chunk := list(islice(found, _SCANNED)):
                 yield chunk
@@ -251,12 +242,12 @@ class OnlineStore:
                 repeated = self._pipeline(_calls(script, [chunk[at] for at in again], whole=True), raising=False)
                 for at, reply in zip(again, repeated, strict=True):
                     found[at] = reply
-            with self._reported():
+            with self.config.reported():
                 replies.extend(_checked(found))
         return replies
 
     def _pipeline(self, commands: Sequence[_Command], *, raising: bool = True) -> Sequence[Any]:
-        with self._reported(), self.client.pipeline(transaction=False) as pipeline:
+        with self.config.reported(), self.client.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
             replies: Sequence[Any] = pipeline.execute(raise_on_error=raising)
@@ -268,7 +259,7 @@ class OnlineStore:
         Raises:
             OnlineStoreUnavailableError: If it doesn't.
         """
-        with self._reported():
+        with self.config.reported():
             self.client.ping()
 
     def info(self) -> StoreInfo:
@@ -277,7 +268,7 @@ class OnlineStore:
         Raises:
             OnlineStoreUnavailableError: If it doesn't answer.
         """
-        with self._reported():
+        with self.config.reported():
             return StoreInfo.of(self.client.info(**_primaries(self.config)))
 
     def close(self) -> None:
@@ -310,18 +301,11 @@ class AsyncOnlineStore:
         """As `OnlineStore.open`."""
         return cls(OnlineConfig.of(settings))
 
-    @asynccontextmanager
-    async def _reported(self) -> AsyncIterator[None]:
-        try:
-            yield
-        except _FAILURES as error:
-            raise self.config.failure(error) from error
-
     async def read(self, keys: Sequence[str]) -> list[bytes | None]:
         """As `OnlineStore.read`."""
         if not keys:
             return []
-        async with self._reported():
+        with self.config.reported():
             values: list[bytes | None] = await (
                 self.client.mget_nonatomic(keys) if self.config.cluster else self.client.mget(keys)
             )
@@ -347,25 +331,26 @@ class AsyncOnlineStore:
                 whole = _calls(APPLY_EVENTS, [chunk[at] for at in again], whole=True)
                 for at, reply in zip(again, await self._pipeline(whole, raising=False), strict=True):
                     found[at] = reply
-            async with self._reported():
+            with self.config.reported():
                 replies.extend(_checked(found))
         return _outcomes(calls, replies)
 
     async def _pipeline(self, commands: Sequence[_Command], *, raising: bool = True) -> Sequence[Any]:
-        async with self._reported(), self.client.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command)
-            replies: Sequence[Any] = await pipeline.execute(raise_on_error=raising)
-            return replies
+        with self.config.reported():
+            async with self.client.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                replies: Sequence[Any] = await pipeline.execute(raise_on_error=raising)
+                return replies
 
     async def ping(self) -> None:
         """As `OnlineStore.ping`."""
-        async with self._reported():
+        with self.config.reported():
             await self.client.ping()
 
     async def info(self) -> StoreInfo:
         """As `OnlineStore.info`."""
-        async with self._reported():
+        with self.config.reported():
             return StoreInfo.of(await self.client.info(**_primaries(self.config)))
 
     async def aclose(self) -> None:

@@ -11,8 +11,6 @@ import redis.exceptions
 from heliostat.storage.delta import StreamId
 from heliostat.storage.online_store import OnlineStore
 
-_FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
-
 
 class StreamTail:
     """Reads streams' entries, each once. Whoever opens a table after `follow` misses nothing in between.
@@ -41,14 +39,12 @@ class StreamTail:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
         payloads: list[bytes] = []
-        try:
+        with self._store.config.reported():
             for stream in self._streams:
                 found = self._more(stream)
                 if found is None:
                     return None
                 payloads += found
-        except _FAILURES as error:
-            raise self._store.config.failure(error) from error
         return payloads
 
     def _more(self, stream: str) -> list[bytes] | None:
@@ -92,14 +88,11 @@ def advance(store: OnlineStore, positions: Mapping[str, StreamId]) -> int:
     """
     behind = 0
     for stream, last in positions.items():
-        try:
-            with store.client.pipeline(transaction=True) as pipeline:
-                # Refused if the stream is that far already.
-                pipeline.xadd(stream, {b"x": b""}, id=f"{last[0]}-{last[1] + 1}")
-                pipeline.xdel(stream, f"{last[0]}-{last[1] + 1}")
-                added, _ = pipeline.execute(raise_on_error=False)
-        except _FAILURES as error:
-            raise store.config.failure(error) from error
+        with store.config.reported(), store.client.pipeline(transaction=True) as pipeline:
+            # Refused if the stream is that far already.
+            pipeline.xadd(stream, {b"x": b""}, id=f"{last[0]}-{last[1] + 1}")
+            pipeline.xdel(stream, f"{last[0]}-{last[1] + 1}")
+            added, _ = pipeline.execute(raise_on_error=False)
         if not isinstance(added, Exception):
             behind += 1
         elif "equal or smaller" not in str(added):

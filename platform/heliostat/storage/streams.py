@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import orjson
 import pyarrow as pa
-import redis
-import redis.exceptions
 
 from heliostat.errors import StreamEntryError
 from heliostat.schema import INGESTED, TIMESTAMP
@@ -30,8 +27,6 @@ StreamName = Literal["predictions", "actuals"]
 EVENT_FIELD = b"e"
 RECORD_FIELD = b"p"
 
-_FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
-
 
 class Streams:
     """All streams of a project, blocking. Safe to share between threads.
@@ -44,7 +39,7 @@ class Streams:
     def __init__(self, config: OnlineConfig, n_buckets: int) -> None:
         self.config, self.n_buckets = config, n_buckets
         self.keys = config.keys
-        with self._reported():
+        with self.config.reported():
             self.client = config.connect()
 
     @classmethod
@@ -55,13 +50,6 @@ class Streams:
             OnlineStoreUnavailableError: If they name no server.
         """
         return cls(OnlineConfig.of(settings), settings.storage.buckets)
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except _FAILURES as error:
-            raise self.config.failure(error) from error
 
     def event_streams(self, source: str) -> list[str]:
         """The streams of a source's events, by bucket."""
@@ -84,7 +72,7 @@ class Streams:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        with self._reported(), self.client.pipeline(transaction=False) as pipeline:
+        with self.config.reported(), self.client.pipeline(transaction=False) as pipeline:
             for record in records:
                 pipeline.xadd(self.record_stream(name), {RECORD_FIELD: record})
             return [_stream_id(each) for each in pipeline.execute()]
@@ -106,7 +94,7 @@ class Streams:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
         start = "-" if after is None else f"({after[0]}-{after[1]}"
-        with self._reported():
+        with self.config.reported():
             entries = self.client.xrange(stream, min=start, max="+", count=count)
         return [(_stream_id(entry), next(iter(fields.values()))) for entry, fields in entries]
 
@@ -116,7 +104,7 @@ class Streams:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        with self._reported():
+        with self.config.reported():
             dropped: int = self.client.xtrim(stream, minid=f"{through[0]}-{through[1] + 1}", approximate=False)
             return dropped
 
@@ -126,7 +114,7 @@ class Streams:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        with self._reported(), self.client.pipeline(transaction=False) as pipeline:
+        with self.config.reported(), self.client.pipeline(transaction=False) as pipeline:
             for stream in streams:
                 pipeline.xlen(stream)
             return dict(zip(streams, pipeline.execute(), strict=True))
@@ -137,7 +125,7 @@ class Streams:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        with self._reported(), self.client.pipeline(transaction=False) as pipeline:
+        with self.config.reported(), self.client.pipeline(transaction=False) as pipeline:
             for stream in streams:
                 pipeline.xrange(stream, count=1)
             return min((_stream_id(found[0][0])[0] for found in pipeline.execute() if found), default=None)
@@ -157,7 +145,7 @@ class Streams:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
         key = f"{self.keys.root}:sink"
-        with self._reported():
+        with self.config.reported():
             if self.client.set(key, holder, nx=True, px=ttl_ms):
                 return holder
             found: bytes | None = self.client.get(key)
@@ -174,7 +162,7 @@ class Streams:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
         key = f"{self.keys.root}:sink"
-        with self._reported():
+        with self.config.reported():
             if self.client.get(key) == holder:
                 self.client.delete(key)
 
@@ -184,7 +172,7 @@ class Streams:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        with self._reported():
+        with self.config.reported():
             self.client.sadd(self._notes, *notes)
 
     def noted(self) -> list[bytes]:
@@ -193,7 +181,7 @@ class Streams:
         Raises:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
-        with self._reported():
+        with self.config.reported():
             return sorted(self.client.smembers(self._notes))
 
     def unnote(self, notes: Sequence[bytes]) -> None:
@@ -203,7 +191,7 @@ class Streams:
             OnlineStoreUnavailableError: If the server doesn't answer.
         """
         if notes:
-            with self._reported():
+            with self.config.reported():
                 self.client.srem(self._notes, *notes)
 
     @property
@@ -228,20 +216,14 @@ class AsyncStreams:
         self.client = config.connect_async() if client is None else client
         self._owned = client is None
 
-    @asynccontextmanager
-    async def _reported(self) -> AsyncIterator[None]:
-        try:
-            yield
-        except _FAILURES as error:
-            raise self.config.failure(error) from error
-
     async def append(self, name: StreamName, records: Sequence[bytes]) -> list[StreamId]:
         """As `Streams.append`."""
         stream = record_key(self.config, name)
-        async with self._reported(), self.client.pipeline(transaction=False) as pipeline:
-            for record in records:
-                pipeline.xadd(stream, {RECORD_FIELD: record})
-            return [_stream_id(each) for each in await pipeline.execute()]
+        with self.config.reported():
+            async with self.client.pipeline(transaction=False) as pipeline:
+                for record in records:
+                    pipeline.xadd(stream, {RECORD_FIELD: record})
+                return [_stream_id(each) for each in await pipeline.execute()]
 
     async def append_predictions(self, records: list[bytes]) -> list[StreamId]:
         """Append to the prediction stream: what `serving.prediction_log` asks for."""
