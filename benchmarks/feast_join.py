@@ -35,19 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import activities
 from benchmarks.online_read import FEAST_REQUIREMENTS
-from benchmarks.peers import (
-    ROOT,
-    Contender,
-    LimitExceededError,
-    Limits,
-    Program,
-    ProgramEndedError,
-    Report,
-    Turns,
-    facts,
-    interleaved,
-    python_of,
-)
+from benchmarks.peers import ROOT, Contender, Report, Turns, facts, interleaved, python_of
+from benchmarks.programs import LimitExceededError, Limits, Program, ProgramEndedError
 from heliostat import EventSource, FeatureView, Latest, cluster
 from heliostat.feature_store import FeatureStore
 from heliostat.schema import TIMESTAMP

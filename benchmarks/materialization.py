@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import activities
 from benchmarks.online_read import FEAST_REQUIREMENTS, N_BUCKETS, NOW_US, TOLERANCE
-from benchmarks.peers import ROOT, Contender, Program, Report, Turns, facts, interleaved, python_of, valkey_server
+from benchmarks.peers import ROOT, Contender, Report, Turns, facts, interleaved, python_of
+from benchmarks.programs import Program, valkey_server
 from heliostat import cluster
 from heliostat.features.materialize import materialize
 from heliostat.features.offline import compute_features

@@ -32,7 +32,8 @@ import redis
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import activities
-from benchmarks.peers import ROOT, Program, Report, facts, python_of, valkey_server
+from benchmarks.peers import ROOT, Report, facts, python_of
+from benchmarks.programs import Program, valkey_server
 from heliostat.clock import US_PER_DAY, ManualClock
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import FeatureView

@@ -33,7 +33,8 @@ import ray.data
 from numpy.typing import NDArray
 
 from benchmarks import activities, duckdb_join, ray_data_join
-from benchmarks.peers import ROOT, Contender, Program, Report, Turns, facts, interleaved, python_of, timed, tree_bytes
+from benchmarks.peers import ROOT, Contender, Report, Turns, facts, interleaved, python_of, timed, tree_bytes
+from benchmarks.programs import Program
 from heliostat import cluster
 from heliostat.features.point_in_time import historical_features
 from heliostat.settings import RaySettings, Settings

@@ -21,6 +21,7 @@ from benchmarks import (
     online_read,
     peers,
     point_in_time,
+    programs,
     ray_data_join,
 )
 from heliostat.clock import US_PER_DAY
@@ -125,7 +126,7 @@ def test_a_peers_program_imports_nothing_of_heliostat(name: str) -> None:
 def test_what_feast_is_given_is_what_rings_say(tmp_path: Path) -> None:
     plan = online_read.SMOKE
     with (
-        peers.valkey_server(tmp_path / "valkey") as port,
+        programs.valkey_server(tmp_path / "valkey") as port,
         OnlineStore(OnlineConfig(url=f"redis://127.0.0.1:{port}", project="bench")) as store,
     ):
         online_read.fill(store, plan, tmp_path)
@@ -205,7 +206,7 @@ def test_totals_run_over_each_users_own_activities() -> None:
 
 
 def test_materialized_values_are_checked_before_anybody_is_timed(tmp_path: Path) -> None:
-    with peers.valkey_server(tmp_path / "valkey") as port:
+    with programs.valkey_server(tmp_path / "valkey") as port:
         place = materialization.Place(tmp_path, port)
         entities = materialization.prepare(place, materialization.Plan(users=40, events=600, runs=1))
         assert 30 <= entities <= 40
@@ -276,10 +277,10 @@ for line in sys.stdin:
 
 def test_a_peers_program_answers_until_it_ends(tmp_path: Path) -> None:
     (tmp_path / "echo.py").write_text(ECHO)
-    with peers.Program.started(Path(sys.executable), str(tmp_path / "echo.py"), name="Echo") as program:
+    with programs.Program.started(Path(sys.executable), str(tmp_path / "echo.py"), name="Echo") as program:
         assert program.greeting == {"version": "1"}
         assert program.ask(do="this") == {"said": "this"}
-        with pytest.raises(peers.ProgramEndedError, match="Echo's process ended with exit code 3"):
+        with pytest.raises(programs.ProgramEndedError, match="Echo's process ended with exit code 3"):
             program.ask(do="end")
 
 
@@ -289,10 +290,10 @@ def test_a_peers_program_answers_until_it_ends(tmp_path: Path) -> None:
 )
 def test_a_peers_program_is_stopped_beyond_its_limits(tmp_path: Path, asked: dict[str, int], said: str) -> None:
     (tmp_path / "echo.py").write_text(ECHO)
-    limits = peers.Limits(seconds=30 if "bytes" in asked else 0.5, memory_bytes=200_000_000)
-    with peers.Program.started(Path(sys.executable), str(tmp_path / "echo.py"), name="Echo") as program:
+    limits = programs.Limits(seconds=30 if "bytes" in asked else 0.5, memory_bytes=200_000_000)
+    with programs.Program.started(Path(sys.executable), str(tmp_path / "echo.py"), name="Echo") as program:
         assert program.ask_within(limits, do="quick") == {"said": "quick"}
-        with pytest.raises(peers.LimitExceededError, match=f"Echo was {said}"):
+        with pytest.raises(programs.LimitExceededError, match=f"Echo was {said}"):
             program.ask_within(limits, do="slow", **asked)
 
 
