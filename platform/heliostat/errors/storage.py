@@ -29,14 +29,14 @@ class OnlineStoreUnavailableError(StorageError):
 class RingCorruptError(StorageError):
     """What the online store holds under a ring's key isn't such a ring."""
 
-    def __init__(self, view: str, group: str, found_bytes: tuple[int, ...], expected_bytes: int) -> None:
-        super().__init__(view, group, found_bytes, expected_bytes)
-        self.view, self.group, self.found_bytes, self.expected_bytes = view, group, found_bytes, expected_bytes
+    def __init__(self, view: str, group: str, found_bytes: tuple[int, ...], slot_bytes: int) -> None:
+        super().__init__(view, group, found_bytes, slot_bytes)
+        self.view, self.group, self.found_bytes, self.slot_bytes = view, group, found_bytes, slot_bytes
 
     def __str__(self) -> str:
         return (
             f"rings {self.group!r} of view {self.view!r} have {self.found_bytes} bytes in the online store, "
-            f"not {self.expected_bytes}; something else wrote them: delete these keys and run "
+            f"no multiple of the {self.slot_bytes} of a slot; something else wrote them: delete these keys and run "
             "jobs/materialize_features.py"
         )
 

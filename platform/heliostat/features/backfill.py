@@ -130,7 +130,7 @@ class BucketRings:
         """Each entity's rings, some entities' at a time; fills in ``present``."""
         groups, tag = self.plan.groups, f"{{b{self.bucket}}}:"
         prefixes = [prefix + tag for prefix in self.plan.prefixes]
-        ring_bytes = sum(len(group.empty_ring) for group in groups)
+        ring_bytes = sum(group.most_bytes for group in groups)
         at_once = max(1, _RINGS_AT_ONCE_BYTES // ring_bytes)
         for first, last in self._events.chunks(len(self.texts), at_once):
             chunk = self._events.of_entities(first, last)
@@ -149,10 +149,9 @@ class BucketRings:
         here = tiles.codes[begins]
         own = TileStates(np.cumsum(begins) - 1, tiles.tiles, tiles.slots)
         packed = pack_rings(group, own, len(here), as_of_us=self.plan.as_of_us, limits=self.plan.limits)
-        data, size = packed.tobytes(), len(group.empty_ring)
         rings = [b""] * (last - first)
-        for position, code in enumerate(here.tolist()):
-            rings[code] = data[position * size : (position + 1) * size]
+        for code, ring in zip(here.tolist(), packed.to_bytes(), strict=True):
+            rings[code] = ring
         self.present[at][first + here] = True
         return rings
 

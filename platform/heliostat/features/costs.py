@@ -35,7 +35,8 @@ class BackfillCost:
         files: How many.
         entities: With an event in reach; exact if ``entities_counted`` says so.
         entities_counted: Whether every bucket was counted, not just some.
-        ring_bytes: Of the rings and their keys, without the server's own overhead.
+        ring_bytes: Of the rings and their keys at most, without the server's own overhead: as if no tile
+            had two events, up to the rings' reach.
     """
 
     views: tuple[str, ...]
@@ -50,7 +51,7 @@ class BackfillCost:
         about = "" if self.entities_counted else "about "
         return (
             f"{self.events:,} events in {self.files} files of {_megabytes(self.size_bytes)} to read, "
-            f"{about}{self.entities:,} entities, {_megabytes(self.ring_bytes)} of rings"
+            f"{about}{self.entities:,} entities, up to {_megabytes(self.ring_bytes)} of rings"
         )
 
     def to_document(self) -> dict[str, Any]:
@@ -102,7 +103,8 @@ def _cost(
     reached = event_log.statistics(source, entity, min_time_us=since_us, max_time_us=as_of_us)
     entities, counted = _entities(views, event_log, as_of_us, reached.rows_by_bucket)
     ring_bytes = sum(
-        len(group.empty_ring) + len(keys.ring(view.ref, group.name, "", 0)) + _ENTITY_TEXT_BYTES
+        entities * (len(keys.ring(view.ref, group.name, "", 0)) + _ENTITY_TEXT_BYTES)
+        + min(entities * group.n_slots, reached.rows + entities * group.life) * group.slot_bytes
         for view in views
         for group in ring_layout(view, limits).groups
     )
@@ -113,7 +115,7 @@ def _cost(
         files=reached.files,
         entities=entities,
         entities_counted=counted,
-        ring_bytes=entities * ring_bytes,
+        ring_bytes=ring_bytes,
     )
 
 

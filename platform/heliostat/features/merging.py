@@ -12,28 +12,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from heliostat.features.aggregations import Aggregation, FloatArray, State
-from heliostat.features.states import IDENTITY, UFUNCS, IntArray, Operator, merged_slots
-from heliostat.features.tiles import F8, LIFE, BoolArray, RingGroup, RingLayout, last_event
+from heliostat.features.states import IDENTITY, UFUNCS, IntArray, Operator, edges_of_runs, merged_runs
+from heliostat.features.tiles import F8, LIFE, BoolArray, RingGroup, RingLayout, Rings, last_event
 
 
-def parse_rings(group: RingGroup, values: Sequence[bytes | None]) -> FloatArray:
-    """Rings as numbers; a missing ring is an empty one.
+def parse_rings(group: RingGroup, values: Sequence[bytes | None]) -> Rings:
+    """Rings as numbers; a missing ring has no slots.
 
     Args:
         group: The rings' layout.
         values: As the store gives them, ``n`` of them.
 
-    Returns:
-        Shape ``(n, n_slots, width)``.
-
     Raises:
-        ValueError: If a value hasn't the ring's length.
+        ValueError: If a value's length is no multiple of a slot's.
     """
-    empty = group.empty_ring
-    rings = [empty if value is None else value for value in values]
-    if set(map(len, rings)) - {len(empty)}:
-        raise ValueError("a ring has another length than its layout")
-    return np.frombuffer(b"".join(rings), dtype=F8).reshape(len(values), group.n_slots, group.width)
+    rings = [value or b"" for value in values]
+    slots = np.frombuffer(b"".join(rings), dtype=F8)
+    lengths = np.fromiter(map(len, rings), np.int64, len(rings))
+    counts = lengths // group.slot_bytes
+    if (counts * group.slot_bytes != lengths).any():
+        raise ValueError("a ring's length is no multiple of its layout's slots")
+    return Rings(slots.reshape(-1, group.width), counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,42 +85,73 @@ class MergePlan:
         labels |= {LIFE} if self._last_event is not None else set()
         self.groups: tuple[RingGroup, ...] = tuple(group for group in layout.groups if group.label in labels)
 
-    def expired(
-        self, rings: Mapping[str, FloatArray], tiles: Mapping[str, FloatArray], as_of_us: int
-    ) -> BoolArray | None:
+    def expired(self, read: Mapping[str, _Read], as_of_us: int) -> BoolArray | None:
         """Entities whose last event is older than the view's ttl, shape ``(n,)``; None without ttl."""
         state, ttl_us = self._last_event, self.layout.view.ttl_us
         if state is None or ttl_us is None:
             return None
-        life = self.layout.by_label[LIFE]
-        mask = _mask(life, tiles[LIFE], as_of_us, None)
-        return ~(as_of_us - merged_slots(state, rings[LIFE][:, :, life.columns[state.key]], mask) <= ttl_us)
+        slots = read[LIFE].within(as_of_us, None, None)
+        (latest,) = slots.folded("max", self.layout.by_label[LIFE].columns[state.key])
+        return ~(as_of_us - latest <= ttl_us)
 
-    def parts(
-        self,
-        rings: Mapping[str, FloatArray],
-        tiles: Mapping[str, FloatArray],
-        expired: BoolArray | None,
-        as_of_us: int,
-    ) -> list[FloatArray]:
+    def parts(self, read: Mapping[str, _Read], expired: BoolArray | None, as_of_us: int) -> list[FloatArray]:
         """Merged states, in the order that features name them by."""
         found: list[FloatArray] = [_NOTHING] * self._n_parts
         for window in self._windows:
-            ring = rings[window.group.label]
-            mask = _mask(window.group, tiles[window.group.label], as_of_us, window.window_us)
-            if expired is not None:
-                mask[expired] = False
-            slots = _Slots.of(ring, mask)
+            slots = read[window.group.label].within(as_of_us, window.window_us, expired)
             for operator, place, results in window.runs:
                 found[results] = slots.folded(operator, place)
             for state, place, result in window.edges:
                 found[result] = slots.edge(state, place)
             for state, place, result in window.others:
-                found[result] = merged_slots(state, ring[:, :, place], mask)
+                found[result] = slots.merged(state, place)
         return found
 
 
 _NOTHING = np.empty(0)
+
+
+class _Read:
+    """Rings of many entities, with what all windows over them need.
+
+    Args:
+        group: Their layout.
+        rings: Of ``n`` entities.
+    """
+
+    def __init__(self, group: RingGroup, rings: Rings) -> None:
+        self.group, self.rows, self.n, counts = group, rings.slots, len(rings.counts), rings.counts
+        # Looked at for every window, so they lie side by side.
+        self.tiles = np.ascontiguousarray(rings.slots[:, 0])
+        self.some = None if counts.all() else np.flatnonzero(counts)
+        self.counts = counts if self.some is None else counts[self.some]
+        self.starts: IntArray = np.add.accumulate(self.counts) - self.counts
+
+    def within(self, as_of_us: int, window_us: int | None, expired: BoolArray | None) -> _Slots:
+        """The slots that count; every base does.
+
+        Args:
+            as_of_us: Query instant.
+            window_us: The window's length; None: all of the past.
+            expired: Entities of which nothing counts, shape ``(n,)``.
+        """
+        hop_us = self.group.hop_us
+        mask: BoolArray = self.tiles < -(-as_of_us // hop_us)
+        if window_us is not None:
+            mask &= self.tiles >= (as_of_us - window_us) // hop_us
+        elif self.group.life:
+            mask[self.starts] = True
+        if expired is not None:
+            mask &= ~(expired if self.some is None else expired[self.some]).repeat(self.counts)
+        if mask.all():
+            return _Slots(self.n, self.rows, self.some, self.starts, self.counts)
+        counts: IntArray = np.add.reduceat(mask, self.starts, dtype=np.int64)
+        some = self.some
+        if not counts.all():
+            used = np.flatnonzero(counts)
+            counts, some = counts[used], used if some is None else some[used]
+        rows = self.rows.take(np.flatnonzero(mask), axis=0)
+        return _Slots(self.n, rows, some, np.add.accumulate(counts) - counts, counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,51 +159,47 @@ class _Slots:
     """The slots of many rings that count, one after the other: the work follows the tiles in use.
 
     Attributes:
-        ring: All slots, shape ``(n, n_slots, width)``.
-        mask: Which count, shape ``(n, n_slots)``.
-        rows: Those, shape ``(m, width)``.
+        n: Number of entities.
+        rows: The slots, shape ``(m, width)``.
         some: Entities that have any; None: all of them.
         starts: Where the rows of each of those begin.
         counts: How many they are.
     """
 
-    ring: FloatArray
-    mask: BoolArray
+    n: int
     rows: FloatArray
     some: IntArray | None
     starts: IntArray
     counts: IntArray
 
-    @classmethod
-    def of(cls, ring: FloatArray, mask: BoolArray) -> _Slots:
-        rows = ring.reshape(-1, ring.shape[2]).take(np.flatnonzero(mask), axis=0)
-        counts = np.add.reduce(mask, axis=1, dtype=np.int64)
-        starts = np.add.accumulate(counts) - counts
-        if np.logical_and.reduce(counts):
-            return cls(ring, mask, rows, None, starts, counts)
-        some = np.flatnonzero(counts)
-        return cls(ring, mask, rows, some, starts[some], counts[some])
-
     def folded(self, operator: Operator, place: slice) -> list[FloatArray]:
         """Neighbouring states of one number, merged: shape ``(n,)`` each."""
         merged: FloatArray = UFUNCS[operator].reduceat(self.rows[:, place], self.starts, axis=0)
         if self.some is not None:
-            whole = np.full((len(self.mask), merged.shape[1]), IDENTITY[operator])
+            whole = np.full((self.n, merged.shape[1]), IDENTITY[operator])
             whole[self.some] = merged
             merged = whole
         return list(merged.T)
 
     def edge(self, state: State, place: slice) -> FloatArray:
         """The first or last value, shape ``(n, 3)``."""
-        times = self.rows[:, place.start]
+        rows = self.rows[:, place]
+        times = rows[:, 0]
         extreme = (np.minimum if state.op == "first" else np.maximum).reduceat(times, self.starts)
         hits = np.flatnonzero(times == extreme.repeat(self.counts))
         if len(hits) != len(self.starts):  # two slots share a time, or none of an entity's holds a value
-            return merged_slots(state, self.ring[:, :, place], self.mask)
-        merged: FloatArray = self.rows[hits, place]
+            hits = edges_of_runs(state, rows, self.starts, self.counts)
+        return self._whole(state, rows[hits])
+
+    def merged(self, state: State, place: slice) -> FloatArray:
+        """Any other state: shape ``(n,)``, or ``(n, width)`` of a wider one."""
+        found = self._whole(state, merged_runs(state, self.rows[:, place], self.starts, across=True))
+        return found if state.width > 1 else found[:, 0]
+
+    def _whole(self, state: State, merged: FloatArray) -> FloatArray:
         if self.some is None:
             return merged
-        whole = np.tile(state.empty, (len(self.mask), 1))
+        whole = np.tile(state.empty, (self.n, 1))
         whole[self.some] = merged
         return whole
 
@@ -223,32 +249,21 @@ class Merged:
     expired: BoolArray | None
 
 
-def merge_rings(plan: MergePlan, rings: Mapping[str, FloatArray], *, as_of_us: int) -> Merged:
+def merge_rings(plan: MergePlan, rings: Mapping[str, Rings], *, as_of_us: int) -> Merged:
     """Merge the rings of many entities into features.
 
     Args:
         plan: Which features.
-        rings: Shape ``(n, n_slots, width)``, by the labels of ``plan.groups``.
+        rings: Of ``n`` entities, by the labels of ``plan.groups``.
         as_of_us: Query instant, later than every event in the rings.
     """
-    # Looked at for every window, so they lie side by side.
-    tiles = {label: np.ascontiguousarray(ring[:, :, 0]) for label, ring in rings.items()}
+    read = {group.label: _Read(group, rings[group.label]) for group in plan.groups}
     # Sums of finite numbers may be infinite, and such sums of both signs nothing at all.
     with np.errstate(over="ignore", invalid="ignore"):
-        expired = plan.expired(rings, tiles, as_of_us)
-        parts = plan.parts(rings, tiles, expired, as_of_us)
+        expired = plan.expired(read, as_of_us)
+        parts = plan.parts(read, expired, as_of_us)
         columns = {
             name: aggregation.finalize([parts[at] for at in places], as_of_us=as_of_us)
             for name, (aggregation, places) in plan.features.items()
         }
     return Merged(columns, expired)
-
-
-def _mask(group: RingGroup, tiles: FloatArray, as_of_us: int, window_us: int | None) -> BoolArray:
-    """Slots that count, by their tile numbers, shape ``(n, n_slots)``; every base does."""
-    mask: BoolArray = tiles < -(-as_of_us // group.hop_us)
-    if window_us is not None:
-        mask &= tiles >= (as_of_us - window_us) // group.hop_us
-    elif group.life:
-        mask[:, 0] = True
-    return mask

@@ -63,28 +63,6 @@ def merged_runs(parts: FloatArray, starts: IntArray) -> FloatArray:
     return np.column_stack([total, mean, np.add.reduceat(parts[:, 2] + apart * (count * apart), starts)])
 
 
-def merged_slots(parts: FloatArray, mask: NDArray[np.bool_]) -> FloatArray:
-    """The slots of each ring as one, where the mask holds.
-
-    Args:
-        parts: Shape ``(n, n_slots, 3)``.
-        mask: Shape ``(n, n_slots)``.
-
-    Returns:
-        Shape ``(n, 3)``.
-    """
-    count = np.where(mask, parts[:, :, 0], 0.0)
-    means = parts[:, :, 1]
-    origin = means[np.arange(len(means)), (count > 0).argmax(axis=1)]
-    total = count.sum(axis=1)
-    offset = (count * (means - origin[:, None])).sum(axis=1)
-    mean = origin + np.divide(offset, total, out=np.zeros(len(total)), where=total > 0)
-    mean[total == 0] = 0.0
-    apart = means - mean[:, None]
-    squares = (np.where(mask, parts[:, :, 2], 0.0) + apart * (count * apart)).sum(axis=1)
-    return np.column_stack([total, mean, squares])
-
-
 def running(parts: FloatArray, starts: IntArray, ends: IntArray, *, backwards: bool = False) -> FloatArray:
     """Accumulate each stretch of parts from its beginning, or from its end.
 

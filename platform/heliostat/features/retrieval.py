@@ -252,7 +252,7 @@ class FeatureReader:
             return parse_rings(group, values)
         except ValueError:
             lengths = tuple(sorted({len(value) for value in values if value is not None}))
-            raise RingCorruptError(plan.view.ref, group.name, lengths, len(group.empty_ring)) from None
+            raise RingCorruptError(plan.view.ref, group.name, lengths, group.slot_bytes) from None
 
     def _given(self, overrides: Sequence[Overrides | None] | None) -> dict[int, dict[str, list[tuple[int, float]]]]:
         """Rows and values by view and feature."""

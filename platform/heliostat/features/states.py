@@ -189,45 +189,20 @@ def _edge_of_runs(state: State, rows: FloatArray, starts: IntArray) -> FloatArra
     return result
 
 
-def merged_slots(state: State, slots: FloatArray, mask: BoolArray) -> FloatArray:
-    """Merge the slots of each ring where the mask holds.
+def edges_of_runs(state: State, rows: FloatArray, starts: IntArray, counts: IntArray) -> IntArray:
+    """Which row of each run is the first or last one, by time and tie; rows may be in any order.
 
     Args:
-        state: What the columns are.
-        slots: Shape ``(n, n_slots, width)``.
-        mask: Shape ``(n, n_slots)``.
+        state: ``first`` or ``last``.
+        rows: Shape ``(n, 3)``.
+        starts: Where runs begin, ascending; the first is 0, and none is empty.
+        counts: How long they are.
 
     Returns:
-        Shape ``(n,)``, or ``(n, width)`` of a wider state.
+        Shape ``(len(starts),)``; an empty row only where a run has no other.
     """
-    if state.bins is not None:
-        counts: FloatArray = np.matmul(mask[:, None, :].astype(np.float64), slots)[:, 0]
-        return counts
-    if state.op == "moments":
-        return moments.merged_slots(slots, mask)
-    if state.op == "or":
-        members = np.where(mask, slots[:, :, 0], 0.0).astype(np.int64)
-        union: FloatArray = np.bitwise_or.reduce(members, axis=1).astype(np.float64)
-        return union
-    if state.width == 1:
-        operator = state.merge_across
-        values = np.where(mask, slots[:, :, 0], IDENTITY[operator])
-        merged: FloatArray = UFUNCS[operator].reduce(values, axis=1)
-        return merged
-    # Turned round, first is last.
-    sign = -1.0 if state.op == "first" else 1.0
-    times = np.where(mask, sign * slots[:, :, 0], -np.inf)
-    latest = times.max(axis=1, keepdims=True)
-    nothing = latest[:, 0] == -np.inf
-    newest = times == latest
-    if np.count_nonzero(newest) == len(slots) + (slots.shape[1] - 1) * np.count_nonzero(nothing):
-        chosen = newest.argmax(axis=1)  # tiles share no instant, so that there is no tie to break
-    else:
-        chosen = np.where(newest & mask, sign * slots[:, :, 1], -np.inf).argmax(axis=1)
-    merged = slots[np.arange(len(slots)), chosen]
-    if nothing.any():
-        merged[nothing] = state.empty
-    return merged
+    order = np.lexsort((rows[:, 1], rows[:, 0], np.repeat(np.arange(len(starts)), counts)))
+    return order[starts if state.op == "first" else starts + counts - 1]
 
 
 def emptied(state: State, merged: FloatArray, rows: BoolArray) -> FloatArray:

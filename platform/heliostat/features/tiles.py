@@ -2,15 +2,16 @@
 
 A view's aggregations are grouped by hop. A group is one string of slots an entity; a slot is
 a tile: its number and the partial states of its events, as f8, little endian. Tile ``k`` of
-hop ``h`` covers ``[k·h, (k+1)·h)`` and lies in slot ``k mod n``. Equal states are kept once.
+hop ``h`` covers ``[k·h, (k+1)·h)``. Only tiles with events have a slot, in their order: a read
+moves and merges what happened, however long the window is. Equal states are kept once.
 
-- ``n = W/h + 1`` slots for the longest window ``W``, as the contract says, and as many more as
-  the tolerance for events in the future needs, so that such an event evicts nothing in use.
+- A ring reaches over ``n = W/h + 1`` tiles for the longest window ``W``, as the contract says, and as
+  many more as the tolerance for events in the future needs, so that such an event evicts nothing in use.
 - Aggregations without a window, and the last event's time if the view has a ttl, form the
-  group ``life``. Its slot 0 is the base, with everything older than the slots behind it, which
+  group ``life``. It begins with the base: everything older than the slots behind it, which
   reach back as far as events may be late.
-- An empty slot has the tile number ``-inf`` and each state's own emptiness
-  (`heliostat.features.states`): 0 of a sum, +inf of a minimum, -inf of a maximum.
+- What a base doesn't know has each state's own emptiness (`heliostat.features.states`): 0 of a sum,
+  +inf of a minimum, -inf of a maximum.
 - A tile from the event log carries a fraction with its number until a live event goes into it; see
   `heliostat.storage.ring_scripts`, which merges the same bytes inside the server.
 
@@ -42,6 +43,7 @@ BoolArray = NDArray[np.bool_]
 
 F8 = np.dtype("<f8")
 LIFE = "life"
+_FORMAT = "slots in use"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class RingGroup:
     Attributes:
         label: ``1d``, ``1h``, … or ``life``.
         hop_us: Tile length.
-        n_slots: The base of a life ring included.
+        n_slots: How many tiles it reaches over, and one more for the base of a life ring.
         states: Each once, ordered by key.
         expire_us: How long after its last write a ring may be dropped; 0: never.
     """
@@ -86,13 +88,13 @@ class RingGroup:
 
     @property
     def life(self) -> bool:
-        """Whether slot 0 is a base."""
+        """Whether it begins with a base."""
         return self.label == LIFE
 
     @cached_property
     def name(self) -> str:
         """The label and a hash of the layout: part of the ring's key."""
-        layout = [self.label, self.hop_us, self.n_slots, [state.key for state in self.states]]
+        layout = [_FORMAT, self.label, self.hop_us, self.n_slots, [state.key for state in self.states]]
         return f"{self.label}.{hashlib.sha256(orjson.dumps(layout)).hexdigest()[:8]}"
 
     @cached_property
@@ -111,17 +113,22 @@ class RingGroup:
 
     @cached_property
     def empty_slot(self) -> FloatArray:
-        """Shape ``(width,)``."""
+        """A base that nothing went into, shape ``(width,)``."""
         slot = np.zeros(self.width, dtype=F8)
         slot[0] = -np.inf
         for state in self.states:
             slot[self.columns[state.key]] = state.empty
         return slot
 
-    @cached_property
-    def empty_ring(self) -> bytes:
-        """The bytes of a ring without events."""
-        return self.empty_slot.tobytes() * self.n_slots
+    @property
+    def slot_bytes(self) -> int:
+        """Length of a slot."""
+        return self.width * F8.itemsize
+
+    @property
+    def most_bytes(self) -> int:
+        """Length of a ring with events in each tile of its reach."""
+        return self.n_slots * self.slot_bytes
 
     @cached_property
     def descriptor(self) -> bytes:
@@ -133,10 +140,6 @@ class RingGroup:
             empty_slot=self.empty_slot.tobytes(),
             expire_ms=-(-self.expire_us // US_PER_MS),
         ).pack()
-
-    def slot_of(self, tiles: IntArray) -> IntArray:
-        """The slot of each tile."""
-        return 1 + tiles % (self.n_slots - 1) if self.life else tiles % self.n_slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,9 +326,26 @@ def _based(group: RingGroup, slots: FloatArray, starts: IntArray) -> FloatArray:
     return result
 
 
-def pack_rings(
-    group: RingGroup, tiles: TileStates, n_entities: int, *, as_of_us: int, limits: RingLimits
-) -> FloatArray:
+@dataclass(frozen=True, eq=False)
+class Rings:
+    """Rings of ``n`` entities, one behind the other.
+
+    Attributes:
+        slots: Shape ``(m, width)``, those of an entity in the order of their tiles, its base first.
+        counts: How many slots each entity has, shape ``(n,)``.
+    """
+
+    slots: FloatArray
+    counts: IntArray
+
+    def to_bytes(self) -> list[bytes]:
+        """Each ring as the store keeps it."""
+        data, slot_bytes = self.slots.astype(F8, copy=False).tobytes(), self.slots.shape[1] * F8.itemsize
+        ends = (np.add.accumulate(self.counts) * slot_bytes).tolist()
+        return [data[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def pack_rings(group: RingGroup, tiles: TileStates, n_entities: int, *, as_of_us: int, limits: RingLimits) -> Rings:
     """Put tiles into rings.
 
     Args:
@@ -334,25 +354,26 @@ def pack_rings(
         n_entities: How many rings.
         as_of_us: The instant the rings are made for.
         limits: Says which tiles are complete.
-
-    Returns:
-        Shape ``(n_entities, n_slots, width)``; ``tobytes`` of each row is a ring.
     """
-    rings = np.tile(group.empty_slot, (n_entities, group.n_slots, 1))
     # Live events may be a little ahead of the instant.
     newest = max(as_of_us // group.hop_us, int(tiles.tiles.max(initial=0)))
-    if group.life:
-        first_live = limits.first_live_tile(as_of_us, group.hop_us)
-        old = tiles.tiles < first_live
-        codes = tiles.codes[old]
-        starts = _starts(codes)
-        rings[codes[starts], 0] = _based(group, tiles.slots[old], starts)
-        rings[:, 0, 0] = first_live
-        tiles = tiles.between(first_live, newest)
-    else:
+    if not group.life:
         tiles = tiles.between(newest - group.n_slots + 1, newest)
-    places = tiles.codes, group.slot_of(tiles.tiles)
-    rings[places] = tiles.slots
-    past = np.clip(as_of_us / group.hop_us - tiles.tiles, 0.0, 1.0)
-    rings[(*places, 0)] += 0.25 + 0.5 * past
-    return rings
+        return Rings(_from_history(group, tiles, as_of_us), np.bincount(tiles.codes, minlength=n_entities))
+    first_live = limits.first_live_tile(as_of_us, group.hop_us)
+    old = tiles.tiles < first_live
+    starts = _starts(tiles.codes[old])
+    bases = np.tile(group.empty_slot, (n_entities, 1))
+    bases[tiles.codes[old][starts]] = _based(group, tiles.slots[old], starts)
+    bases[:, 0] = first_live
+    tiles = tiles.between(first_live, newest)
+    order = np.argsort(np.concatenate([np.arange(n_entities), tiles.codes]), kind="stable")
+    slots = np.concatenate([bases, _from_history(group, tiles, as_of_us)])
+    return Rings(slots[order], 1 + np.bincount(tiles.codes, minlength=n_entities))
+
+
+def _from_history(group: RingGroup, tiles: TileStates, as_of_us: int) -> FloatArray:
+    """Slots whose numbers say that they come from the event log, and as of when."""
+    slots = tiles.slots.copy()
+    slots[:, 0] += 0.25 + 0.5 * np.clip(as_of_us / group.hop_us - tiles.tiles, 0.0, 1.0)
+    return slots

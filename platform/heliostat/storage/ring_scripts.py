@@ -1,18 +1,19 @@
 """The two programs that run inside the online server: events in, rings from history.
 
 Both know a ring only by its descriptor (`RingDescriptor.pack`), so that one program serves
-every view. A ring is a string of slots; a slot is a tile number (f8) and the state's columns
-(f8 each, little endian). Of the tile number:
+every view. A ring is a string of slots, those in use alone, in the order of their tiles; a slot
+is a tile number (f8) and the state's columns (f8 each, little endian). A tile number's fraction:
 
-- ``-inf``: the slot is empty;
-- with a fraction below 1/4: live events went into it. The fraction is the stamp of its bucket's
-  epoch, a count of the materializations that have begun: one that began later than the slot was
-  touched has read all that is in it, and may replace it;
-- with a larger one: it came from the event log alone, which may fill it again. The fraction grows
-  with the instant it was filled for, so that an older view of the log never replaces a newer one.
+- below 1/4: live events went into the slot. The fraction is the stamp of its bucket's epoch, a
+  count of the materializations that have begun: one that began later than the slot was touched
+  has read all that is in it, and may replace it;
+- larger: the slot came from the event log alone, which may fill it again. The fraction grows with
+  the instant it was filled for, so that an older view of the log never replaces a newer one.
 
-A ring of kind ``life`` keeps, in slot 0, the base: everything that the later slots no longer
-hold. Its tile number is the boundary: no event of a tile at or above it went into the base.
+A ring of kind ``life`` begins with the base: everything that the slots behind it don't hold. Its
+tile number is the boundary: no event of a tile at or above it went into the base; ``-inf`` if none did.
+
+A new tile drops those that it puts out of the ring's reach, or adds them to the base.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class RingDescriptor:
     """What the server must know of a ring's bytes.
 
     Attributes:
-        n_slots: Slots of the ring, the base included.
-        life: Whether slot 0 is a base.
+        n_slots: How many tiles it reaches over, and one more if it has a base.
+        life: Whether it begins with a base.
         operators: Merge operator and number of columns of each state; ``add`` may have any number.
         empty_slot: The bytes of an empty slot.
         expire_ms: How long after the last write the ring may be dropped; 0: never.
@@ -159,37 +160,82 @@ local function merged(operators, held, new)
   return table.concat(out)
 end
 
-local function into_base(key, operators, slot_bytes, slot, tile)
-  local base = redis.call('GETRANGE', key, 0, slot_bytes - 1)
-  local boundary = math.max(unpack_f8('<d', base), tile + 1)
-  redis.call('SETRANGE', key, 0, struct.pack('<d', boundary) .. merged(operators, base, slot))
+local function with(base, operators, slot, tile)
+  return struct.pack('<d', math.max(unpack_f8('<d', base), tile + 1)) .. merged(operators, base, slot)
 end
 
 local stamp = (tonumber(redis.call('GET', KEYS[1]) or 0) % 65536) / 262144
 
+-- A slot of a later tile than any of the ring's: the ones beyond its reach leave.
+local function append(key, size, slot, tile, n_slots, slot_bytes, life, operators)
+  local from, base = 0, ''
+  if life then
+    from, base = slot_bytes, redis.call('GETRANGE', key, 0, slot_bytes - 1)
+  end
+  local kept, oldest = from, tile - (life and n_slots - 1 or n_slots)
+  while kept < size do
+    local held_tile = floor(unpack_f8('<d', redis.call('GETRANGE', key, kept, kept + 7)))
+    if held_tile > oldest then
+      break
+    end
+    if life then
+      base = with(base, operators, redis.call('GETRANGE', key, kept, kept + slot_bytes - 1), held_tile)
+    end
+    kept = kept + slot_bytes
+  end
+  if kept == from then
+    redis.call('APPEND', key, slot)
+  else
+    redis.call('SET', key, base .. redis.call('GETRANGE', key, kept, -1) .. slot)
+  end
+end
+
+-- Offset of the first slot of a ring whose tile isn't before `tile`, and that slot's tile.
+local function found(key, from, size, slot_bytes, tile)
+  local low, high, found_tile = 0, (size - from) / slot_bytes - 1, nil
+  while low <= high do
+    local middle = floor((low + high) / 2)
+    local at = from + middle * slot_bytes
+    local held_tile = floor(unpack_f8('<d', redis.call('GETRANGE', key, at, at + 7)))
+    if held_tile < tile then
+      low = middle + 1
+    else
+      high, found_tile = middle - 1, held_tile
+    end
+  end
+  return from + low * slot_bytes, found_tile
+end
+
 local function update(key, descriptor, slot)
   local n_slots, slot_bytes, expire_ms, life, operators, empty = describe(descriptor)
-  local tile = unpack_f8('<d', slot)
-  local index = life and 1 + tile % (n_slots - 1) or tile % n_slots
-  local offset = index * slot_bytes
-  local held = redis.call('GETRANGE', key, offset, offset + slot_bytes - 1)
-  if #held < slot_bytes then
-    held = empty
-    redis.call('SET', key, string.rep(empty, n_slots))
-  end
-  local late = 0
-  local held_tile = floor(unpack_f8('<d', held))
-  if held_tile == tile then
-    redis.call('SETRANGE', key, offset, struct.pack('<d', tile + stamp) .. merged(operators, held, slot))
-  elseif held_tile < tile then
-    if life and held_tile > -math.huge then
-      into_base(key, operators, slot_bytes, held, held_tile)
-    end
-    redis.call('SETRANGE', key, offset, struct.pack('<d', tile + stamp) .. sub(slot, 9))
-  elseif life then
-    into_base(key, operators, slot_bytes, slot, tile)
+  local tile, from, late = unpack_f8('<d', slot), life and slot_bytes or 0, 0
+  local stamped = struct.pack('<d', tile + stamp) .. sub(slot, 9)
+  local size = redis.call('STRLEN', key)
+  if size == 0 or size % slot_bytes ~= 0 then
+    redis.call('SET', key, (life and empty or '') .. stamped)
+  elseif size == from then
+    redis.call('APPEND', key, stamped)
   else
-    late = 1
+    local at = size - slot_bytes
+    local held_tile = floor(unpack_f8('<d', redis.call('GETRANGE', key, at, at + 7)))
+    if held_tile < tile then
+      append(key, size, stamped, tile, n_slots, slot_bytes, life, operators)
+    elseif tile > held_tile - (life and n_slots - 1 or n_slots) then
+      if held_tile > tile then
+        at, held_tile = found(key, from, size, slot_bytes, tile)
+      end
+      if held_tile == tile then
+        local held = redis.call('GETRANGE', key, at, at + slot_bytes - 1)
+        redis.call('SETRANGE', key, at, sub(stamped, 1, 8) .. merged(operators, held, slot))
+      else
+        local before = at > 0 and redis.call('GETRANGE', key, 0, at - 1) or ''
+        redis.call('SET', key, before .. stamped .. redis.call('GETRANGE', key, at, -1))
+      end
+    elseif life then
+      redis.call('SETRANGE', key, 0, with(redis.call('GETRANGE', key, 0, from - 1), operators, slot, tile))
+    else
+      late = 1
+    end
   end
   if expire_ms > 0 then
     redis.call('PEXPIRE', key, string.format('%.0f', expire_ms))
@@ -248,45 +294,56 @@ end
 local epoch, covers, remember, layouts = tonumber(ARGV[2]) % 65536, ARGV[3] == '1', ARGV[4], {}
 local argument, key, codes = 6, 2, {}
 for i = 1, tonumber(ARGV[5]) do
-  local n_slots, slot_bytes, expire_ms, life, _, empty = describe(ARGV[argument])
-  layouts[i] = {n_slots, slot_bytes, expire_ms, life, string.rep(empty, n_slots), tonumber(ARGV[argument + 1])}
+  local _, slot_bytes, expire_ms, life, _, empty = describe(ARGV[argument])
+  layouts[i] = {slot_bytes, expire_ms, life and empty or '', tonumber(ARGV[argument + 1])}
   argument = argument + 2
 end
 
+-- Offset of the first slot from `first_live` on; searched from the end, where there are few.
+local function opens(ring, from, slot_bytes, first_live)
+  local at = #ring - slot_bytes + 1
+  while at > from and unpack_f8('<d', ring, at) >= first_live do
+    at = at - slot_bytes
+  end
+  return at + slot_bytes
+end
+
 local function composed(layout, held, fresh, frozen)
-  local n_slots, slot_bytes, _, life, _, first_live = unpack(layout)
-  local slots, first, live, busy = {}, 0, false, false
-  if life then
-    if unpack_f8('<d', held) > first_live then
-      return held, false, false, true
-    end
-    slots[1], first = sub(fresh, 1, slot_bytes), 1
+  local slot_bytes, _, none, first_live = unpack(layout)
+  if #none > 0 and unpack_f8('<d', held) > first_live then
+    return held, false, false, true
   end
-  for i = first, n_slots - 1 do
-    local at = i * slot_bytes + 1
-    local held_tile, keep = unpack_f8('<d', held, at), false
-    if held_tile >= first_live then
-      local fraction = held_tile % 1
-      if fraction >= 0.25 then
-        keep = frozen or not covers and held_tile > unpack_f8('<d', fresh, at)
-      else
-        if covers and (fraction * 262144 - epoch) % 65536 < 32768 then
-          busy = true
-        end
-        keep = frozen or not covers and floor(held_tile) >= floor(unpack_f8('<d', fresh, at))
-        live = live or keep
-      end
-    elseif frozen then
-      keep = unpack_f8('<d', fresh, at) >= first_live
+  local live, busy, at = false, false, opens(held, #none, slot_bytes, first_live)
+  local fresh_at = opens(fresh, #none, slot_bytes, first_live)
+  local slots = {sub(fresh, 1, fresh_at - 1)}
+  if covers or frozen then
+    for slot = at, #held, slot_bytes do
+      local fraction = unpack_f8('<d', held, slot) % 1
+      busy = busy or covers and fraction < 0.25 and (fraction * 262144 - epoch) % 65536 < 32768
+      live = live or frozen and fraction < 0.25
     end
-    slots[i + 1] = sub(keep and held or fresh, at, at + slot_bytes - 1)
+    slots[2] = frozen and sub(held, at) or sub(fresh, fresh_at)
+    return table.concat(slots), live, busy, false
   end
-  return table.concat(slots), live, busy, false
+  while at <= #held or fresh_at <= #fresh do
+    local held_tile = at <= #held and unpack_f8('<d', held, at) or math.huge
+    local fresh_tile = fresh_at <= #fresh and unpack_f8('<d', fresh, fresh_at) or math.huge
+    local is_live, ahead = held_tile % 1 < 0.25, floor(held_tile) - floor(fresh_tile)
+    if ahead < 0 or ahead == 0 and (is_live or held_tile > fresh_tile) then
+      slots[#slots + 1] = sub(held, at, at + slot_bytes - 1)
+      live = live or is_live
+    else
+      slots[#slots + 1] = sub(fresh, fresh_at, fresh_at + slot_bytes - 1)
+    end
+    at = ahead <= 0 and at + slot_bytes or at
+    fresh_at = ahead >= 0 and fresh_at + slot_bytes or fresh_at
+  end
+  return table.concat(slots), live, false, false
 end
 
 local function put(ring_key, layout, held, ring, cleared)
-  local expire_ms = layout[3]
-  if cleared and ring == layout[5] then
+  local expire_ms = layout[2]
+  if cleared and ring == layout[3] then
     if not held then
       return 5
     end
@@ -313,8 +370,8 @@ while argument <= #ARGV do
   for i = 1, n_rings do
     local layout = layouts[tonumber(ARGV[argument + 2 * i])]
     local found, given = redis.call('GET', KEYS[key + i - 1]), ARGV[argument + 2 * i + 1]
-    fresh[i] = given == '' and layout[5] or given
-    held[i] = found and #found == #fresh[i] and found
+    fresh[i] = given == '' and layout[3] or given
+    held[i] = found and #found > 0 and #found % layout[1] == 0 and found
     if not held[i] or held[i] == fresh[i] then
       rings[i] = fresh[i]
     else
@@ -326,7 +383,7 @@ while argument <= #ARGV do
   for i = 1, n_rings do
     local layout, code = layouts[tonumber(ARGV[argument + 2 * i])], 2
     if any_busy and not ahead[i] then
-      rings[i] = composed(layout, held[i] or layout[5], fresh[i], true)
+      rings[i] = composed(layout, held[i] or layout[3], fresh[i], true)
     end
     if not ahead[i] then
       code = put(KEYS[key + i - 1], layout, held[i], rings[i], ARGV[argument + 2 * i + 1] == '')

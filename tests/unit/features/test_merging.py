@@ -11,7 +11,7 @@ from heliostat.features.aggregations import Count, First, Last, Mean, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.merging import MergePlan, merge_rings, parse_rings
 from heliostat.features.states import FloatArray
-from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.features.tiles import RingLimits, Rings, ring_layout
 from heliostat.schema import TIMESTAMP
 
 NOW_US = 20_000 * US_PER_DAY + US_PER_DAY // 2
@@ -43,12 +43,10 @@ LAYOUT = ring_layout(view, LIMITS)
 
 
 def ring(*tiles: tuple[int, float, float, float]) -> FloatArray:
-    """One entity's ring from (days ago, sum of amounts, time of the only event, tie)."""
-    slots = parse_rings(GROUP, [None])[0].copy()
-    for days, total, time_us, tie in tiles:
-        number = 20_000 - days
-        slot = slots[GROUP.slot_of(np.array([number]))[0]]
-        slot[0] = number
+    """One entity's slots from (days ago, sum of amounts, time of the only event, tie)."""
+    slots = np.tile(GROUP.empty_slot, (len(tiles), 1))
+    for slot, (days, total, time_us, tie) in zip(slots, sorted(tiles, reverse=True), strict=True):
+        slot[0] = 20_000 - days
         for state in GROUP.states:
             place = GROUP.columns[state.key]
             one: list[float] = [time_us, tie, total] if state.width == 3 else [1.0 if state.of == "one" else total]
@@ -57,7 +55,8 @@ def ring(*tiles: tuple[int, float, float, float]) -> FloatArray:
 
 
 def merged(*rings: FloatArray) -> dict[str, list[float]]:
-    found = merge_rings(MergePlan(LAYOUT, list(view.base_features)), {GROUP.label: np.stack(rings)}, as_of_us=NOW_US)
+    read = Rings(np.concatenate(rings), np.array([len(each) for each in rings]))
+    found = merge_rings(MergePlan(LAYOUT, list(view.base_features)), {GROUP.label: read}, as_of_us=NOW_US)
     return {name: values.tolist() for name, values in found.columns.items()}
 
 
@@ -85,9 +84,16 @@ def test_of_two_slots_with_one_time_the_tie_decides() -> None:
     assert np.isnan([found["last"][2], found["first"][2]]).all()
 
 
-def test_a_ring_of_another_length_is_never_read() -> None:
-    whole = GROUP.empty_ring
-    with pytest.raises(ValueError, match="another length"):
-        parse_rings(GROUP, [whole, whole[8:]])
-    with pytest.raises(ValueError, match="another length"):
-        parse_rings(GROUP, [whole + whole[:8], whole[:-8]])
+def test_a_ring_of_half_a_slot_is_never_read() -> None:
+    slot = GROUP.empty_slot.tobytes()
+    with pytest.raises(ValueError, match="length"):
+        parse_rings(GROUP, [slot, slot[8:]])
+    with pytest.raises(ValueError, match="length"):
+        parse_rings(GROUP, [slot + slot[:8], slot[:-8]])
+
+
+def test_a_ring_has_as_many_slots_as_it_has_tiles() -> None:
+    rings = parse_rings(GROUP, [ring((3, 1.0, 5.0, 1.0), (9, 2.0, 4.0, 1.0)).tobytes(), None, b""])
+    assert rings.counts.tolist() == [2, 0, 0]
+    assert rings.slots[:, 0].tolist() == [20_000 - 9, 20_000 - 3]
+    assert [len(each) for each in rings.to_bytes()] == [2 * GROUP.slot_bytes, 0, 0]

@@ -63,7 +63,7 @@ def test_one_after_the_other_run_by_run_or_slot_by_slot_is_the_standard_deviatio
     runs = moments.merged_runs(parts, np.array(starts))
     for begin, end, run in zip(starts, [*starts[1:], len(values)], runs, strict=True):
         assert_accepted(run, values[begin:end])
-    assert_accepted(moments.merged_slots(runs[None], np.ones((1, len(runs)), dtype=bool)), values)
+    assert_accepted(moments.merged_runs(runs, np.array([0])), values)
     # From the beginning and from the end: as the offline kernel does it.
     ends = np.array([*starts[1:], len(values)])
     forwards = moments.running(parts, np.array(starts), ends)
@@ -83,7 +83,7 @@ def test_equal_numbers_deviate_by_exactly_nothing_in_whatever_order_they_merge(
     starts = np.cumsum([0, *lengths])[:-1]
     parts = parts_of(values)
     runs = moments.merged_runs(parts, starts)
-    merged = moments.merged_slots(runs[None], np.ones((1, len(runs)), dtype=bool))
+    merged = moments.merged_runs(runs, np.array([0]))
     running = moments.running(parts, np.array([0]), np.array([len(values)]))
     for found in (merged[0], running[-1], moments.merged(runs[:1], runs[-1:])[0]):
         assert found[1] == value
@@ -100,10 +100,6 @@ def test_what_isnt_used_changes_nothing(cut: tuple[list[float], list[int]], seed
     kept = [value for value, takes in zip(values, used, strict=True) if takes]
     assert run[0] == len(kept)
     assert_accepted(run, kept)
-    mask = used[None]
-    np.testing.assert_array_equal(
-        moments.merged_slots(parts_of(values)[None], mask), moments.merged_slots(whole[None], mask)
-    )
 
 
 def test_a_hundred_thousand_large_numbers_keep_their_small_spread() -> None:

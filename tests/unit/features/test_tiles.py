@@ -32,6 +32,7 @@ from heliostat.features.offline import unique_events
 from heliostat.features.tiles import (
     RingLayout,
     RingLimits,
+    Rings,
     event_slots,
     pack_rings,
     ring_layout,
@@ -51,7 +52,7 @@ def view_of(features: dict[str, Any], **options: Any) -> FeatureView:
 
 def rings_of(
     layout: RingLayout, events: pa.Table, keys: list[tuple[Any, ...]], as_of_us: int
-) -> dict[str, np.ndarray]:
+) -> dict[str, Rings]:
     """The rings of the keys' entities, by group label."""
     source, entity = layout.view.source, layout.view.entity
     events = unique_events(source, events)
@@ -76,7 +77,7 @@ def rings_of(
     }
 
 
-def features_of(layout: RingLayout, rings: dict[str, np.ndarray], as_of_us: int) -> dict[str, np.ndarray]:
+def features_of(layout: RingLayout, rings: dict[str, Rings], as_of_us: int) -> dict[str, np.ndarray]:
     with np.errstate(all="raise"):
         return merge_rings(MergePlan(layout, list(layout.view.base_features)), rings, as_of_us=as_of_us).columns
 
@@ -109,7 +110,7 @@ def test_rings_made_earlier_answer_a_later_question_as_long_as_nothing_happened(
             assert answer.accepts(found[name][row]), (view.describe(), key, name, found[name][row], answer)
 
 
-def test_a_ring_has_the_contracts_slots_and_one_for_events_from_the_future() -> None:
+def test_a_ring_reaches_over_the_contracts_tiles_and_one_for_events_from_the_future() -> None:
     layout = ring_layout(view_of({"n": Count(window="30d"), "m": Count(window="12d")}), LIMITS)
     (group,) = layout.groups
     assert (group.label, group.n_slots) == ("1d", 30 + 1 + 1)
@@ -139,7 +140,7 @@ def test_the_order_of_features_doesnt_change_the_bytes() -> None:
     features = {"n": Count(window="30d"), "s": Sum("amount", window="30d"), "l": Last("quantity", window="30d")}
     (one,) = ring_layout(view_of(features), LIMITS).groups
     (other,) = ring_layout(view_of(dict(reversed(features.items()))), LIMITS).groups
-    assert (one.name, one.descriptor, one.empty_ring) == (other.name, other.descriptor, other.empty_ring)
+    assert (one.name, one.descriptor) == (other.name, other.descriptor)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_an_event_that_no_state_counts_touches_no_ring() -> None:
     np.testing.assert_array_equal(slots[2, 1:], group.empty_slot[1:])
 
 
-def test_a_tile_before_1970_is_no_empty_slot() -> None:
+def test_a_tile_before_1970_is_a_tile() -> None:
     view = view_of({"n": Count(window="30d"), "f": First("amount")})
     layout = ring_layout(view, LIMITS)
     event_us = -US_PER_DAY // 2
@@ -247,8 +248,7 @@ def test_a_negative_zero_is_zero_as_it_is_offline() -> None:
 
 def test_a_base_counts_for_a_reader_whose_clock_is_days_behind_as_well() -> None:
     layout = ring_layout(view_of({"n": Count()}), LIMITS)
-    rings = {group.label: parse_rings(group, [None]).copy() for group in layout.groups}
-    rings["life"][0, 0] = [NOW_US // US_PER_DAY, 5.0]
+    rings = {"life": Rings(np.array([[NOW_US // US_PER_DAY, 5.0]]), np.array([1]))}
     assert features_of(layout, rings, NOW_US - 3 * US_PER_DAY)["n"].tolist() == [5.0]
 
 
@@ -263,10 +263,3 @@ def test_missing_rings_read_as_no_events_at_all() -> None:
     assert found["s"].tolist() == [0.0, 0.0]
     assert np.isnan(found["l"]).all()
     assert np.isnan(found["t"]).all()
-
-
-def test_a_ring_of_another_length_is_refused_even_if_the_total_fits() -> None:
-    (group,) = ring_layout(view_of({"n": Count(window="30d")}), LIMITS).groups
-    ring = group.empty_ring
-    with pytest.raises(ValueError, match="length"):
-        parse_rings(group, [ring[8:], ring + ring[:8]])
