@@ -99,7 +99,7 @@ class Mean(Aggregation):
 
     def finalize(self, parts: Sequence[FloatArray], *, as_of_us: NDArray[np.int64] | int) -> FloatArray:  # noqa: ARG002
         total, count = parts
-        mean: FloatArray = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+        mean: FloatArray = total / np.where(count > 0, count, np.nan)
         return mean
 
 
@@ -217,7 +217,7 @@ class TimeSinceLast(Aggregation):
 
     def finalize(self, parts: Sequence[FloatArray], *, as_of_us: NDArray[np.int64] | int) -> FloatArray:
         latest = np.where(parts[0] == -np.inf, np.nan, parts[0])
-        return (np.asarray(as_of_us, dtype=np.float64) - latest) / _UNITS_US[self.unit]
+        return (np.float64(as_of_us) - latest) / float(_UNITS_US[self.unit])
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "unit": self.unit}

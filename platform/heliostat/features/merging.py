@@ -26,11 +26,10 @@ def parse_rings(group: RingGroup, values: Sequence[bytes | None]) -> Rings:
     Raises:
         ValueError: If a value's length is no multiple of a slot's.
     """
-    rings = [value or b"" for value in values]
+    rings: Sequence[bytes] = [value or b"" for value in values]
     slots = np.frombuffer(b"".join(rings), dtype=F8)
-    lengths = np.fromiter(map(len, rings), np.int64, len(rings))
-    counts = lengths // group.slot_bytes
-    if (counts * group.slot_bytes != lengths).any():
+    counts = np.fromiter(map(len, rings), np.int64, len(rings)) // group.slot_bytes
+    if int(np.add.reduce(counts)) * group.width != len(slots):  # less, if any has a rest
         raise ValueError("a ring's length is no multiple of its layout's slots")
     return Rings(slots.reshape(-1, group.width), counts)
 
@@ -90,15 +89,15 @@ class MergePlan:
         state, ttl_us = self._last_event, self.layout.view.ttl_us
         if state is None or ttl_us is None:
             return None
-        slots = read[LIFE].within(as_of_us, None, None)
+        slots = read[LIFE].within(None, None)
         (latest,) = slots.folded("max", self.layout.by_label[LIFE].columns[state.key])
         return ~(as_of_us - latest <= ttl_us)
 
-    def parts(self, read: Mapping[str, _Read], expired: BoolArray | None, as_of_us: int) -> list[FloatArray]:
+    def parts(self, read: Mapping[str, _Read], expired: BoolArray | None) -> list[FloatArray]:
         """Merged states, in the order that features name them by."""
         found: list[FloatArray] = [_NOTHING] * self._n_parts
         for window in self._windows:
-            slots = read[window.group.label].within(as_of_us, window.window_us, expired)
+            slots = read[window.group.label].within(window.window_us, expired)
             for operator, place, results in window.runs:
                 found[results] = slots.folded(operator, place)
             for state, place, result in window.edges:
@@ -117,41 +116,42 @@ class _Read:
     Args:
         group: Their layout.
         rings: Of ``n`` entities.
+        as_of_us: Query instant.
     """
 
-    def __init__(self, group: RingGroup, rings: Rings) -> None:
-        self.group, self.rows, self.n, counts = group, rings.slots, len(rings.counts), rings.counts
+    def __init__(self, group: RingGroup, rings: Rings, as_of_us: int) -> None:
+        self.group, self.rows, self.n, self.as_of_us = group, rings.slots, len(rings.counts), as_of_us
+        all_have = np.logical_and.reduce(rings.counts)
+        self.some = None if all_have else np.flatnonzero(rings.counts)
+        self.counts = rings.counts if self.some is None else rings.counts[self.some]
+        self.starts: IntArray = np.add.accumulate(self.counts) - self.counts
         # Looked at for every window, so they lie side by side.
         self.tiles = np.ascontiguousarray(rings.slots[:, 0])
-        self.some = None if counts.all() else np.flatnonzero(counts)
-        self.counts = counts if self.some is None else counts[self.some]
-        self.starts: IntArray = np.add.accumulate(self.counts) - self.counts
+        self.before: BoolArray = self.tiles < float(-(-as_of_us // group.hop_us))
 
-    def within(self, as_of_us: int, window_us: int | None, expired: BoolArray | None) -> _Slots:
+    def within(self, window_us: int | None, expired: BoolArray | None) -> _Slots:
         """The slots that count; every base does.
 
         Args:
-            as_of_us: Query instant.
             window_us: The window's length; None: all of the past.
             expired: Entities of which nothing counts, shape ``(n,)``.
         """
-        hop_us = self.group.hop_us
-        mask: BoolArray = self.tiles < -(-as_of_us // hop_us)
+        mask = self.before
         if window_us is not None:
-            mask &= self.tiles >= (as_of_us - window_us) // hop_us
+            mask = mask & (self.tiles >= float((self.as_of_us - window_us) // self.group.hop_us))
         elif self.group.life:
+            mask = mask.copy()
             mask[self.starts] = True
         if expired is not None:
-            mask &= ~(expired if self.some is None else expired[self.some]).repeat(self.counts)
-        if mask.all():
+            mask = mask & ~(expired if self.some is None else expired[self.some]).repeat(self.counts)
+        if np.logical_and.reduce(mask):
             return _Slots(self.n, self.rows, self.some, self.starts, self.counts)
         counts: IntArray = np.add.reduceat(mask, self.starts, dtype=np.int64)
         some = self.some
-        if not counts.all():
+        if not np.logical_and.reduce(counts):
             used = np.flatnonzero(counts)
             counts, some = counts[used], used if some is None else some[used]
-        rows = self.rows.take(np.flatnonzero(mask), axis=0)
-        return _Slots(self.n, rows, some, np.add.accumulate(counts) - counts, counts)
+        return _Slots(self.n, self.rows[mask], some, np.add.accumulate(counts) - counts, counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,11 +257,11 @@ def merge_rings(plan: MergePlan, rings: Mapping[str, Rings], *, as_of_us: int) -
         rings: Of ``n`` entities, by the labels of ``plan.groups``.
         as_of_us: Query instant, later than every event in the rings.
     """
-    read = {group.label: _Read(group, rings[group.label]) for group in plan.groups}
+    read = {group.label: _Read(group, rings[group.label], as_of_us) for group in plan.groups}
     # Sums of finite numbers may be infinite, and such sums of both signs nothing at all.
     with np.errstate(over="ignore", invalid="ignore"):
         expired = plan.expired(read, as_of_us)
-        parts = plan.parts(read, expired, as_of_us)
+        parts = plan.parts(read, expired)
         columns = {
             name: aggregation.finalize([parts[at] for at in places], as_of_us=as_of_us)
             for name, (aggregation, places) in plan.features.items()

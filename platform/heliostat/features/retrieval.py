@@ -233,16 +233,17 @@ class FeatureReader:
         absent: BoolArray,
         inputs: Inputs,
     ) -> dict[str, FloatArray]:
-        rings = {}
-        absent[:] = True
-        for at, group in enumerate(plan.merge.groups, plan.first):
-            own = values[at * n : (at + 1) * n]
-            rings[group.label] = self._parsed(plan, group, own)
-            absent &= [value is None for value in own] if None in own else False
+        rings = {
+            group.label: self._parsed(plan, group, values[at * n : (at + 1) * n])
+            for at, group in enumerate(plan.merge.groups, plan.first)
+        }
+        absent[:] = np.logical_and.reduce([each.counts == 0 for each in rings.values()])
         merged = merge_rings(plan.merge, rings, as_of_us=as_of_us)
         if merged.expired is not None:
             absent |= merged.expired
-        columns = {**inputs} | {name: _replaced(column, given.get(name)) for name, column in merged.columns.items()}
+        columns = {**inputs, **merged.columns}
+        for name in given.keys() & merged.columns.keys():
+            columns[name] = _replaced(columns[name], given[name])
         for name in plan.derived:
             columns[name] = _replaced(plan.view.derived_features[name](columns), given.get(name))
         return columns
