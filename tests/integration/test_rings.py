@@ -27,6 +27,7 @@ from heliostat.features.bucket_rings import BucketJob, BucketTask
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.materialize import materialize
+from heliostat.features.merging import parse_rings
 from heliostat.features.offline import compute_features, unique_events
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits, ring_layout
@@ -194,6 +195,21 @@ def test_live_events_in_random_order_give_what_the_offline_kernel_gives(store: O
     np.testing.assert_array_equal(vectors(store, traffic, shops), offline_vectors(traffic, events, shops))
 
 
+def test_a_ring_holds_a_slot_for_each_tile_with_events_in_their_order(store: OnlineStore) -> None:
+    events = random_orders(600, seed=4)
+    apply(store, events.take(pa.array(np.random.default_rng(4).permutation(events.num_rows))), habits)
+    lengths = set()
+    for group in ring_layout(habits, LIMITS).groups:
+        for key, value in rings(store).items():
+            if group.name.encode() in key:
+                slots = parse_rings(group, [value]).slots
+                tiles = np.floor(slots[1 if group.life else 0 :, 0])
+                assert (np.diff(tiles) > 0).all()
+                assert tiles[-1] - tiles[0] < group.n_slots - group.life
+                lengths.add(len(tiles))
+    assert min(lengths) < max(lengths)
+
+
 def test_duplicates_change_nothing_whether_in_one_batch_or_later(store: OnlineStore) -> None:
     events = random_orders(200, seed=1)
     twice = pa.concat_tables([events, events])
@@ -218,7 +234,7 @@ def test_of_events_at_the_same_instant_the_tie_decides_and_not_the_order_of_arri
 
 def test_an_event_that_its_ring_has_left_behind_is_late_and_changes_only_what_lasts(store: OnlineStore) -> None:
     apply(store, orders_table([("new", 1, NOW_US, 5.0)]), habits)
-    # The slot of 14 days ago holds today: 12 + 1 + 1 slots.
+    # Out of the reach of 12 + 1 + 1 days.
     late = orders_table([("old", 1, NOW_US - 14 * US_PER_DAY, 7.0)])
     assert apply(store, late, habits) == ["late"]
     n, total, first, last, *_, n_12d, largest = vectors(store, habits, ["1"], NOW_US + 1)[0]

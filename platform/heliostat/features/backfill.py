@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from heliostat.features.aggregations import InputValues, evaluate
@@ -26,6 +28,7 @@ from heliostat.features.tiles import (
     ring_layout,
     tile_states,
 )
+from heliostat.features.timeline import EventIndex
 from heliostat.schema import ID_HASH, hash64, tie48, times_us
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.ring_writes import EntityWrite
@@ -134,11 +137,13 @@ class BucketRings:
         at_once = max(1, _RINGS_AT_ONCE_BYTES // ring_bytes)
         for first, last in self._events.chunks(len(self.texts), at_once):
             chunk = self._events.of_entities(first, last)
-            rings = [self._rings(at, group, chunk, first, last) for at, group in enumerate(groups)]
-            for entity, each in enumerate(zip(*rings, strict=True), first):
-                text = self.texts[entity]
-                keyed = tuple((prefixes[at] + text, at, ring) for at, ring in enumerate(each))
-                yield EntityWrite(entity, keyed, self._recent.get(text, ()))
+            texts = self.texts[first:last]
+            rings = [
+                zip([prefix + text for text in texts], repeat(at), self._rings(at, group, chunk, first, last))
+                for at, (prefix, group) in enumerate(zip(prefixes, groups, strict=True))
+            ]
+            for entity, (text, *each) in enumerate(zip(texts, *rings, strict=True), first):
+                yield EntityWrite(entity, each, self._recent.get(text, ()))
 
     def _rings(self, at: int, group: RingGroup, chunk: _SortedEvents, first: int, last: int) -> list[bytes]:
         tiles = tile_states(group, chunk.codes, chunk.times_us, chunk.ties, chunk.inputs)
@@ -174,10 +179,11 @@ class _SortedEvents:
         times = times_us(events.column(plan.views[0].source.event_time))
         ties = tie48(events.column(ID_HASH).to_numpy().view(np.uint64))
         inputs = evaluate(events, [given for layout in plan.layouts for given in layout.inputs])
-        order = np.lexsort((ties, times, codes))
+        index = EventIndex(codes, times, ties, n_codes=int(codes.max(initial=-1)) + 1)
+        order = index.order
         return cls(
-            codes[order],
-            times[order],
+            index.codes,
+            index.times,
             ties[order],
             {key: InputValues(each.values[order], each.used[order]) for key, each in inputs.items()},
         )
@@ -199,13 +205,13 @@ class _SortedEvents:
         return _SortedEvents(self.codes[low:high] - first, self.times_us[low:high], self.ties[low:high], inputs)
 
 
-def group_of_key(plan: RingPlan, key: str) -> tuple[int, int, str] | None:
-    """The group, bucket and entity of a ring's key; None if it is no ring of the plan's groups."""
-    for at, prefix in enumerate(plan.prefixes):
-        if key.startswith(prefix):
-            tag, _, text = key[len(prefix) :].partition(":")
-            return at, int(tag[2:-1]), text
-    return None
+def rings_among(plan: RingPlan, group: int, keys: pa.Array) -> tuple[IntArray, IntArray, pa.Array]:
+    """Which keys are those of a group's rings: their places, and of each the bucket and the entity's key."""
+    prefix = plan.prefixes[group]
+    places = np.flatnonzero(pc.starts_with(keys, prefix).to_numpy(zero_copy_only=False))
+    ends = pc.utf8_slice_codeunits(keys.take(pa.array(places)), len(prefix))
+    parts = pc.extract_regex(ends, r"(?s)^\{b(?P<bucket>\d+)\}:(?P<text>.*)$")
+    return places, pc.struct_field(parts, "bucket").cast(pa.int64()).to_numpy(), pc.struct_field(parts, "text")
 
 
 def views_together(views: Sequence[FeatureView]) -> tuple[tuple[FeatureView, ...], ...]:

@@ -58,6 +58,8 @@ class BucketHistory:
         """With events that the log may have as well."""
         plan = self._reader.plan
         source, entity = plan.views[0].source, plan.views[0].entity
+        if not tail.num_rows:
+            return replace(self, fresh=entity.encode(tail))
         known = self.events.column(ID_HASH).to_numpy()
         new = tail.filter(pa.array(~np.isin(tail.column(ID_HASH).to_numpy(), known)))
         recent = new.filter(pa.array(times_us(new.column(source.event_time)) >= plan.open_us))

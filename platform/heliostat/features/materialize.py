@@ -24,7 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, format_instant
-from heliostat.features.backfill import RingPlan, group_of_key, views_together
+from heliostat.features.backfill import RingPlan, rings_among, views_together
 from heliostat.features.bucket_rings import (
     BucketDone,
     BucketJob,
@@ -360,18 +360,15 @@ def _unknown_rings(
         known: For each group, hashes of the entities with events in its reach, ascending.
         buckets: Those that all of this is known of.
     """
-    places = [group_of_key(plan, key) for key in keys]
-    outdated = [key for key, place in zip(keys, places, strict=True) if place is None]
+    every, outdated = pa.array(keys, pa.string()), np.ones(len(keys), dtype=np.bool_)
     doomed: dict[int, list[EntityWrite]] = {}
     for group, present in enumerate(known):
-        own = [
-            (key, place[1], place[2])
-            for key, place in zip(keys, places, strict=True)
-            if place is not None and place[0] == group and place[1] in buckets
-        ]
-        hashes = hash64(pa.array([text for *_, text in own], pa.string())) if own else np.empty(0, np.uint64)
+        places, in_bucket, texts = rings_among(plan, group, every)
+        outdated[places] = False
+        hashes = hash64(texts)
         missing = np.searchsorted(present, hashes, "right") == np.searchsorted(present, hashes, "left")
+        missing &= np.isin(in_bucket, list(buckets))
         for at in np.flatnonzero(missing).tolist():
-            key, bucket, _ = own[at]
-            doomed.setdefault(bucket, []).append(EntityWrite(0, ((key, group, b""),)))
-    return doomed, outdated
+            write = EntityWrite(0, ((keys[places[at]], group, b""),))
+            doomed.setdefault(int(in_bucket[at]), []).append(write)
+    return doomed, [keys[at] for at in np.flatnonzero(outdated).tolist()]

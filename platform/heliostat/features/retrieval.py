@@ -24,7 +24,7 @@ from heliostat.errors import (
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
 from heliostat.features.merging import MergePlan, merge_rings, parse_rings
-from heliostat.features.tiles import BoolArray, RingGroup, RingLimits, ring_layout
+from heliostat.features.tiles import BoolArray, RingGroup, RingLimits, Rings, ring_layout
 from heliostat.schema import integer_buckets
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineStore
@@ -248,7 +248,7 @@ class FeatureReader:
             columns[name] = _replaced(plan.view.derived_features[name](columns), given.get(name))
         return columns
 
-    def _parsed(self, plan: _ViewPlan, group: RingGroup, values: Sequence[bytes | None]) -> FloatArray:
+    def _parsed(self, plan: _ViewPlan, group: RingGroup, values: Sequence[bytes | None]) -> Rings:
         try:
             return parse_rings(group, values)
         except ValueError:

@@ -292,11 +292,11 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return -1
 end
 local epoch, covers, remember, layouts = tonumber(ARGV[2]) % 65536, ARGV[3] == '1', ARGV[4], {}
-local argument, key, codes = 6, 2, {}
+local argument, key, codes, expires = 6, 2, {}, false
 for i = 1, tonumber(ARGV[5]) do
   local _, slot_bytes, expire_ms, life, _, empty = describe(ARGV[argument])
   layouts[i] = {slot_bytes, expire_ms, life and empty or '', tonumber(ARGV[argument + 1])}
-  argument = argument + 2
+  argument, expires = argument + 2, expires or expire_ms > 0
 end
 
 -- Offset of the first slot from `first_live` on; searched from the end, where there are few.
@@ -364,8 +364,51 @@ local function put(ring_key, layout, held, ring, cleared)
   return 0
 end
 
-while argument <= #ARGV do
-  local n_rings, n_seen = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
+-- Whether none of some entities' rings was there; if so, those with events are now. From the argument
+-- and the key where the first of them begins.
+local function added(argument, key, last)
+  local rings, absent, seen, expiring, found = {}, {}, {}, {}, {}
+  while argument <= last do
+    local n_rings, n_seen = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
+    for i = 1, n_rings do
+      local ring_key, ring = KEYS[key + i - 1], ARGV[argument + 2 * i + 1]
+      if ring == '' then
+        absent[#absent + 1], found[#found + 1] = ring_key, 5
+      else
+        rings[#rings + 1], rings[#rings + 2], found[#found + 1] = ring_key, ring, 1
+        if expires then
+          expiring[#expiring + 1], expiring[#expiring + 2] = ring_key, ARGV[argument + 2 * i]
+        end
+      end
+    end
+    for i = 0, n_seen - 1 do
+      seen[#seen + 1] = KEYS[key + n_rings + i]
+    end
+    key, argument = key + n_rings + n_seen, argument + 2 + 2 * n_rings
+  end
+  if #absent > 0 and redis.call('EXISTS', unpack(absent)) > 0 then
+    return false
+  end
+  if #rings > 0 and redis.call('MSETNX', unpack(rings)) == 0 then
+    return false
+  end
+  for i = 1, #expiring, 2 do
+    local expire_ms = layouts[tonumber(expiring[i + 1])][2]
+    if expire_ms > 0 then
+      redis.call('PEXPIRE', expiring[i], string.format('%.0f', expire_ms))
+    end
+  end
+  for i = 1, #seen do
+    redis.call('SET', seen[i], '', 'NX', 'PX', remember)
+  end
+  for i = 1, #found do
+    codes[#codes + 1] = found[i]
+  end
+  return true
+end
+
+-- Brings them beside what is there; whether live events' open tiles stayed.
+local function replaced(n_rings)
   local held, fresh, rings, ahead, any_live, any_busy = {}, {}, {}, {}, false, false
   for i = 1, n_rings do
     local layout = layouts[tonumber(ARGV[argument + 2 * i])]
@@ -390,7 +433,15 @@ while argument <= #ARGV do
     end
     codes[#codes + 1] = any_busy and 3 or code
   end
-  if not any_live and not any_busy then
+  return any_live or any_busy
+end
+
+if added(argument, key, #ARGV) then
+  return codes
+end
+while argument <= #ARGV do
+  local n_rings, n_seen = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
+  if not added(argument, key, argument) and not replaced(n_rings) then
     for i = 0, n_seen - 1 do
       redis.call('SET', KEYS[key + n_rings + i], '', 'NX', 'PX', remember)
     end

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Final, NamedTuple
 
 SUPERSEDED: Final = -1
 """What the script answers a materialization of a bucket that another one has taken over."""
 
 UNCHANGED, WRITTEN, AHEAD, BUSY, CLEARED = range(5)
 
-# The server does nothing else while a call runs: this much takes it about a millisecond.
+# The server does nothing else while a call runs: this much takes it a millisecond or less.
 _RINGS_A_CALL = 128
 _KEYS_A_CALL = 1024
 _BYTES_A_CALL = 256 * 1024
@@ -63,8 +63,7 @@ class BucketLease:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class EntityWrite:
+class EntityWrite(NamedTuple):
     """All rings of one entity, as the event log has them.
 
     Attributes:
@@ -74,7 +73,7 @@ class EntityWrite:
     """
 
     entity: int
-    rings: tuple[tuple[str, int, bytes], ...]
+    rings: Sequence[tuple[str, int, bytes]]
     seen_keys: Sequence[str] = ()
 
 

@@ -50,9 +50,7 @@ def view_of(features: dict[str, Any], **options: Any) -> FeatureView:
     return FeatureView("view", version=1, source=SOURCES[USER.name], features=features, **options)
 
 
-def rings_of(
-    layout: RingLayout, events: pa.Table, keys: list[tuple[Any, ...]], as_of_us: int
-) -> dict[str, Rings]:
+def rings_of(layout: RingLayout, events: pa.Table, keys: list[tuple[Any, ...]], as_of_us: int) -> dict[str, Rings]:
     """The rings of the keys' entities, by group label."""
     source, entity = layout.view.source, layout.view.entity
     events = unique_events(source, events)
