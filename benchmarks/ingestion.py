@@ -120,15 +120,7 @@ def _percentiles(latencies_ms: list[float]) -> tuple[float, float]:
 
 def without_http(workspace: Workspace, events: Events, plan: Plan) -> Iterator[list[object]]:
     """The intake alone, one caller: a row for each size of batch."""
-    definitions, settings = workspace.definitions, workspace.settings
-    intake = Intake(
-        workspace.online,
-        list(definitions.sources.values()),
-        list(definitions.views.values()),
-        clock=workspace.clock,
-        settings=settings.ingestion,
-        n_buckets=settings.storage.buckets,
-    )
+    intake = Intake.of(workspace, workspace.online)
     intake.submit(SOURCE, events.batch(100))
     for size in plan.batches:
         cell = Cell()

@@ -113,14 +113,7 @@ def prepare(workspace: Workspace, customers: int) -> None:
         )
     ]
     definitions, settings = workspace.definitions, workspace.settings
-    intake = Intake(
-        workspace.online,
-        list(definitions.sources.values()),
-        list(definitions.views.values()),
-        clock=workspace.clock,
-        settings=settings.ingestion,
-        n_buckets=settings.storage.buckets,
-    )
+    intake = Intake.of(workspace, workspace.online)
     for first in range(0, count, _CHUNK):
         intake.submit("purchases", events[first : first + _CHUNK])
     spec = definitions.model(MODEL)

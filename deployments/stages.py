@@ -139,15 +139,7 @@ def gateway_parts(
         max_batch_entities=settings.serving.batch_max_entities,
         max_waiting=waiting_limit(settings),
     )
-    intake = Intake(
-        store,
-        list(workspace.definitions.sources.values()),
-        list(workspace.definitions.views.values()),
-        clock=workspace.clock,
-        settings=settings.ingestion,
-        n_buckets=settings.storage.buckets,
-        categories=workspace.categories,
-    )
+    intake = Intake.of(workspace, store)
 
     async def close() -> None:
         await predictor.close()

@@ -39,15 +39,7 @@ def main(
         definitions, kafka = workspace.definitions, settings.ingestion.kafka
         for source in kafka.topics.values():
             definitions.source(source)  # a topic of an unknown source is told before anything is read
-        intake = Intake(
-            workspace.online,
-            list(definitions.sources.values()),
-            list(definitions.views.values()),
-            clock=workspace.clock,
-            settings=settings.ingestion,
-            n_buckets=settings.storage.buckets,
-            categories=workspace.categories,
-        )
+        intake = Intake.of(workspace, workspace.online)
         limit = settings.ingestion.max_events_per_request
         with KafkaIntake(kafka, intake, workspace.offline_store, workspace.clock, batch=limit) as consumer:
             taken = consumer.run_forever(stop, idle_s=idle)

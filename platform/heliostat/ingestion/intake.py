@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import pyarrow as pa
 
@@ -252,6 +252,39 @@ def _learn(categories: CategoryDictionary, source: str, texts: Mapping[str, Mapp
         _log.warning("new categories of %s aren't written down yet: %s", source, error)
 
 
+class _Declared(Protocol):
+    @property
+    def sources(self) -> Mapping[str, EventSource]:
+        """The declared event sources, by name."""
+        ...
+
+    @property
+    def views(self) -> Mapping[str, FeatureView]:
+        """All versions of all views."""
+        ...
+
+
+class IntakeStores(Protocol):
+    """What live ingestion needs of a workspace."""
+
+    clock: Clock
+
+    @property
+    def settings(self) -> Settings:
+        """The settings."""
+        ...
+
+    @property
+    def definitions(self) -> _Declared:
+        """What is declared."""
+        ...
+
+    @property
+    def categories(self) -> CategoryDictionary:
+        """Learns the texts of categorical features."""
+        ...
+
+
 class Intake:
     """Takes live events: each one's de-duplication, rings and stream entry in one atomic script.
 
@@ -292,6 +325,19 @@ class Intake:
             )
             for source in sources
         }
+
+    @classmethod
+    def of(cls, stores: IntakeStores, online: OnlineStore | AsyncOnlineStore) -> Self:
+        """The intake of a workspace, into its online store, blocking or for asyncio."""
+        return cls(
+            online,
+            list(stores.definitions.sources.values()),
+            list(stores.definitions.views.values()),
+            clock=stores.clock,
+            settings=stores.settings.ingestion,
+            n_buckets=stores.settings.storage.buckets,
+            categories=stores.categories,
+        )
 
     def submit(self, source: str, events: Sequence[Any]) -> list[EventResult]:
         """Take events in, in this order.
