@@ -37,10 +37,10 @@ from benchmarks.online_read import FEAST_REQUIREMENTS, N_BUCKETS, NOW_US, TOLERA
 from benchmarks.peers import ROOT, Contender, Report, Turns, facts, interleaved, python_of
 from benchmarks.programs import Program, valkey_server
 from heliostat import cluster
-from heliostat.features.materialize import materialize
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
+from heliostat.online.materialize import materialize
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import IngestionSettings, RaySettings, Settings
 from heliostat.storage.event_log import EventLog

@@ -38,9 +38,9 @@ from heliostat.clock import US_PER_DAY, ManualClock
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import FeatureView
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import IngestionSettings
 from heliostat.storage.online_store import OnlineConfig, OnlineStore

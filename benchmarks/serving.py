@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peers import ROOT, Report, facts, python_of
 from heliostat import cluster
 from heliostat.clock import US_PER_DAY, format_instant
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
 from heliostat.models.packaging import ModelPackage, Signature
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.settings import ClockSettings, RaySettings, ServingSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.workspace import Workspace

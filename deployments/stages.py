@@ -18,10 +18,10 @@ from ray.serve.handle import DeploymentHandle
 from deployments.gateway import Parts
 from deployments.http import Meter
 from heliostat.errors import HeliostatError, StaleVersionError
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
 from heliostat.models.profile import Profile
 from heliostat.models.rows import version_features
+from heliostat.online.tiles import RingLimits
 from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
 from heliostat.serving.stages import (

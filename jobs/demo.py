@@ -34,13 +34,13 @@ from heliostat import cluster
 from heliostat.cli import run_job
 from heliostat.clock import format_instant
 from heliostat.errors import HeliostatError
-from heliostat.features.materialize import materialize
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import ingest_files
 from heliostat.ingestion.sink import Sink
 from heliostat.models.definitions import ModelSpec
 from heliostat.monitoring.checks import run_checks
 from heliostat.monitoring.verdict import Severity, Verdict
+from heliostat.online.materialize import materialize
+from heliostat.online.tiles import RingLimits
 from heliostat.retraining import decide, state_of
 from heliostat.settings import Settings, load_settings
 from heliostat.training.trainer import TrainingReport, train

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from heliostat.features.definitions import FeatureView
 from heliostat.features.inputs import evaluate
-from heliostat.features.tiles import RingLimits, pack_rings, ring_layout, tile_states
+from heliostat.online.tiles import RingLimits, pack_rings, ring_layout, tile_states
 from heliostat.schema import hash64, tie48, times_us
 from heliostat.storage.online_store import OnlineKeys
 

@@ -14,12 +14,12 @@ import typer
 from heliostat import cluster, data_commands
 from heliostat.clock import format_instant
 from heliostat.errors import DataError, ServingUnavailableError
-from heliostat.features.costs import backfill_costs
 from heliostat.features.registry import Plan
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import ingest_files
 from heliostat.models.registry import PRODUCTION
+from heliostat.online.costs import backfill_costs
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.rebuild import rebuild, shown
 from heliostat.shell import (
     ALARM,

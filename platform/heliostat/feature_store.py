@@ -41,13 +41,16 @@ from heliostat.features.bucket_join import (
 )
 from heliostat.features.definitions import FeatureRef, FeatureView
 from heliostat.features.frames import Asked, as_table, is_dataset, ray_is_connected, some_columns, with_columns
-from heliostat.features.materialize import materialize
 from heliostat.features.metadata import FeatureMetadata
 from heliostat.features.precomputed import PrecomputedView
 from heliostat.features.registry import Plan
 from heliostat.features.request import request_columns
-from heliostat.features.tiles import RingLimits
-from heliostat.features.vectors import (
+from heliostat.ingestion.intake import IngestReport, ingest_files
+from heliostat.ingestion.sink import Drained, Sink
+from heliostat.models.definitions import Definitions
+from heliostat.online.materialize import materialize
+from heliostat.online.tiles import RingLimits
+from heliostat.online.vectors import (
     AS_OF,
     ROWS_AT_ONCE,
     Instant,
@@ -57,9 +60,6 @@ from heliostat.features.vectors import (
     Written,
     written_rows,
 )
-from heliostat.ingestion.intake import IngestReport, ingest_files
-from heliostat.ingestion.sink import Drained, Sink
-from heliostat.models.definitions import Definitions
 from heliostat.settings import Settings, load_settings
 from heliostat.workspace import Workspace
 

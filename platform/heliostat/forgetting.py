@@ -29,11 +29,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from heliostat.errors import ConflictError, EntityBusyError, StaleProgressError
-from heliostat.features.bucket_rings import BucketTask
 from heliostat.features.definitions import Entity, EntityKey, EventSource, FeatureView
 from heliostat.features.subject import Subject, rows_by_text
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.sink import Sink
+from heliostat.online.bucket_rings import BucketTask
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import BUCKET
 from heliostat.storage.delta import Table, arrow_schema, joined
 from heliostat.storage.erasure import (

@@ -19,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from heliostat.batch import restore_cache
 from heliostat.clock import format_instant, parse_instant_us
 from heliostat.errors import InvalidValueError
-from heliostat.features.bucket_rings import RateLimit
 from heliostat.features.definitions import FeatureView
-from heliostat.features.materialize import Materialization, OnStep, Step, materialize
-from heliostat.features.tiles import RingLimits
+from heliostat.online.bucket_rings import RateLimit
+from heliostat.online.materialize import Materialization, OnStep, Step, materialize
+from heliostat.online.tiles import RingLimits
 from heliostat.storage.delta import StreamId
 from heliostat.storage.online_store import OnlineConfig
 from heliostat.storage.stream_tail import advance

@@ -14,13 +14,13 @@ import pytest
 
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.features.definitions import FeatureView
-from heliostat.features.materialize import materialize
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.forgetting import forget
 from heliostat.ingestion.intake import Intake
 from heliostat.ingestion.sink import Sink
+from heliostat.online.materialize import materialize
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.settings import ClockSettings, OnlineSettings, Settings
 from heliostat.storage.erasure import ServerEraser
 from heliostat.storage.online_store import AsyncOnlineStore

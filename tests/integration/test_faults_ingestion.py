@@ -27,13 +27,13 @@ from heliostat.clock import US_PER_DAY, US_PER_HOUR, ManualClock, parse_instant_
 from heliostat.errors import OnlineStoreUnavailableError, StorageError
 from heliostat.features.aggregations import Count, Last, Max, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.materialize import materialize
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
 from heliostat.ingestion.mending import RingMender
 from heliostat.ingestion.sink import Sink
+from heliostat.online.materialize import materialize
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import OnlineSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from heliostat.errors import OnlineStoreUnavailableError
-from heliostat.features.materialize import Step
 from heliostat.models.definitions import Definitions
+from heliostat.online.materialize import Step
 from heliostat.rebuild import rebuild
 from heliostat.settings import OnlineSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer

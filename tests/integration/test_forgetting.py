@@ -23,15 +23,15 @@ import pytest
 from heliostat import forgetting
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import EntityBusyError, InvalidValueError
-from heliostat.features.bucket_rings import BucketState, BucketTask
 from heliostat.features.definitions import FeatureView
-from heliostat.features.materialize import materialize
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.forgetting import FORGET_KIND, forget, key_digest
 from heliostat.ingestion.intake import Intake
 from heliostat.ingestion.sink import Sink
+from heliostat.online.bucket_rings import BucketState, BucketTask
+from heliostat.online.materialize import materialize
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import INGESTED, TIMESTAMP
 from heliostat.settings import ClockSettings, Settings
 from heliostat.storage.erasure import ServerEraser

@@ -24,9 +24,9 @@ from heliostat.clock import US_PER_DAY, US_PER_S, ManualClock, parse_instant_us
 from heliostat.errors import OnlineStoreUnavailableError, StaleProgressError
 from heliostat.features.aggregations import Count
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.tiles import RingLimits, ring_layout
 from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.ingestion.sink import Drained, Sink
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import INGESTED, TIMESTAMP
 from heliostat.settings import OnlineSettings, Settings
 from heliostat.status import status_of

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, ManualClock, parse_instant_us
 from heliostat.errors import MaterializationConflictError
 from heliostat.features.aggregations import Count, Last, Max, Sum
-from heliostat.features.bucket_rings import BucketJob, BucketTask, RateLimit
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.materialize import Materialization, Step, materialize
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
 from heliostat.ingestion.sink import Sink
+from heliostat.online.bucket_rings import BucketJob, BucketTask, RateLimit
+from heliostat.online.materialize import Materialization, Step, materialize
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP, times_us
 from heliostat.settings import Settings
 from heliostat.storage.event_log import EventLog
@@ -447,8 +447,8 @@ def test_another_bound_on_lateness_begins_anew(world: World) -> None:
 
 def test_a_rate_limit_is_kept_over_all_that_is_written(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("heliostat.features.bucket_rings.time.sleep", slept.append)
-    monkeypatch.setattr("heliostat.features.bucket_rings.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("heliostat.online.bucket_rings.time.sleep", slept.append)
+    monkeypatch.setattr("heliostat.online.bucket_rings.time.monotonic", lambda: 0.0)
     world.bulk(sales(range(200)))
     world.materialize(SPENDING, rate=RateLimit(entities_per_s=4.0))
     assert sum(slept) == pytest.approx(USERS / 4.0)

@@ -14,11 +14,11 @@ import pytest
 from configs.churn.cdnow import write_parquet
 from configs.churn.definitions import customer, purchase_history, purchases, recent_purchases
 from heliostat.clock import US_PER_DAY, parse_instant_us
-from heliostat.features.bucket_rings import BucketJob, BucketTask
-from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
+from heliostat.online.bucket_rings import BucketJob, BucketTask
+from heliostat.online.live import LiveRings, remember_ms
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import conform, times_us
 from heliostat.settings import Settings
 from heliostat.storage.event_log import EventLog

@@ -13,13 +13,13 @@ import pytest
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, ManualClock, parse_instant_us
 from heliostat.experiments.assignment import RoutingDocument
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.intake import Intake
 from heliostat.ingestion.sink import Sink
 from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
 from heliostat.models.registry import ModelRegistry
 from heliostat.monitoring.checks import run_checks
 from heliostat.monitoring.verdict import Severity, Verdict
+from heliostat.online.tiles import RingLimits
 from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
 from heliostat.serving.requests import PredictRequest

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR
-from heliostat.features.backfill import BucketRings, RingPlan
 from heliostat.features.definitions import FeatureView
-from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.offline import compute_features, unique_events
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.online.backfill import BucketRings, RingPlan
+from heliostat.online.live import LiveRings, remember_ms
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import ID_HASH, hash64, times_us
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import RingCounts, RingLayouts

@@ -21,13 +21,13 @@ from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import MissingInputError, SpineError
 from heliostat.features.offline import compute_features
 from heliostat.features.point_in_time import historical_features, snapshot
-from heliostat.features.retrieval import FeatureReader
 from heliostat.ingestion.intake import Intake
 from heliostat.ingestion.sink import Sink
 from heliostat.models.categories import Categories
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.registry import ModelVersion
 from heliostat.models.spine import ModelSpine
+from heliostat.online.retrieval import FeatureReader
 from heliostat.schema import TIMESTAMP, text_code
 from heliostat.serving.requests import PredictAnswer
 from heliostat.settings import ClockSettings, Settings, StorageSettings, TrainingSettings

@@ -23,14 +23,14 @@ from configs.churn import definitions as churn
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import InvalidValueError, OnlineStoreUnavailableError, UnknownViewError
 from heliostat.features.aggregations import Count, First, Last, Max, Sum, TimeSinceLast
-from heliostat.features.bucket_rings import BucketJob, BucketTask
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.live import LiveRings, remember_ms
-from heliostat.features.materialize import materialize
-from heliostat.features.merging import parse_rings
 from heliostat.features.offline import compute_features, unique_events
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.online.bucket_rings import BucketJob, BucketTask
+from heliostat.online.live import LiveRings, remember_ms
+from heliostat.online.materialize import materialize
+from heliostat.online.merging import parse_rings
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import Settings
 from heliostat.storage.event_log import EventLog

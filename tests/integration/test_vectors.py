@@ -15,9 +15,9 @@ from heliostat.features.aggregations import Count, Last, Latest, Mean, Sum
 from heliostat.features.categories import CategoryDictionary
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView, FloatArray, ProfileSource
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
 from heliostat.ingestion.checking import EventCheck
 from heliostat.ingestion.intake import Intake
+from heliostat.online.retrieval import FeatureReader
 from heliostat.schema import TIMESTAMP, text_code
 from heliostat.settings import Settings
 from heliostat.storage.catalog import Catalog

@@ -28,11 +28,11 @@ from heliostat import (
     Sum,
 )
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, US_PER_MINUTE, parse_instant_us
-from heliostat.features.backfill import BucketRings, RingPlan
-from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.offline import compute_features, unique_events
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.online.backfill import BucketRings, RingPlan
+from heliostat.online.live import LiveRings, remember_ms
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import ID_HASH, TIMESTAMP, hash64, tie48, times_us
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import RingLayouts

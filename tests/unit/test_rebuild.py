@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import io
 
-from heliostat.features.bucket_rings import BucketState
-from heliostat.features.materialize import Materialization, Step
+from heliostat.online.bucket_rings import BucketState
+from heliostat.online.materialize import Materialization, Step
 from heliostat.rebuild import Rebuilt, shown
 from heliostat.storage.ring_writes import RingCounts
 

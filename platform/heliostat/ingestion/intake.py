@@ -27,10 +27,10 @@ from heliostat.errors import (
 )
 from heliostat.features.categories import CategoryDictionary
 from heliostat.features.definitions import EventSource, FeatureView
-from heliostat.features.live import LiveRings, remember_ms
-from heliostat.features.tiles import RingLimits, ring_layout
 from heliostat.ingestion.checking import Checked, EventCheck, as_json
 from heliostat.ingestion.files import Batch, event_files, read_ahead, read_batches
+from heliostat.online.live import LiveRings, remember_ms
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.settings import IngestionSettings, Settings
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.event_updates import EventOutcome, EventUpdate

@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from heliostat.clock import Clock
 from heliostat.errors import ConflictError
-from heliostat.features.bucket_rings import BucketTask
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.tiles import RingLimits
+from heliostat.online.bucket_rings import BucketTask
+from heliostat.online.tiles import RingLimits
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.streams import Streams

@@ -23,10 +23,10 @@ import pyarrow as pa
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, Clock, parse_duration_us, parse_instant_us
 from heliostat.errors import StaleProgressError, StorageError, StreamEntryError
 from heliostat.features.definitions import EventSource, FeatureView
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.checking import EventCheck
 from heliostat.ingestion.lease import SinkLease
 from heliostat.ingestion.mending import RingMender
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import INGESTED
 from heliostat.settings import Settings
 from heliostat.storage.delta import Progress, StreamId

@@ -24,11 +24,11 @@ from heliostat.clock import Clock
 from heliostat.errors import HeliostatError, InvalidRouteError, SignatureMismatchError, UnknownAliasError
 from heliostat.experiments.assignment import OUTSIDE, RoutingDocument
 from heliostat.features.definitions import FeatureView
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.models.definitions import Definitions
 from heliostat.models.packaging import LoadedModel
 from heliostat.models.registry import PRODUCTION
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.serving.requests import Inputs, Overrides
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys
 

@@ -19,10 +19,10 @@ from heliostat.features.aggregations import Latest
 from heliostat.features.categories import CategoryDictionary
 from heliostat.features.definitions import Entity, EventSource, FeatureView, ProfileSource
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.ingestion.checking import EventCheck
 from heliostat.ingestion.intake import ingest_files
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP, text_code
 from heliostat.settings import ClockSettings, Settings
 from heliostat.storage.catalog import Catalog

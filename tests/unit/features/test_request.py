@@ -22,8 +22,8 @@ from heliostat.features.bucket_join import check_spine, entity_joins
 from heliostat.features.definitions import Entity, EventSource, FeatureView, FloatArray, request_types
 from heliostat.features.offline import compute_features
 from heliostat.features.request import RequestTypes, request_columns, request_value
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineKeys

@@ -14,11 +14,11 @@ from heliostat.errors import ExpressionError, InvalidPackageError
 from heliostat.features.aggregations import Count, First, Last, Latest, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
 from heliostat.models.categories import Categories
 from heliostat.models.definitions import Label, ModelSpec
 from heliostat.models.packaging import ModelPackage, Signature
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP, text_code, text_codes
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.training.fitting import Recipe

@@ -17,9 +17,9 @@ from heliostat.errors import OnlineStoreUnavailableError, UnknownVersionError
 from heliostat.experiments.assignment import RoutingDocument, Variant
 from heliostat.features.aggregations import Count, Mean, Sum, evaluate
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.tiles import RingLimits, pack_rings, ring_layout, tile_states
 from heliostat.models.definitions import Definitions, Label, ModelSpec
 from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
+from heliostat.online.tiles import RingLimits, pack_rings, ring_layout, tile_states
 from heliostat.schema import TIMESTAMP, hash64, tie48, times_us
 from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts

@@ -27,9 +27,9 @@ from heliostat.features.aggregations import (
     evaluate,
 )
 from heliostat.features.definitions import FeatureView
-from heliostat.features.merging import MergePlan, merge_rings, parse_rings
 from heliostat.features.offline import unique_events
-from heliostat.features.tiles import (
+from heliostat.online.merging import MergePlan, merge_rings, parse_rings
+from heliostat.online.tiles import (
     RingLayout,
     RingLimits,
     Rings,

@@ -9,9 +9,9 @@ import pytest
 from heliostat.clock import US_PER_DAY
 from heliostat.features.aggregations import Count, First, Last, Mean, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.merging import MergePlan, merge_rings, parse_rings
 from heliostat.features.states import FloatArray
-from heliostat.features.tiles import RingLimits, Rings, ring_layout
+from heliostat.online.merging import MergePlan, merge_rings, parse_rings
+from heliostat.online.tiles import RingLimits, Rings, ring_layout
 from heliostat.schema import TIMESTAMP
 
 NOW_US = 20_000 * US_PER_DAY + US_PER_DAY // 2

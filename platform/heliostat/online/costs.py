@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from heliostat.features.definitions import FeatureView
 from heliostat.features.offline import earliest_us
-from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineKeys
 

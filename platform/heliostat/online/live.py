@@ -14,7 +14,7 @@ import pyarrow as pa
 from heliostat.clock import US_PER_DAY, US_PER_MS
 from heliostat.features.aggregations import InputValues, evaluate
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.tiles import IntArray, RingLayout, RingLimits, event_slots, ring_layout
+from heliostat.online.tiles import IntArray, RingLayout, RingLimits, event_slots, ring_layout
 from heliostat.schema import hash64, tie48, times_us
 from heliostat.settings import Settings
 from heliostat.storage.event_updates import EventOutcome, EventUpdate

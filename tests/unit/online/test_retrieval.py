@@ -12,11 +12,11 @@ import pytest
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import InvalidDefinitionError, InvalidValueError, RingCorruptError, UnknownFeatureError
 from heliostat.features.aggregations import Count, Last, Sum, TimeSinceLast
-from heliostat.features.backfill import BucketRings, RingPlan
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView, FloatArray
 from heliostat.features.offline import compute_features
-from heliostat.features.retrieval import FeatureBatch, FeatureReader
-from heliostat.features.tiles import RingLimits
+from heliostat.online.backfill import BucketRings, RingPlan
+from heliostat.online.retrieval import FeatureBatch, FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import ID_HASH, TIMESTAMP, hash64
 from heliostat.storage.online_store import OnlineKeys
 

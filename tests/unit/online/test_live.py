@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 from heliostat.clock import US_PER_DAY, US_PER_HOUR
 from heliostat.features.aggregations import Count, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.live import LiveRings, remember_ms
-from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.online.live import LiveRings, remember_ms
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_updates import EventUpdate
 from heliostat.storage.online_store import OnlineKeys

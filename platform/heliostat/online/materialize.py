@@ -24,8 +24,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, format_instant
-from heliostat.features.backfill import RingPlan, rings_among, views_together
-from heliostat.features.bucket_rings import (
+from heliostat.features.definitions import FeatureView
+from heliostat.online.backfill import RingPlan, rings_among, views_together
+from heliostat.online.bucket_rings import (
     BucketDone,
     BucketJob,
     BucketState,
@@ -36,9 +37,8 @@ from heliostat.features.bucket_rings import (
     job_table,
     layout_name,
 )
-from heliostat.features.definitions import FeatureView
-from heliostat.features.live import remember_ms
-from heliostat.features.tiles import RingLimits
+from heliostat.online.live import remember_ms
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP, hash64
 from heliostat.storage.event_log import NO_VERSION, EventLog
 from heliostat.storage.online_store import OnlineConfig, OnlineStore

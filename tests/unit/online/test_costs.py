@@ -9,10 +9,10 @@ import pytest
 from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.features import costs
 from heliostat.features.aggregations import Count, Last, Sum
-from heliostat.features.backfill import BucketRings, RingPlan
-from heliostat.features.costs import backfill_costs
 from heliostat.features.definitions import Entity, EventSource, FeatureView
-from heliostat.features.tiles import RingLimits
+from heliostat.online.backfill import BucketRings, RingPlan
+from heliostat.online.costs import backfill_costs
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineKeys

@@ -1,6 +1,6 @@
 """A bucket's events -> all rings of its entities, as history has them. Pure.
 
-`heliostat.features.bucket_rings` reads the events and sends the rings.
+`heliostat.online.bucket_rings` reads the events and sends the rings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from heliostat.features.aggregations import InputValues, evaluate
 from heliostat.features.definitions import FeatureView
-from heliostat.features.tiles import (
+from heliostat.features.timeline import EventIndex
+from heliostat.online.tiles import (
     BoolArray,
     IntArray,
     RingGroup,
@@ -28,7 +29,6 @@ from heliostat.features.tiles import (
     ring_layout,
     tile_states,
 )
-from heliostat.features.timeline import EventIndex
 from heliostat.schema import ID_HASH, hash64, tie48, times_us
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.ring_writes import EntityWrite

@@ -13,7 +13,7 @@ import numpy as np
 
 from heliostat.features.aggregations import Aggregation, FloatArray, State
 from heliostat.features.states import IDENTITY, UFUNCS, IntArray, Operator, edges_of_runs, merged_runs
-from heliostat.features.tiles import F8, LIFE, BoolArray, RingGroup, RingLayout, Rings, last_event
+from heliostat.online.tiles import F8, LIFE, BoolArray, RingGroup, RingLayout, Rings, last_event
 
 
 def parse_rings(group: RingGroup, values: Sequence[bytes | None]) -> Rings:

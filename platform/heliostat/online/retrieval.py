@@ -23,8 +23,8 @@ from heliostat.errors import (
 )
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
-from heliostat.features.merging import MergePlan, merge_rings, parse_rings
-from heliostat.features.tiles import BoolArray, RingGroup, RingLimits, Rings, ring_layout
+from heliostat.online.merging import MergePlan, merge_rings, parse_rings
+from heliostat.online.tiles import BoolArray, RingGroup, RingLimits, Rings, ring_layout
 from heliostat.schema import integer_buckets
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineStore

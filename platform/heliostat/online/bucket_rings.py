@@ -20,11 +20,11 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.features.backfill import BucketRings, RingPlan
-from heliostat.features.bucket_history import BucketHistory, HistoryReader
 from heliostat.features.definitions import FeatureView
-from heliostat.features.live import remember_ms
-from heliostat.features.tiles import RingLimits, ring_layout
+from heliostat.online.backfill import BucketRings, RingPlan
+from heliostat.online.bucket_history import BucketHistory, HistoryReader
+from heliostat.online.live import remember_ms
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineConfig, OnlineStore

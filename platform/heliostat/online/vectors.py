@@ -15,11 +15,11 @@ from heliostat.clock import US_PER_DAY, parse_instant_us
 from heliostat.errors import UnknownTableError
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView
 from heliostat.features.frames import with_columns
-from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.precomputed import COMPUTED_AT, PrecomputedView
 from heliostat.features.request import request_columns
-from heliostat.features.retrieval import FeatureReader
-from heliostat.features.tiles import RingLimits
+from heliostat.online.live import LiveRings, remember_ms
+from heliostat.online.retrieval import FeatureReader
+from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIE, TIMESTAMP, arrow_type, times_us
 from heliostat.settings import Settings
 from heliostat.storage.event_log import EventLog

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.errors import StreamEntryError
-from heliostat.features.backfill import RingPlan
 from heliostat.features.offline import earliest_us, needed_columns, unique_events
+from heliostat.online.backfill import RingPlan
 from heliostat.schema import ID_HASH, INGESTED, TIMESTAMP, hash64, times_us
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineStore
