@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from heliostat.clock import US_PER_DAY, parse_instant_us
-from heliostat.features import costs
 from heliostat.features.aggregations import Count, Last, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
+from heliostat.online import costs
 from heliostat.online.backfill import BucketRings, RingPlan
 from heliostat.online.costs import backfill_costs
 from heliostat.online.tiles import RingLimits
