@@ -6,7 +6,7 @@ Which slots count follows from the window contract, and a slot's number says whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,15 +41,19 @@ class _Window:
     Attributes:
         group: The ring.
         window_us: The window's length; None: all of the past.
-        runs: States of one number that lie side by side and merge alike: how, their columns, and where the
-            results go.
-        edges: First and last values: their columns, and where the result goes.
+        runs: States of one number that lie side by side and merge alike: how, their columns in a slot, and
+            those in the table of results.
+        empty: What that table holds of an entity without slots.
+        first: Where the table's columns begin among all parts.
+        edges: First and last values: their columns, and which part they are.
         others: Other states, the same.
     """
 
     group: RingGroup
     window_us: int | None
     runs: tuple[tuple[Operator, slice, slice], ...]
+    empty: FloatArray
+    first: int
     edges: tuple[tuple[State, slice, int], ...]
     others: tuple[tuple[State, slice, int], ...]
 
@@ -90,16 +94,18 @@ class MergePlan:
         if state is None or ttl_us is None:
             return None
         slots = read[LIFE].within(None, None)
-        (latest,) = slots.folded("max", self.layout.by_label[LIFE].columns[state.key])
-        return ~(as_of_us - latest <= ttl_us)
+        runs: list[tuple[Operator, slice, slice]] = [
+            ("max", self.layout.by_label[LIFE].columns[state.key], slice(0, 1))
+        ]
+        return ~(as_of_us - slots.folded(runs, state.empty)[:, 0] <= ttl_us)
 
     def parts(self, read: Mapping[str, _Read], expired: BoolArray | None) -> list[FloatArray]:
         """Merged states, in the order that features name them by."""
         found: list[FloatArray] = [_NOTHING] * self._n_parts
         for window in self._windows:
             slots = read[window.group.label].within(window.window_us, expired)
-            for operator, place, results in window.runs:
-                found[results] = slots.folded(operator, place)
+            if window.runs:
+                found[window.first : window.first + len(window.empty)] = slots.folded(window.runs, window.empty).T
             for state, place, result in window.edges:
                 found[result] = slots.edge(state, place)
             for state, place, result in window.others:
@@ -151,7 +157,7 @@ class _Read:
         if not np.logical_and.reduce(counts):
             used = np.flatnonzero(counts)
             counts, some = counts[used], used if some is None else some[used]
-        return _Slots(self.n, self.rows[mask], some, np.add.accumulate(counts) - counts, counts)
+        return _Slots(self.n, self.rows.compress(mask, axis=0), some, np.add.accumulate(counts) - counts, counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,14 +178,17 @@ class _Slots:
     starts: IntArray
     counts: IntArray
 
-    def folded(self, operator: Operator, place: slice) -> list[FloatArray]:
-        """Neighbouring states of one number, merged: shape ``(n,)`` each."""
-        merged: FloatArray = UFUNCS[operator].reduceat(self.rows[:, place], self.starts, axis=0)
-        if self.some is not None:
-            whole = np.full((self.n, merged.shape[1]), IDENTITY[operator])
-            whole[self.some] = merged
-            merged = whole
-        return list(merged.T)
+    def folded(self, runs: Iterable[tuple[Operator, slice, slice]], empty: FloatArray) -> FloatArray:
+        """States of one number, merged: shape ``(n, len(empty))``."""
+        table = np.empty((len(self.starts), len(empty)))
+        for operator, place, results in runs:
+            UFUNCS[operator].reduceat(self.rows[:, place], self.starts, axis=0, out=table[:, results])
+        if self.some is None:
+            return table
+        whole = np.empty((self.n, len(empty)))
+        whole[:] = empty
+        whole[self.some] = table
+        return whole
 
     def edge(self, state: State, place: slice) -> FloatArray:
         """The first or last value, shape ``(n, 3)``."""
@@ -210,29 +219,28 @@ def _window(
     states: Mapping[str, State],
     places: dict[tuple[str, int | None, str], int],
 ) -> _Window:
-    """Sorts states by how they merge, and numbers their results: those of a run one after the other."""
+    """Sorts states by how they merge, and numbers their results: those of runs first."""
     runs: list[tuple[Operator, slice, slice]] = []
+    first, empty = len(places), list[float]()
+    in_order = sorted(states.items(), key=lambda each: group.columns[each[0]].start)
+    single = {key: state for key, state in in_order if state.width == 1 and state.merge_across in UFUNCS}
+    for at, (key, state) in enumerate(single.items()):
+        operator, column = state.merge_across, group.columns[key]
+        places[group.label, window_us, key] = first + at
+        empty.append(IDENTITY[operator])
+        if runs and runs[-1][0] == operator and runs[-1][1].stop == column.start:
+            _, before, results = runs.pop()
+            runs.append((operator, slice(before.start, column.stop), slice(results.start, at + 1)))
+        else:
+            runs.append((operator, column, slice(at, at + 1)))
     edges: list[tuple[State, slice, int]] = []
     others: list[tuple[State, slice, int]] = []
-    for key, state in sorted(states.items(), key=lambda each: group.columns[each[0]].start):
-        column, result = group.columns[key], len(places)
-        places[group.label, window_us, key] = result
-        if state.width > 1 or state.merge_across not in UFUNCS:
-            (edges if state.op in ("first", "last") else others).append((state, column, result))
-        elif (
-            runs
-            and runs[-1][0] == state.merge_across
-            and (runs[-1][1].stop, runs[-1][2].stop)
-            == (
-                column.start,
-                result,
-            )
-        ):
-            operator, before, results = runs.pop()
-            runs.append((operator, slice(before.start, column.stop), slice(results.start, result + 1)))
-        else:
-            runs.append((state.merge_across, column, slice(result, result + 1)))
-    return _Window(group, window_us, tuple(runs), tuple(edges), tuple(others))
+    for key, state in in_order:
+        if key not in single:
+            places[group.label, window_us, key] = len(places)
+            wider = edges if state.op in ("first", "last") else others
+            wider.append((state, group.columns[key], places[group.label, window_us, key]))
+    return _Window(group, window_us, tuple(runs), np.array(empty), first, tuple(edges), tuple(others))
 
 
 @dataclass(frozen=True, eq=False)

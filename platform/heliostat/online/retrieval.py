@@ -237,7 +237,7 @@ class FeatureReader:
             group.label: self._parsed(plan, group, values[at * n : (at + 1) * n])
             for at, group in enumerate(plan.merge.groups, plan.first)
         }
-        absent[:] = np.logical_and.reduce([each.counts == 0 for each in rings.values()])
+        absent[:] = sum(each.counts for each in rings.values()) == 0
         merged = merge_rings(plan.merge, rings, as_of_us=as_of_us)
         if merged.expired is not None:
             absent |= merged.expired
