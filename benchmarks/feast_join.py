@@ -39,6 +39,7 @@ from benchmarks.peers import ROOT, Contender, Report, Turns, facts, interleaved,
 from benchmarks.programs import LimitExceededError, Limits, Program, ProgramEndedError
 from heliostat import EventSource, FeatureView, Latest, cluster
 from heliostat.feature_store import FeatureStore
+from heliostat.features.bucket_join import SMALL_JOIN
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import RaySettings, Settings, StorageSettings
 from heliostat.workspace import Workspace
@@ -322,6 +323,7 @@ def report(plan: Plan, outcomes: Sequence[tuple[Size, Outcome]]) -> Report:
         f"Medians of {plan.runs} runs in turns; Feast has 1 where its first took more than {_LONG_S:g} s.",
         f"Feast was stopped beyond {limits} for one join. It reads a Parquet file, Heliostat its event log.",
         "Heliostat, one process: FeatureStore.get_historical where no Ray is connected.",
+        f"Heliostat on Ray: where one is. Up to {SMALL_JOIN:,} rows and events it answers the same way.",
         "Users' events are skewed: the busiest of 100,000 has 1 % of them.",
         "Peak memory: of all of a contender's processes together; Ray, idle, holds most of a GiB.",
     ]

@@ -6,8 +6,8 @@
         store.get_historical(orders, ["spending", "scores__risk"], as_of="ordered_at")
 
 What goes in comes out: pandas gives pandas, Arrow gives Arrow, a Ray Dataset gives a Ray Dataset.
-Tables work without Ray, in this process; where Ray is connected, `get_historical` and
-`materialize` run on it, a task a bucket. Datasets are never collected here.
+Tables work without Ray, in this process; where Ray is connected, `materialize` and what is large of
+`get_historical` run on it, a task a bucket. Datasets are never collected here.
 
 Values of a `FeatureView` come from its events alone. What programs compute themselves is
 declared as a `PrecomputedView` and written: `write_online` changes the online store at once and
@@ -33,18 +33,12 @@ from heliostat.errors import (
     UnknownFeatureError,
     UnknownViewError,
 )
-from heliostat.features.bucket_join import (
-    check_spine,
-    entity_joins,
-    single_features,
-    spine_instants_us,
-)
+from heliostat.features.bucket_join import JoinRows, check_spine, entity_joins, single_features
 from heliostat.features.definitions import FeatureRef, FeatureView
 from heliostat.features.frames import Asked, as_table, is_dataset, ray_is_connected, some_columns, with_columns
 from heliostat.features.metadata import FeatureMetadata
 from heliostat.features.precomputed import PrecomputedView
 from heliostat.features.registry import Plan
-from heliostat.features.request import request_columns
 from heliostat.ingestion.intake import IngestReport, ingest_files
 from heliostat.ingestion.sink import Drained, Sink
 from heliostat.models.definitions import Definitions
@@ -286,11 +280,8 @@ class FeatureStore:
         check_spine(_column_names(spine), joins, as_of)
         columns: dict[str, Any] = {ref.name: np.full(table.num_rows, np.nan) for ref in single_features(asked)}
         if table.num_rows:
-            as_of_us = spine_instants_us(table, as_of)
-            for join in joins:
-                keys = join.entity.encode(table, what="the spine")
-                buckets = join.entity.buckets(keys, log.n_buckets)
-                columns |= join.all_columns(buckets, keys, as_of_us, request_columns(table, join.request))
+            for rows in JoinRows.of(table, joins, as_of):
+                columns |= rows.columns_here()
         return with_columns(spine, columns, what="the spine")
 
     def get_offline(self, entities: Any, view: ViewLike, start: Instant, end: Instant) -> Any:  # noqa: ANN401 - as given

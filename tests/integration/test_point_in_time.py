@@ -20,6 +20,7 @@ from heliostat.errors import (
     SpineError,
     UnknownFeatureError,
 )
+from heliostat.features import point_in_time
 from heliostat.features.aggregations import Count, FloatArray, Last, Mean, Sum, TimeSinceLast
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
 from heliostat.features.point_in_time import entities_known, historical_features, snapshot
@@ -171,11 +172,19 @@ class History:
         np.testing.assert_allclose(found["spending__spent_log"].to_numpy(), logs, rtol=1e-14)
 
 
+@pytest.fixture(params=["here", "on Ray"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small as these joins are: once as they are answered, once as large ones would be."""
+    if request.param == "on Ray":
+        monkeypatch.setattr(point_in_time, "SMALL_JOIN", -1)
+
+
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     return History(tmp_path_factory.mktemp("history"))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_table_keeps_its_rows_order_and_columns_and_gets_what_the_oracle_says(history: History) -> None:
     found = historical_features(history.spine, VIEWS, history.log)
     assert found.column_names == [*history.spine.column_names, *NAMES]
@@ -183,6 +192,7 @@ def test_a_table_keeps_its_rows_order_and_columns_and_gets_what_the_oracle_says(
     history.check(history.spine, found)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_pandas_frame_comes_back_as_one_with_its_index(history: History) -> None:
     frame = history.spine.to_pandas()
     frame.index = pd.Index([f"i{number}" for number in range(len(frame))], name="row")
@@ -210,6 +220,7 @@ def test_a_ray_dataset_comes_back_as_one_with_the_rows_numbers(history: History)
     history.check(history.spine, table)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_events_that_came_later_are_left_out_when_asked_what_was_known(history: History) -> None:
     found = historical_features(history.spine, VIEWS, history.log, known_at_us=history.late_us - 1)
     history.check(history.spine, found, known=True)
@@ -232,6 +243,27 @@ def test_integer_and_zoned_and_daily_instants_mean_the_same(history: History) ->
         pd.testing.assert_frame_equal(each.to_pandas(), results[0].to_pandas())
 
 
+def test_a_small_join_begins_no_task_and_a_large_one_gives_the_same_bits(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    over = point_in_time.over_blocks
+
+    def counting(task: Any, blocks: Any, **options: Any) -> Any:
+        begun.append(len(blocks))
+        return over(task, blocks, **options)
+
+    monkeypatch.setattr(point_in_time, "over_blocks", counting)
+    small = historical_features(history.spine, VIEWS, history.log)
+    assert begun == []
+    monkeypatch.setattr(point_in_time, "SMALL_JOIN", 0)
+    large = historical_features(history.spine, VIEWS, history.log)
+    assert len(begun) == 2, "one join an entity"
+    for name in NAMES:
+        assert small[name].to_numpy().tobytes() == large[name].to_numpy().tobytes(), name
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_an_empty_spine_and_an_empty_log_give_what_nothing_gives(history: History, tmp_path: Path) -> None:
     empty = historical_features(history.spine.slice(0, 0), VIEWS, history.log)
     assert empty.num_rows == 0
@@ -241,6 +273,7 @@ def test_an_empty_spine_and_an_empty_log_give_what_nothing_gives(history: Histor
     assert np.isnan(nothing["spending__last_amount"].to_numpy()).all()
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_what_is_missing_is_named(history: History) -> None:
     spine, log = history.spine, history.log
     with pytest.raises(UnknownFeatureError, match="'nope'.*orders, spent, last_amount, spent_log"):
@@ -268,6 +301,7 @@ def test_what_is_missing_is_named(history: History) -> None:
         historical_features(ray.data.from_arrow(spine.drop_columns("as_of")), [SPENDING], log)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_fault_inside_a_task_keeps_its_kind(history: History) -> None:
     other = EventLog(history.log.root, n_buckets=6)
     with pytest.raises(BucketCountError, match="created with 5 buckets"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -61,6 +61,34 @@ class InputValues:
 
     values: FloatArray
     used: NDArray[np.bool_]
+
+
+@dataclass
+class OrderedInput:
+    """An input in the order of events; brought into it when somebody looks.
+
+    Attributes:
+        given: As the events were given.
+        order: Where each event was among them, shape ``(n,)``.
+    """
+
+    given: InputValues
+    order: NDArray[np.int64]
+
+    @cached_property
+    def uses_every(self) -> bool:
+        """Whether every event is used."""
+        return bool(self.given.used.all())
+
+    @cached_property
+    def values(self) -> FloatArray:
+        """Shape ``(n,)``, without negative zeros: which one a minimum keeps is a matter of place."""
+        return self.given.values[self.order] + 0.0
+
+    @cached_property
+    def used(self) -> NDArray[np.bool_]:
+        """Shape ``(n,)``."""
+        return self.given.used[self.order]
 
 
 def evaluate(events: pa.Table, inputs: Iterable[Input]) -> dict[str, InputValues]:
@@ -239,7 +267,9 @@ def _project(events: pa.Table, expressions: Mapping[str, pc.Expression]) -> dict
 def _numbers(column: pa.ChunkedArray, *, nulls: bool) -> tuple[FloatArray, NDArray[np.bool_]]:
     values = _as_float(column)
     used = np.isfinite(values)
-    return (np.where(used, values, np.nan), np.ones(len(values), dtype=np.bool_)) if nulls else (values, used)
+    if not nulls or used.all():
+        return values, used
+    return np.where(used, values, np.nan), np.ones(len(values), dtype=np.bool_)
 
 
 def _members(column: pa.ChunkedArray, categories: Categories) -> tuple[FloatArray, NDArray[np.bool_]]:

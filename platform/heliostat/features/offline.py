@@ -33,13 +33,13 @@ from heliostat.features.aggregations import (
     Aggregation,
     FloatArray,
     Input,
-    InputValues,
     Quantile,
     State,
     check_input,
     evaluate,
 )
 from heliostat.features.definitions import Entity, EventSource, FeatureView
+from heliostat.features.inputs import OrderedInput
 from heliostat.features.sketches import rank
 from heliostat.features.states import emptied
 from heliostat.features.timeline import (
@@ -177,27 +177,19 @@ def _known(events: pa.Table, known_at_us: int | None) -> pa.Table:
     return events.filter(pc.less_equal(events.column(INGESTED).cast(pa.int64()), known_at_us))
 
 
-@dataclass
-class _OrderedInput:
-    """An input in the order of events; brought into it when somebody looks.
+@dataclass(frozen=True)
+class _Edge:
+    """One event of each row's window; shape ``(m,)`` each.
 
     Attributes:
-        given: As the events were given.
-        order: Where each event was among them, shape ``(n,)``.
+        event: Its place among the events that were given; any where there is none.
+        found: Whether there is one.
+        time: Its time; infinite where there is none.
     """
 
-    given: InputValues
-    order: IntArray
-
-    @cached_property
-    def values(self) -> FloatArray:
-        """Shape ``(n,)``, without negative zeros: which one a minimum keeps is a matter of place."""
-        return self.given.values[self.order] + 0.0
-
-    @cached_property
-    def used(self) -> NDArray[np.bool_]:
-        """Shape ``(n,)``."""
-        return self.given.used[self.order]
+    event: IntArray
+    found: NDArray[np.bool_]
+    time: FloatArray
 
 
 @dataclass
@@ -211,7 +203,6 @@ class _Timeline:
         codes: Entity of each event, shape ``(n,)``, ascending.
         times: Event times, shape ``(n,)``.
         order: Where each event was among those given, shape ``(n,)``.
-        ties: What breaks ties, by that place.
         inputs: What the views look at.
         index: Finds positions of events.
         row_codes: Entity of each row, shape ``(m,)``.
@@ -222,14 +213,14 @@ class _Timeline:
     codes: IntArray
     times: IntArray
     order: IntArray
-    ties: IntArray
-    inputs: Mapping[str, _OrderedInput]
+    inputs: Mapping[str, OrderedInput]
     index: EventIndex
     row_codes: IntArray
     as_of_us: IntArray
     rows: IntArray
     _ranges: dict[tuple[int, int] | None, Ranges] = field(default_factory=dict)
     _tiles: dict[int, Tiles] = field(default_factory=dict)
+    _edges: dict[tuple[int, bool, int | None], _Edge] = field(default_factory=dict)
     _merged: dict[tuple[str, int | None, int], FloatArray] = field(default_factory=dict)
     _running: dict[tuple[str, int], Parts] = field(default_factory=dict)
 
@@ -237,7 +228,8 @@ class _Timeline:
     def of(cls, views: Sequence[FeatureView], events: pa.Table, keys: pa.Array, as_of_us: IntArray) -> _Timeline:
         """Order events and rows; events that no row can see are dropped first."""
         source, entity = views[0].source, views[0].entity
-        asked = pc.unique(keys)
+        encoded = keys.dictionary_encode()
+        asked, row_codes = encoded.dictionary, encoded.indices.to_numpy().astype(np.int64)
         event_codes = _event_codes(source, entity, events, asked)
         times = times_us(events.column(source.event_time))
         if len(as_of_us):
@@ -269,10 +261,9 @@ class _Timeline:
         else:
             index = EventIndex(event_codes[kept], times[kept], ties[kept], n_codes=len(asked))
             order = kept[index.order]
-        inputs = {key: _OrderedInput(each, order) for key, each in given.items()}
-        row_codes = _codes(keys, asked)
+        inputs = {key: OrderedInput(each, order) for key, each in given.items()}
         rows = np.argsort(index.packed(row_codes, as_of_us))
-        return cls(index.codes, index.times, order, ties, inputs, index, row_codes[rows], as_of_us[rows], rows)
+        return cls(index.codes, index.times, order, inputs, index, row_codes[rows], as_of_us[rows], rows)
 
     def features(self, view: FeatureView, request: Mapping[str, FloatArray] | None) -> dict[str, FloatArray]:
         """All features of a view that can be computed, by name, in the caller's order of rows."""
@@ -288,14 +279,26 @@ class _Timeline:
     def _value(self, aggregation: Aggregation, expired: NDArray[np.bool_] | None) -> FloatArray:
         """A feature of each row, nothing's where the view's ttl has ended."""
         hop_us = aggregation.hop_us or US_PER_DAY
-        if isinstance(aggregation, Quantile):
-            values = self._quantile(aggregation, hop_us)
-            return values if expired is None else np.where(expired, np.nan, values)
         states = aggregation.states()
+        if isinstance(aggregation, Quantile) or states[0].op in ("first", "last"):
+            values = (
+                self._quantile(aggregation, hop_us)
+                if isinstance(aggregation, Quantile)
+                else self._value_at_edge(states[0], aggregation.window_us, hop_us)
+            )
+            return values if expired is None else np.where(expired, np.nan, values)
         parts = [self._state(state, aggregation.window_us, hop_us) for state in states]
         if expired is not None:
             parts = [emptied(state, part, expired) for part, state in zip(parts, states, strict=True)]
         return aggregation.finalize(parts, as_of_us=self.as_of_us)
+
+    def _value_at_edge(self, state: State, window_us: int | None, hop_us: int) -> FloatArray:
+        """The first or last value of each window, looked up where the events were given."""
+        given = self.inputs[state.source.key]
+        edge = self._edge_of(given, self._range(window_us, hop_us), first=state.op == "first")
+        if not len(self.times):
+            return np.full(len(edge.found), np.nan)
+        return np.where(edge.found, given.given.values[edge.event] + 0.0, np.nan)
 
     def _quantile(self, aggregation: Quantile, hop_us: int) -> FloatArray:
         """A row's quantile, without a row of bins."""
@@ -330,10 +333,8 @@ class _Timeline:
                     merged = counted(given.used, ranges)
                 case "max", "one", "add":
                     merged = tiles_with(self._tile(hop_us), given.used, ranges)
-                case "first" | "last", _, _:
-                    merged = self._edge(state, given, ranges)
                 case "max" | "min", "time", _:
-                    merged = self._edge(state, given, ranges)
+                    merged = self._edge_of(given, ranges, first=state.op == "min").time
                 case _:
                     merged = self._folded(state, given, ranges, window_us, hop_us)
             self._merged[key] = merged
@@ -359,23 +360,23 @@ class _Timeline:
             self._tiles[hop_us] = Tiles(self.codes, self.times, hop_us)
         return self._tiles[hop_us]
 
-    def _edge(self, state: State, given: _OrderedInput, ranges: Ranges) -> FloatArray:
-        """The first or last usable event of each window; its time alone, or (time, tie, value)."""
-        first = state.op in ("first", "min")
-        position, found = edges(given.used, ranges, first=first)
-        blank = np.inf if first else -np.inf
-        if not len(self.times):
-            return (
-                np.tile([blank, 0.0, 0.0], (len(position), 1)) if state.width == 3 else np.full(len(position), blank)
-            )
-        time = np.where(found, self.times[position], blank)
-        if state.width == 1:
-            return time
-        tie = np.where(found, self.ties[self.order[position]], 0.0)
-        return np.column_stack([time, tie, np.where(found, given.values[position], 0.0)])
+    def _edge_of(self, given: OrderedInput, ranges: Ranges, *, first: bool) -> _Edge:
+        """The first or last usable event of each window; inputs that use every event share it."""
+        key = (id(ranges), first, None if given.uses_every else id(given))
+        if key not in self._edges:
+            position, found = edges(given.used, ranges, first=first)
+            if len(self.times):
+                event, time = (
+                    self.order[position],
+                    np.where(found, self.times[position], np.inf if first else -np.inf),
+                )
+            else:
+                event, time = position, np.full(len(position), np.inf if first else -np.inf)
+            self._edges[key] = _Edge(event, found, time)
+        return self._edges[key]
 
     def _folded(
-        self, state: State, given: _OrderedInput, ranges: Ranges, window_us: int | None, hop_us: int
+        self, state: State, given: OrderedInput, ranges: Ranges, window_us: int | None, hop_us: int
     ) -> FloatArray:
         """Merge what has no shorter way: tile by tile, each window from two blocks of tiles."""
         fold = FOLDS[state.op]
@@ -403,7 +404,7 @@ class _Timeline:
         result[some] = merged
         return result
 
-    def _running_of(self, state: State, given: _OrderedInput, hop_us: int) -> Parts:
+    def _running_of(self, state: State, given: OrderedInput, hop_us: int) -> Parts:
         key = (state.key, hop_us)
         if key not in self._running:
             fold = FOLDS[state.op]

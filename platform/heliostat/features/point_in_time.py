@@ -4,6 +4,8 @@ The event log is bucketed by entity, so the join needs no shuffle of events: the
 split by the same buckets, and each bucket is one independent task that reads its events
 once, for all views of the same source. Memory holds a bucket at a time for each running task.
 
+* A table's join that is small (`heliostat.features.bucket_join.SMALL_JOIN`) is answered by this process, to
+  the same bits: tasks would take longer to begin than it takes.
 * Exactly one row comes out for each row of the spine, in its order, with its own columns.
 * A spine may carry the keys of several entities: each view joins by its own.
 * All tasks read one version of the event log, whatever is appended meanwhile.
@@ -21,17 +23,24 @@ import pandas as pd
 import pyarrow as pa
 import ray
 import ray.data
-from numpy.typing import NDArray
 
 from heliostat.errors import SpineError
 from heliostat.features.aggregations import FloatArray
-from heliostat.features.bucket_join import EntityJoin, check_spine, entity_joins, single_features, spine_instants_us
+from heliostat.features.bucket_join import (
+    SMALL_JOIN,
+    EntityJoin,
+    JoinRows,
+    check_spine,
+    entity_joins,
+    single_features,
+    spine_instants_us,
+)
 from heliostat.features.bucket_tasks import over_blocks, over_buckets
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
 from heliostat.features.request import request_columns
-from heliostat.features.timeline import IntArray
 from heliostat.schema import BUCKET, TIMESTAMP, arrow_type
 from heliostat.storage.event_log import EventLog
+from heliostat.storage.log_version import LogVersion
 
 Spine = TypeVar("Spine")
 
@@ -54,7 +63,7 @@ def historical_features(
     known_at_us: int | None = None,
     concurrency: int | None = None,
 ) -> Spine:
-    """Join features to a spine, each row as of its own instant; needs a connected Ray.
+    """Join features to a spine, each row as of its own instant; needs a connected Ray, unless the join is small.
 
     Args:
         spine: An Arrow table, a pandas frame or a Ray Dataset with the key columns of the views'
@@ -112,7 +121,7 @@ def entities_known(
     Raises:
         StorageError: If the event log can't be read.
     """
-    task = _Known(event_log, source, entity, event_log.version(source, entity), as_of_us, known_at_us)
+    task = _Known(event_log.opened(source, entity), entity, as_of_us, known_at_us)
     return _collected(over_buckets(task, event_log.n_buckets), _key_schema(entity))
 
 
@@ -150,7 +159,7 @@ def snapshot(
             _at_instant(keys, as_of_us), stored, event_log, known_at_us=known_at_us, concurrency=concurrency
         )
     join = entity_joins(stored, event_log, known_at_us)[0]
-    known = _Known(event_log, view.source, view.entity, join.versions[view.source.name], as_of_us, known_at_us)
+    known = _Known(join.logs[view.source.name], view.entity, as_of_us, known_at_us)
     tasks = over_buckets(_Snapshot(join, known), event_log.n_buckets, concurrency=concurrency)
     features = [(ref.name, pa.float64()) for ref in stored]
     return _collected(tasks, pa.schema([*_key_schema(view.entity), (AS_OF, TIMESTAMP), *features]))
@@ -201,31 +210,22 @@ class _BucketsTask:
     def __call__(self, block: pa.Table) -> pa.Table:
         spine_instants_us(block, self.as_of)
         keys = self.join.entity.encode(block, what="the spine")
-        return block.append_column(BUCKET, pa.array(self.join.entity.buckets(keys, self.join.event_log.n_buckets)))
+        return block.append_column(BUCKET, pa.array(self.join.entity.buckets(keys, self.join.n_buckets)))
 
 
 @dataclass(frozen=True, eq=False)
 class _Known:
     """Finds the entities of buckets with an event before an instant."""
 
-    event_log: EventLog
-    source: EventSource
+    log: LogVersion
     entity: Entity
-    version: int
     as_of_us: int
     known_at_us: int | None
 
     def __call__(self, bucket: int) -> pa.Table:
         """Key columns of one bucket's entities."""
-        keys = self.event_log.read_bucket(
-            self.source,
-            self.entity,
-            bucket,
-            columns=list(self.entity.key_columns),
-            max_time_us=self.as_of_us,
-            known_at_us=self.known_at_us,
-            version=self.version if self.version >= 0 else None,
-        )
+        columns = list(self.entity.key_columns)
+        keys = self.log.read([bucket], columns=columns, max_time_us=self.as_of_us, known_at_us=self.known_at_us)
         return keys.group_by(keys.column_names, use_threads=False).aggregate([]).cast(_key_schema(self.entity))
 
 
@@ -263,34 +263,35 @@ def _joined(
 ) -> dict[str, FloatArray]:
     """The features of a table's rows, by name, in its order."""
     check_spine(spine.column_names, joins, as_of)
-    as_of_us = spine_instants_us(spine, as_of)
-    encoded = [join.entity.encode(spine, what="the spine") for join in joins]
-    request = [request_columns(spine, join.request) for join in joins]
+    asked = JoinRows.of(spine, joins, as_of)
     columns = {name: np.full(spine.num_rows, np.nan) for join in joins for name in join.names}
     if spine.num_rows == 0:
         return columns
-    for join, keys, brought in zip(joins, encoded, request, strict=True):
-        blocks = _bucket_blocks(keys, as_of_us, join.entity.buckets(keys, join.event_log.n_buckets), brought)
-        blocks.sort(key=partial(_events_behind, join.events_by_bucket()), reverse=True)
-        for batch in over_blocks(_BucketTask(join), blocks, concurrency=concurrency):
-            rows = batch.column(_ROW).to_numpy()
-            for name in join.names:
-                columns[name][rows] = batch.column(name).to_numpy()
+    if sum(rows.size for rows in asked) <= SMALL_JOIN:
+        for rows in asked:
+            columns |= rows.columns_here(concurrency)
+        return columns
+    for rows in asked:
+        blocks = _bucket_blocks(rows)
+        blocks.sort(key=partial(_events_behind, rows.events_by_bucket), reverse=True)
+        for batch in over_blocks(_BucketTask(rows.join), blocks, concurrency=concurrency):
+            places = batch.column(_ROW).to_numpy()
+            for name in rows.join.names:
+                columns[name][places] = batch.column(name).to_numpy()
     return columns
 
 
-def _bucket_blocks(
-    keys: pa.Array, as_of_us: IntArray, buckets: NDArray[np.int32], request: Mapping[str, FloatArray]
-) -> list[pa.Table]:
+def _bucket_blocks(rows: JoinRows) -> list[pa.Table]:
     """One block for each bucket that has rows."""
+    buckets = rows.buckets
     order = np.argsort(buckets.astype(np.uint16) if buckets.max() < 2**16 else buckets, kind="stable")
     whole = pa.table(
         {
             BUCKET: pa.array(buckets[order]),
-            _KEY: keys.take(pa.array(order)),
-            _INSTANT: pa.array(as_of_us[order]),
+            _KEY: rows.keys.take(pa.array(order)),
+            _INSTANT: pa.array(rows.as_of_us[order]),
             _ROW: pa.array(order),
-            **{_INPUT + name: pa.array(values[order]) for name, values in request.items()},
+            **{_INPUT + name: pa.array(values[order]) for name, values in rows.request.items()},
         }
     )
     begins = np.flatnonzero(np.diff(buckets[order], prepend=-1))
@@ -314,7 +315,7 @@ def _join_dataset(
     result = spine if SPINE_ROW in schema.names else _numbered(spine)
     tasks = ray.data.TaskPoolStrategy(size=concurrency)
     for join in joins:
-        n_blocks = min(join.event_log.n_buckets, 2 * int(ray.cluster_resources().get("CPU", 1)))
+        n_blocks = min(join.n_buckets, 2 * int(ray.cluster_resources().get("CPU", 1)))
         result = (
             result.map_batches(_BucketsTask(join, as_of), batch_size=None, batch_format="pyarrow", compute=tasks)
             .repartition(n_blocks, keys=[BUCKET])

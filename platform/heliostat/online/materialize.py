@@ -40,7 +40,8 @@ from heliostat.online.bucket_rings import (
 from heliostat.online.live import remember_ms
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP, hash64
-from heliostat.storage.event_log import NO_VERSION, EventLog
+from heliostat.storage.event_log import EventLog
+from heliostat.storage.log_version import NO_VERSION
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import BucketLease, EntityWrite, RingCounts, RingLayouts
 from heliostat.storage.table_changes import TableChanges, table_changes

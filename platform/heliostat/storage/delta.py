@@ -211,7 +211,7 @@ class Table:
 
     def read(
         self,
-        table: DeltaTable,
+        table: DeltaTable | pa.Schema,
         paths: Sequence[str],
         *,
         columns: Sequence[str],
@@ -222,14 +222,15 @@ class Table:
         """Read columns of some of the table's files, in the order of the paths.
 
         Args:
-            table: Says which columns there are; those that a file lacks read as null.
+            table: Says which columns there are, as does its `arrow_schema`; those that a file lacks read as null.
             paths: Relative to the table.
             columns: Not the partition column.
             where: Only rows that meet it.
             near: Only row groups that may hold a row that meets it; it costs nothing a row.
             dictionaries: Columns of text that come as dictionaries, the way they are stored.
         """
-        stored = as_dictionaries(arrow_schema(table), dictionaries)
+        schema = table if isinstance(table, pa.Schema) else arrow_schema(table)
+        stored = as_dictionaries(schema, dictionaries)
         if not paths:
             return pa.schema([stored.field(name) for name in columns]).empty_table()
         with self._reached():

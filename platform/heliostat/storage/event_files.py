@@ -5,7 +5,7 @@ Nothing here opens a file: Delta's log says how many rows each has, and their fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -61,20 +61,25 @@ def statistics_of(files: pa.Table, version: int, event_time: str) -> LogStatisti
 
 
 def pruned(
-    files: pa.Table, bucket: int | None, event_time: str, min_time_us: int | None, max_time_us: int | None
+    files: pa.Table,
+    buckets: Collection[int] | None,
+    event_time: str,
+    min_time_us: int | None,
+    max_time_us: int | None,
 ) -> pa.Table:
     """The files that may hold what is asked for; those without statistics stay.
 
     Args:
         files: Rows of `Table.files`.
-        bucket: Which bucket; None: all.
+        buckets: Which; None: all.
         event_time: The column of event times.
         min_time_us: Only events at or after this instant are asked for.
         max_time_us: Only events before this instant are.
     """
     keep = pa.scalar(True)
-    if bucket is not None:
-        keep = pc.equal(files.column(f"partition.{BUCKET}"), bucket)
+    if buckets is not None:
+        column = files.column(f"partition.{BUCKET}")
+        keep = pc.is_in(column, value_set=pa.array(buckets, column.type))
     bounds = (("max", pc.greater_equal, min_time_us), ("min", pc.less, max_time_us))
     for edge, compare, bound_us in bounds:
         name = f"{edge}.{event_time}"

@@ -18,22 +18,19 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import DeltaTable
 from numpy.typing import NDArray
 
-from heliostat.errors import BucketCountError, KeyColumnError, UnknownColumnError
-from heliostat.schema import BUCKET, ID_HASH, INGESTED, TIE, cast_column, conform, hash64, tie48
-from heliostat.storage.delta import Progress, StreamId, Table, absolute_root, joined
+from heliostat.errors import BucketCountError, KeyColumnError
+from heliostat.schema import BUCKET, ID_HASH, INGESTED, TIE, cast_column, conform, hash64
+from heliostat.storage.delta import Progress, StreamId, Table, absolute_root, arrow_schema, joined
 from heliostat.storage.event_append import EntityAppend, HashCache, Spool, repetitive_columns, repetitive_texts
-from heliostat.storage.event_files import LogStatistics, between, both, paths_of, pruned, statistics_of
+from heliostat.storage.event_files import LogStatistics
+from heliostat.storage.log_version import NO_VERSION, LogVersion
 
 IntArray = NDArray[np.int64]
 
 _CONFIGURED_BUCKETS = "heliostat.buckets"
-NO_VERSION = -1
-"""The version of a log before its first append."""
-
 _CACHED_HASHES = 16_000_000
 _SMALL_FILE_ROWS = 100_000
 
@@ -187,7 +184,7 @@ class EventLog:
         return self._checked(created)
 
     def _checked(self, table: DeltaTable) -> DeltaTable:
-        created_with = int(table.metadata().configuration.get(_CONFIGURED_BUCKETS, 0))
+        created_with = _buckets_of(table)
         if created_with != self.n_buckets:
             raise BucketCountError(table.table_uri, created_with, self.n_buckets)
         return table
@@ -231,7 +228,14 @@ class EventLog:
             UnknownColumnError: If a column doesn't exist.
             BucketCountError: If the log was created with another number of buckets.
         """
-        return self._read(source, entity, bucket, columns, min_time_us, max_time_us, known_at_us, version, raw=raw)
+        return self.opened(source, entity, version).read(
+            [bucket],
+            columns=columns,
+            min_time_us=min_time_us,
+            max_time_us=max_time_us,
+            known_at_us=known_at_us,
+            raw=raw,
+        )
 
     def read(
         self,
@@ -245,45 +249,31 @@ class EventLog:
         version: int | None = None,
     ) -> pa.Table:
         """Read the events of all buckets, as `read_bucket` does one's."""
-        return self._read(source, entity, None, columns, min_time_us, max_time_us, known_at_us, version)
+        return self.opened(source, entity, version).read(
+            None, columns=columns, min_time_us=min_time_us, max_time_us=max_time_us, known_at_us=known_at_us
+        )
 
-    def _read(
-        self,
-        source: SourceLike,
-        entity: EntityLike,
-        bucket: int | None,
-        columns: Sequence[str] | None,
-        min_time_us: int | None,
-        max_time_us: int | None,
-        known_at_us: int | None,
-        version: int | None,
-        *,
-        raw: bool = False,
-    ) -> pa.Table:
-        known = (*source.schema.names, INGESTED, ID_HASH, TIE)
-        wanted = known if columns is None else tuple(columns)
-        for name in wanted:
-            if name not in known:
-                raise UnknownColumnError(name, f"a read of source {source.name!r}", known)
-        # The tie is part of the hash; it isn't stored twice.
-        stored = tuple(dict.fromkeys(ID_HASH if name == TIE else name for name in wanted))
+    def opened(self, source: SourceLike, entity: EntityLike, version: int | None = None) -> LogVersion:
+        """A version of a table, for many reads of it.
+
+        Args:
+            source: Where the events come from.
+            entity: By whose key they are bucketed.
+            version: As `version` gave it; None: the current one.
+        """
         place = self.table(source, entity)
         table = None if version == NO_VERSION else place.open(version)
-        if table is None:
-            found = pa.schema([stored_schema(source).field(name) for name in stored]).empty_table()
-        else:
-            files = place.files(self._checked(table))
-            paths = paths_of(pruned(files, bucket, source.event_time, min_time_us, max_time_us))
-            within = between(source.event_time, min_time_us, max_time_us)
-            known_at = None if known_at_us is None else pc.field(INGESTED) <= known_at_us
-            if raw:
-                texts = [name for name in repetitive_texts(source.schema, source.event_id) if name in stored]
-                found = place.read(table, paths, columns=stored, where=known_at, near=within, dictionaries=texts)
-            else:
-                found = place.read(table, paths, columns=stored, where=both(within, known_at))
-        return pa.table(
-            [_tie(found.column(ID_HASH)) if name == TIE else found.column(name) for name in wanted],
-            names=list(wanted),
+        return LogVersion(
+            place=place,
+            source=source.name,
+            event_time=source.event_time,
+            columns=(*source.schema.names, INGESTED, ID_HASH, TIE),
+            texts=tuple(repetitive_texts(source.schema, source.event_id)),
+            stored=stored_schema(source) if table is None else arrow_schema(table),
+            version=NO_VERSION if table is None else table.version(),
+            files=None if table is None else place.files(table),
+            created_with=self.n_buckets if table is None else _buckets_of(table),
+            n_buckets=self.n_buckets,
         )
 
     def version(self, source: SourceLike, entity: EntityLike) -> int:
@@ -312,12 +302,7 @@ class EventLog:
             min_time_us: Only files that may hold an event at or after this instant.
             max_time_us: Only files that may hold an event before this instant.
         """
-        place = self.table(source, entity)
-        table = place.open()
-        if table is None:
-            return LogStatistics(NO_VERSION, 0, 0, 0, None, None, {})
-        kept = pruned(place.files(table), None, source.event_time, min_time_us, max_time_us)
-        return statistics_of(kept, table.version(), source.event_time)
+        return self.opened(source, entity).statistics(min_time_us=min_time_us, max_time_us=max_time_us)
 
 
 class BulkAppend:
@@ -400,5 +385,6 @@ def stored_schema(source: SourceLike) -> pa.Schema:
     return pa.schema([*(field.with_nullable(True) for field in source.schema), *added])
 
 
-def _tie(hashes: pa.ChunkedArray) -> pa.Array:
-    return pa.array(tie48(hashes.to_numpy().view(np.uint64)))
+def _buckets_of(table: DeltaTable) -> int:
+    """The number of buckets that a table was created with."""
+    return int(table.metadata().configuration.get(_CONFIGURED_BUCKETS, 0))

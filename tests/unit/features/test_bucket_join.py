@@ -11,11 +11,33 @@ import pytest
 
 from heliostat.clock import US_PER_DAY
 from heliostat.errors import DuplicateNameError, SpineError, UnknownFeatureError
-from heliostat.features.aggregations import Count, CountDistinct, Last, Sum
-from heliostat.features.bucket_join import check_spine, entity_joins, single_features, spine_instants_us
+from heliostat.features import bucket_join
+from heliostat.features.aggregations import (
+    Count,
+    CountDistinct,
+    DistinctDays,
+    First,
+    FloatArray,
+    Last,
+    Latest,
+    Max,
+    Mean,
+    Quantile,
+    StdDev,
+    Sum,
+    TimeSinceLast,
+)
+from heliostat.features.bucket_join import (
+    JoinRows,
+    check_spine,
+    entity_joins,
+    single_features,
+    spine_instants_us,
+)
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView
 from heliostat.features.offline import compute_features
 from heliostat.schema import TIMESTAMP
+from heliostat.storage.delta import Table
 from heliostat.storage.event_log import EventLog
 
 DAY_US = 20_000 * US_PER_DAY
@@ -177,9 +199,128 @@ def test_texts_in_dictionaries_give_the_features_that_plain_texts_give(tmp_path:
     asked = pa.array(["shop 2", "shop 0", "none", "shop 1"]), pa.array([1, 2, 99, 5])
     for view, keys in zip(views, asked, strict=True):
         (join,) = entity_joins([view], log, None)
-        found = join.columns(0, keys, as_of_us)
+        found = join.columns([0], keys, as_of_us)
         plain = compute_features([view], log.read_bucket(SALES, view.entity, 0), keys, as_of_us)
         assert list(found) == list(plain)
         for name, values in found.items():
             assert np.array_equal(values, plain[name], equal_nan=True), name
         assert found[f"{view.name}__small"].sum() > 0
+
+
+EVERYTHING = FeatureView(
+    "everything",
+    version=1,
+    source=SALES,
+    entity=USER,
+    ttl="9d",
+    request={"offer": "float64"},
+    features={
+        "n": Count(window="7d"),
+        "sum": Sum("amount", window="30d"),
+        "all": Sum("amount"),
+        "mean": Mean("amount", window="3d"),
+        "spread": StdDev("amount", window="30d"),
+        "most": Max("amount", window="12h"),
+        "median": Quantile("amount", q=0.5, between=(0.01, 1e4), window="30d"),
+        "first": First("amount", window="30d", where=pc.field("amount") > 0),
+        "last": Last("amount"),
+        "latest": Latest("amount"),
+        "shop": Latest("shop", window="30d"),
+        "days": DistinctDays(window="30d"),
+        "since": TimeSinceLast(),
+    },
+)
+
+
+@EVERYTHING.derived
+def offered(offer: FloatArray, latest: FloatArray) -> FloatArray:
+    """What a request brings goes with its row."""
+    return offer - latest
+
+
+def busy_log(root: Path, n_buckets: int, *, n: int = 4_000) -> EventLog:
+    """Many events of few instants, in several files a bucket: ties, nulls, users with thousands and with none."""
+    rng = np.random.default_rng(7)
+    amounts = np.round(rng.lognormal(2.0, 3.0, n), 2) * rng.choice([1.0, -1.0, 1e12], n, p=[0.8, 0.19, 0.01])
+    events = pa.table(
+        {
+            "id": np.arange(n),
+            "user_id": np.where(rng.random(n) < 0.3, 3, rng.integers(0, 200, n)),
+            "shop": rng.choice(["a", "b", "c|d"], n).tolist(),
+            "at": pa.array(DAY_US - rng.integers(0, 40 * 8, n) * (US_PER_DAY // 8)).cast(TIMESTAMP),
+            "amount": pa.array(amounts, mask=rng.random(n) < 0.1),
+        },
+        schema=SALES.schema,
+    )
+    log = EventLog(str(root), n_buckets=n_buckets)
+    for first in range(0, n, n // 3):
+        log.append(SALES, events.slice(first, n // 3), ingested_us=first)
+    return log
+
+
+def busy_spine(n: int = 900) -> pa.Table:
+    """Rows at the events' own instants, repeated ones, and unknown entities; some buckets have no row."""
+    rng = np.random.default_rng(8)
+    asked = pa.table(
+        {
+            "user_id": rng.choice(np.array([*range(0, 260, 3), 10_000]), n),
+            "shop": rng.choice(["a", "c|d", "nowhere"], n).tolist(),
+            "as_of": pa.array(DAY_US - rng.integers(0, 45 * 8, n) * (US_PER_DAY // 8)).cast(TIMESTAMP),
+            "offer": rng.random(n),
+        }
+    )
+    return pa.concat_tables([asked, asked.slice(0, n // 5)])
+
+
+@pytest.mark.parametrize("n_buckets", [1, 7, 64])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("at_once", [1, 700, 2**17])
+def test_buckets_answered_together_give_the_bits_that_each_gives_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_buckets: int, threads: int, at_once: int
+) -> None:
+    log, spine = busy_log(tmp_path, n_buckets), busy_spine()
+    joins = entity_joins([EVERYTHING, SPENDING, DEMAND], log, 3_000)
+    asked = JoinRows.of(spine, joins, "as_of")
+    monkeypatch.setattr(bucket_join, "_AT_ONCE", at_once)
+    monkeypatch.setattr(bucket_join, "_FEWEST_AT_ONCE", at_once)
+    for rows in asked:
+        together = rows.columns_here(threads)
+        assert list(together) == list(rows.join.names)
+        for bucket in np.unique(rows.buckets):
+            own = np.flatnonzero(rows.buckets == bucket)
+            request = {name: values[own] for name, values in rows.request.items()}
+            alone = rows.join.columns([int(bucket)], rows.keys.take(pa.array(own)), rows.as_of_us[own], request)
+            for name, values in alone.items():
+                assert values.tobytes() == together[name][own].tobytes(), name
+
+
+def test_a_join_opens_a_table_once_however_many_buckets_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, spine = busy_log(tmp_path, 64, n=300), busy_spine(100)
+    opened: list[str] = []
+    opens = Table.open
+
+    def counting(self: Table, version: int | None = None) -> object:
+        opened.append(self.uri.rpartition("/")[2])
+        return opens(self, version)
+
+    monkeypatch.setattr(Table, "open", counting)
+    joins = entity_joins([SPENDING, EVERYTHING, DEMAND], log, None)
+    for rows in JoinRows.of(spine, joins, "as_of"):
+        assert rows.size > 0
+        rows.columns_here()
+    assert opened == ["user", "shop"]
+
+
+def test_a_joins_size_is_its_rows_and_the_events_of_the_files_it_would_open(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path), n_buckets=3)
+    log.append(SALES, sales(0, 70), ingested_us=1)
+    joins = entity_joins([SPENDING, DEMAND], log, None)
+    spine = pa.table({"user_id": [*range(7)] * 2, "shop": ["shop 1"] * 14, "as_of": [DAY_US] * 14})
+    users, shops = JoinRows.of(spine, joins, "as_of")
+    assert users.size == 14 + 70
+    of_bucket = log.statistics(SALES, SHOP).rows_by_bucket[int(shops.buckets[0])]
+    assert shops.size == 14 + of_bucket < 14 + 70
+    before = pa.table({"user_id": [1], "shop": ["shop 1"], "as_of": [DAY_US - 50 * US_PER_DAY]})
+    assert [rows.size for rows in JoinRows.of(before, joins, "as_of")] == [1, 1]

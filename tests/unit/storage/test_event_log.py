@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -257,6 +258,25 @@ def test_files_outside_the_asked_time_are_not_opened(log: EventLog, monkeypatch:
     monkeypatch.setattr(Table, "read", counting)
     assert one.read(SALES, USER, min_time_us=5_000_000).column("event_id").to_pylist() == ["new"]
     assert opened == [1]
+
+
+def test_an_opened_version_is_read_again_and_again_wherever_it_was_sent(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.append(SALES, events(*((user, f"e{user}", user) for user in range(40))), ingested_us=0)
+    opened = pickle.loads(pickle.dumps(log.opened(SALES, USER)))
+    log.append(SALES, events((99, "later", 99)), ingested_us=0)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the table was opened again")
+
+    monkeypatch.setattr(Table, "open", refuse)
+    by_bucket = [opened.read([bucket], columns=["event_id"]).num_rows for bucket in log.buckets]
+    assert sum(by_bucket) == opened.read(None).num_rows == opened.statistics().rows == 40
+    some = [bucket for bucket in log.buckets if by_bucket[bucket]][:2]
+    assert opened.read(some, raw=True).num_rows == sum(by_bucket[bucket] for bucket in some)
+    assert opened.statistics(some).rows_by_bucket == {bucket: by_bucket[bucket] for bucket in some}
+    assert opened.read([]).num_rows == opened.statistics([]).rows == 0
 
 
 def test_rows_of_a_file_are_in_order_of_event_time(log: EventLog) -> None:
