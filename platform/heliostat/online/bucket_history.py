@@ -15,6 +15,7 @@ from heliostat.features.offline import earliest_us, needed_columns, unique_event
 from heliostat.online.backfill import RingPlan
 from heliostat.schema import ID_HASH, INGESTED, TIMESTAMP, hash64, times_us
 from heliostat.storage.event_log import EventLog
+from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineStore
 from heliostat.storage.stream_tail import StreamTail
 from heliostat.storage.streams import events_from
@@ -105,32 +106,31 @@ class HistoryReader:
             streams = [self.store.keys.events(source.name, bucket) for bucket in buckets]
             self._tail = StreamTail(self.store, streams, most=_LONGEST_TAIL)
             tail = self.tail_events()
-        version = self.event_log.version(source, entity)
+        log = self.event_log.opened(source, entity)
         names = needed_columns(plan.views)
         short = tuple(dict.fromkeys((*entity.key_columns, source.event_id)))
         until_us = plan.as_of_us + (plan.limits.future_tolerance_us if self.present else 0)
         first_us = earliest_us(plan.views, np.array([plan.as_of_us]))
-        events = self._log([*names, ID_HASH], first_us, until_us, version)
+        events = self._events(log, [*names, ID_HASH], first_us, until_us)
         if self.present:
             # What was ingested while this runs may be later than what the instant allowed for.
             every = tuple(dict.fromkeys((*names, *short, ID_HASH, INGESTED)))
-            recent = self._log(every, plan.open_us, None, version)
+            recent = self._events(log, every, plan.open_us, None)
             later = pc.greater_equal(recent.column(source.event_time), pa.scalar(until_us, TIMESTAMP))
             known = pc.greater(recent.column(INGESTED), plan.as_of_us)
             beyond = recent.filter(pc.and_(later, known))
             events = pa.concat_tables([events, beyond.select(events.column_names)])
             recent = recent.filter(pc.or_(pc.invert(later), known)).select(short)
         else:
-            recent = self._log(short, plan.open_us, until_us, version)
+            recent = self._events(log, short, plan.open_us, until_us)
         none = entity.encode(recent.slice(0, 0))
-        history = BucketHistory(self.bucket, events, recent, version, tail is not None, none, self)
+        history = BucketHistory(self.bucket, events, recent, log.version, tail is not None, none, self)
         return history if tail is None else history._with(tail)
 
-    def _log(self, columns: Sequence[str], first_us: int | None, until_us: int | None, version: int) -> pa.Table:
-        source, entity = self.plan.views[0].source, self.plan.views[0].entity
-        return self.event_log.read_bucket(
-            source, entity, self.bucket, columns=columns, min_time_us=first_us, max_time_us=until_us, version=version
-        )
+    def _events(
+        self, log: LogVersion, columns: Sequence[str], first_us: int | None, until_us: int | None
+    ) -> pa.Table:
+        return log.read([self.bucket], columns=columns, min_time_us=first_us, max_time_us=until_us)
 
     def tail_events(self) -> pa.Table | None:
         """The bucket's events that came into the streams since the last call; None if that can't be told."""
