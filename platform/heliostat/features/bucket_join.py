@@ -205,7 +205,8 @@ class JoinRows:
     @cached_property
     def events_by_bucket(self) -> dict[int, int]:
         """As `EntityJoin.events_by_bucket`, of the buckets that have rows."""
-        return self.join.events_by_bucket(np.unique(self.buckets).tolist(), self.as_of_us) if len(self.keys) else {}
+        present = np.flatnonzero(np.bincount(self.buckets)).tolist()
+        return self.join.events_by_bucket(present, self.as_of_us) if present else {}
 
     @property
     def size(self) -> int:

@@ -39,6 +39,7 @@ from heliostat.features.aggregations import (
     evaluate,
 )
 from heliostat.features.definitions import Entity, EventSource, FeatureView
+from heliostat.features.entity_codes import EntityCodes
 from heliostat.features.inputs import OrderedInput
 from heliostat.features.sketches import rank
 from heliostat.features.states import emptied
@@ -228,8 +229,7 @@ class _Timeline:
     def of(cls, views: Sequence[FeatureView], events: pa.Table, keys: pa.Array, as_of_us: IntArray) -> _Timeline:
         """Order events and rows; events that no row can see are dropped first."""
         source, entity = views[0].source, views[0].entity
-        encoded = keys.dictionary_encode()
-        asked, row_codes = encoded.dictionary, encoded.indices.to_numpy().astype(np.int64)
+        asked = EntityCodes(keys)
         event_codes = _event_codes(source, entity, events, asked)
         times = times_us(events.column(source.event_time))
         if len(as_of_us):
@@ -256,14 +256,14 @@ class _Timeline:
         wanted = {each.key: each for each in (*(each for view in views for each in view.inputs), *alive)}
         given = evaluate(events, wanted.values())
         if kept is None:
-            index = EventIndex(event_codes, times, ties, n_codes=len(asked))
+            index = EventIndex(event_codes, times, ties, n_codes=asked.n)
             order = index.order
         else:
-            index = EventIndex(event_codes[kept], times[kept], ties[kept], n_codes=len(asked))
+            index = EventIndex(event_codes[kept], times[kept], ties[kept], n_codes=asked.n)
             order = kept[index.order]
         inputs = {key: OrderedInput(each, order) for key, each in given.items()}
-        rows = np.argsort(index.packed(row_codes, as_of_us))
-        return cls(index.codes, index.times, order, inputs, index, row_codes[rows], as_of_us[rows], rows)
+        rows = np.argsort(index.packed(asked.rows, as_of_us))
+        return cls(index.codes, index.times, order, inputs, index, asked.rows[rows], as_of_us[rows], rows)
 
     def features(self, view: FeatureView, request: Mapping[str, FloatArray] | None) -> dict[str, FloatArray]:
         """All features of a view that can be computed, by name, in the caller's order of rows."""
@@ -412,19 +412,13 @@ class _Timeline:
         return self._running[key]
 
 
-def _event_codes(source: EventSource, entity: Entity, events: pa.Table, known: pa.Array) -> IntArray:
-    """The position of each event's key among the known ones; -1 where it isn't."""
+def _event_codes(source: EventSource, entity: Entity, events: pa.Table, asked: EntityCodes) -> IntArray:
+    """The number of each event's entity among those asked for; -1 where it isn't."""
     what = f"events of {source.name!r}"
     column = entity.key_columns[0]
     if len(entity.key_columns) > 1 or not pa.types.is_dictionary(events.schema.field(column).type):
-        return _codes(entity.encode(events, what=what), known)
+        return asked.of(entity.encode(events, what=what))
     whole = events.column(column).unify_dictionaries().combine_chunks()
-    codes = _codes(entity.encode(pa.table({column: whole.dictionary}), what=what), known)
+    codes = asked.of(entity.encode(pa.table({column: whole.dictionary}), what=what))
     places: IntArray = codes[whole.indices.to_numpy()]
     return places
-
-
-def _codes(keys: pa.Array, known: pa.Array) -> IntArray:
-    """The position of each key among the known ones; -1 where it isn't."""
-    found: NDArray[np.int32] = pc.fill_null(pc.index_in(keys, value_set=known), -1).to_numpy()
-    return found.astype(np.int64)
