@@ -28,14 +28,14 @@ from heliostat import (
     Sum,
 )
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, US_PER_MINUTE, parse_instant_us
-from heliostat.features.backfill import BucketRings, RingPlan
+from heliostat.features.backfill import views_together
 from heliostat.features.live import LiveRings, remember_ms
 from heliostat.features.offline import compute_features, unique_events
 from heliostat.features.retrieval import FeatureReader
 from heliostat.features.tiles import RingLimits, ring_layout
-from heliostat.schema import ID_HASH, TIMESTAMP, hash64, tie48, times_us
+from heliostat.schema import TIMESTAMP, hash64, tie48, times_us
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
-from heliostat.storage.ring_writes import RingLayouts
+from tests.history import History
 from tests.oracles import Oracle
 from tests.strategies import KEYS, ORDERS, ORIGIN_US, SHOP, SOURCES, UNKNOWN, USER, key_table, order_streams, views
 
@@ -46,7 +46,7 @@ quick = settings(
 )
 exhaustive = settings(quick, max_examples=2_000)
 
-N_BUCKETS = 4
+N_BUCKETS = 2
 # The strategies' events arrive up to three days late; the sink needs an hour more.
 LIMITS = RingLimits(3 * US_PER_DAY + US_PER_HOUR, 60_000_000)
 PEOPLE = [*KEYS[USER.name], UNKNOWN[USER.name]]
@@ -72,20 +72,8 @@ class Online:
         list(self.store.apply_events(updates, remember_ms=remember_ms(LIMITS)))
 
     def materialize(self, log: pa.Table, as_of_us: int) -> None:
-        """As the materialization's task of each bucket does, from a table instead of the log."""
-        log = log.append_column(ID_HASH, pa.array(hash64(log[self.source.event_id]).view(np.int64)))
-        log = log.filter(pa.array(times_us(log[self.source.event_time]) < as_of_us))
-        for entity in self.source.entities:
-            own = tuple(view for view in self.views if view.entity is entity)
-            plan = RingPlan(own, self.store.keys, as_of_us, LIMITS)
-            buckets = entity.buckets(entity.encode(log), N_BUCKETS)
-            for bucket in range(N_BUCKETS if own else 0):
-                events = log.filter(pa.array(buckets == bucket))
-                recent = events.filter(pa.array(times_us(events[self.source.event_time]) >= plan.open_us))
-                rings = BucketRings.of(plan, bucket, events, recent)
-                lease = self.store.begin_bucket(self.source.name, entity.name, bucket)
-                layouts = RingLayouts(plan.described, False, remember_ms(LIMITS))
-                list(self.store.write_rings(list(layouts.calls(lease, rings.writes()))))
+        for views_of_one in views_together(self.views):
+            History(views_of_one, log, as_of_us, store=self.store, n_buckets=N_BUCKETS, limits=LIMITS).write()
 
     def read(self, keys: dict[str, list[Key]], as_of_us: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Features by name, and which views are absent, of all views in one round trip."""
