@@ -168,7 +168,7 @@ def test_offline_and_online_and_the_oracle_agree_on_views_of_several_entities(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @exhaustive
 @given(data=st.data())
 def test_offline_and_online_and_the_oracle_agree_at_length(data: st.DataObject, fresh: Any) -> None:
