@@ -188,11 +188,10 @@ def check_all(world: World) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("step", [pytest.param("_write", marks=pytest.mark.slow), "_remember"])
 def test_a_ray_worker_that_is_killed_during_a_backfill_is_replaced_and_the_result_is_right(
-    beside_live_events: World, home: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    beside_live_events: World, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heliostat.features.materialize.BucketTask", mortal(home, step, times=1))
+    monkeypatch.setattr("heliostat.features.materialize.BucketTask", mortal(home, "_write", times=1))
     (done,) = beside_live_events.materialize(SPENDING, on_ray=True)
     assert deaths(home) == 1
     assert (done.buckets, done.entities) == (N_BUCKETS, USERS)
