@@ -221,7 +221,9 @@ _FUNCTIONS: list[type[Aggregation]] = [
 ]  # fmt: skip
 
 
-def _prepared_quantile(windows: list[str | None], hop_us: int | None, column: Any, where: Any) -> Quantile:
+def _prepared_quantile(
+    wanted: str | None, windows: list[str | None], hop_us: int | None, column: Any, where: Any
+) -> Quantile:
     between, error = _RANDOM.choice(_RANGES)
     chosen = Quantile(
         column,
@@ -238,26 +240,27 @@ def _prepared_quantile(windows: list[str | None], hop_us: int | None, column: An
         for window in windows
     }
     fitting = [window for window in windows if slots[window] * chosen.bins.width <= _MOST_CELLS]
-    return replace(chosen, window=_RANDOM.choice(fitting))
+    return replace(chosen, window=wanted if wanted in fitting else _RANDOM.choice(fitting))
 
 
 def _prepared_aggregations(hop: str | None) -> list[Aggregation]:
-    """Many combinations of function, input, condition and window that a hop allows."""
+    """Each function over each window that a hop allows, a few times, of any input and condition."""
     view_hop_us = None if hop is None else parse_duration_us(hop)
     hop_us = view_hop_us or 1
     whole = [window for window in _WINDOWS if window is None or parse_duration_us(window) % hop_us == 0]
     days = [window for window in _WINDOWS if window is not None and parse_duration_us(window) % US_PER_DAY == 0]
+    pairs = [
+        (function, window) for function in _FUNCTIONS for window in (days if function is DistinctDays else whole)
+    ]
     found: list[Aggregation] = []
-    for _ in range(600):
-        function = _RANDOM.choice(_FUNCTIONS)
-        window = _RANDOM.choice(days if function is DistinctDays else whole)
+    for function, window in itertools.islice(itertools.cycle(pairs), 600):
         where = _RANDOM.choice([None, *_WHERES.values()])
         column = _RANDOM.choice(list(_INPUTS.values()))
         if function is TimeSinceLast:
             unit: Any = _RANDOM.choice(["second", "minute", "hour", "day"])
             found.append(TimeSinceLast(window=window, where=where, unit=unit))
         elif function is Quantile:
-            found.append(_prepared_quantile(whole, view_hop_us, column, where))
+            found.append(_prepared_quantile(window, whole, view_hop_us, column, where))
         elif function is CountDistinct:
             column, categories = _RANDOM.choice(_CATEGORIES)
             found.append(CountDistinct(column, categories=categories, window=window, where=where))
@@ -271,7 +274,10 @@ def _prepared_aggregations(hop: str | None) -> list[Aggregation]:
 
 
 _HOPS = (None, None, "5m", "1h", "6h", "1d")
-_AGGREGATIONS = {hop: st.sampled_from(_prepared_aggregations(hop)) for hop in _HOPS}
+AGGREGATIONS = {hop: _prepared_aggregations(hop) for hop in dict.fromkeys(_HOPS)}
+"""What a view of a hop is made of."""
+
+_AGGREGATIONS = {hop: st.sampled_from(prepared) for hop, prepared in AGGREGATIONS.items()}
 _VIEW_OPTIONS = st.sampled_from(
     list(itertools.product(_HOPS, (None, None, _WHERES["positive"]), (None, None, "6h", "10d"), (True, False)))
 )

@@ -9,17 +9,31 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.exceptions import WorkerCrashedError
 
 from heliostat.errors import OnlineStoreUnavailableError
 from heliostat.models.definitions import Definitions
+from heliostat.online.bucket_rings import BucketTask
 from heliostat.online.materialize import Step
 from heliostat.rebuild import rebuild
 from heliostat.settings import OnlineSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.workspace import Workspace
-from tests.integration.test_materialization import LIMITS, N_BUCKETS, SALES, SHOP, SPENDING, USER, USERS, World, sales
+from tests.integration.test_materialization import (
+    LIMITS,
+    N_BUCKETS,
+    SALES,
+    SHOP,
+    SPENDING,
+    TRAFFIC,
+    USER,
+    USERS,
+    World,
+    sales,
+)
 
 
 class Server:
@@ -127,3 +141,76 @@ def test_after_a_flush_rebuild_restores_rings_ids_routes_and_positions_beside_li
     recent = [each for each in sales(range(300)) if each["at"] >= world.clock.now_us() - LIMITS.lateness_us]
     assert set(world.live(recent)) == {"duplicate"}
     world.check()
+
+
+# ── A Ray worker that is killed ─────────────────────────────────────────────────────
+
+
+def mortal(home: Path, step: str, *, times: int) -> type[BucketTask]:
+    """A task whose process is killed as it comes to a step with bucket 1, the first so many times."""
+
+    def killed(task: BucketTask, of: Any, *given: Any) -> Any:
+        before = deaths(home)
+        if of.bucket == 1 and before < times:
+            (home / f"death {before}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return getattr(BucketTask, step)(task, of, *given)
+
+    return type("Mortal", (BucketTask,), {step: killed})
+
+
+def deaths(home: Path) -> int:
+    return len(list(home.glob("death *")))
+
+
+@pytest.fixture
+def beside_live_events(settings: Settings) -> Iterator[World]:
+    """What came in bulk is in the log; of what came live, the sink has moved a half."""
+    world = World(settings)
+    world.bulk(sales(range(300)))
+    world.live(sales(range(250, 350)))
+    world.sink.drain_once()
+    world.live(sales(range(350, 400)))
+    yield world
+    world.close()
+
+
+def check_all(world: World) -> None:
+    """Rings are the kernel's before and after the sink is through, and the log holds each event once."""
+    world.materialize(TRAFFIC)
+    world.check()
+    world.sink.drain_once()
+    for entity in (USER, SHOP):
+        ids = world.log.read(SALES, entity).column("event_id").to_pylist()
+        assert sorted(ids) == sorted(world.events)
+    world.materialize(full=True)
+    world.check()
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_ray_worker_that_is_killed_during_a_backfill_is_replaced_and_the_result_is_right(
+    beside_live_events: World, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heliostat.online.materialize.BucketTask", mortal(home, "_write", times=1))
+    (done,) = beside_live_events.materialize(SPENDING, on_ray=True)
+    assert deaths(home) == 1
+    assert (done.buckets, done.entities) == (N_BUCKETS, USERS)
+    beside_live_events.check(SPENDING)
+    check_all(beside_live_events)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_backfill_whose_workers_are_killed_again_and_again_fails_and_is_resumed(
+    beside_live_events: World, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("heliostat.online.materialize.BucketTask", mortal(home, "_remember", times=1_000))
+        with pytest.raises(WorkerCrashedError):
+            beside_live_events.materialize(SPENDING, on_ray=True)
+    assert deaths(home) > 1, "Ray tries again"
+    (rest,) = beside_live_events.materialize(SPENDING, on_ray=True)
+    assert rest.buckets == N_BUCKETS - 1, "the other one had come to its end"
+    assert rest.rings.written == 0, "what was written before it was noted is there"
+    beside_live_events.check(SPENDING)
+    check_all(beside_live_events)

@@ -28,6 +28,13 @@ def test_declaring_loads_neither_ray_nor_a_server() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_command_that_needs_no_model_doesnt_wait_for_what_models_need() -> None:
+    heavy = ("lightgbm", "sklearn", "scipy", "ray.data", "ray.serve", "fastapi")
+    code = f"import heliostat.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_says_what_it_is_for(path: Path) -> None:
     source = path.read_text()

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import lightgbm as lgb
 import numpy as np
 import orjson
 from numpy.typing import NDArray
@@ -24,6 +23,9 @@ from numpy.typing import NDArray
 from heliostat.errors import InvalidPackageError, SignatureMismatchError, UnknownFeatureError
 from heliostat.models.categories import Categories
 from heliostat.models.definitions import ModelSpec
+
+if TYPE_CHECKING:
+    import lightgbm as lgb
 
 FloatArray = NDArray[np.float64]
 Document = Mapping[str, Any]
@@ -230,6 +232,9 @@ class ModelPackage:
             InvalidPackageError: If the booster can't be read.
             SignatureMismatchError: If the booster was trained on other features.
         """
+        # It imports scikit-learn and scipy: programs that only look at versions don't wait for that.
+        import lightgbm as lgb
+
         try:
             booster = lgb.Booster(model_str=self.booster_text)
         except lgb.basic.LightGBMError as error:

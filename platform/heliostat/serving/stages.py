@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import lightgbm  # noqa: F401 - imported before the first request: loading a version would wait for it
 import numpy as np
 from numpy.typing import NDArray
 
