@@ -196,11 +196,13 @@ class _Run:
         started_s, task = time.monotonic(), self.task
         with OnlineStore(task.online) as store:
             jobs = self._jobs(store)
+            # What comes during the run comes from events; only what was there before may have none left.
+            swept = [view for view in task.views if task.present and any(store.scan(_rings_of(store, view)))]
             self._say(len(jobs))
             for done in self._over(jobs):
                 self.finished.append(done)
                 self._say(len(jobs))
-            cleared = self._swept(store) if task.present else RingCounts()
+            cleared = self._swept(swept, store)
             result = Materialization(
                 views=tuple(view.ref for view in task.views),
                 as_of_us=task.as_of_us,
@@ -325,11 +327,11 @@ class _Run:
 
     # ── What nothing is left of ──────────────────────────────────────────────────
 
-    def _swept(self, store: OnlineStore) -> RingCounts:
-        """Clear the rings, of buckets that were looked at in full, of which the log knows nothing."""
+    def _swept(self, views: Sequence[FeatureView], store: OnlineStore) -> RingCounts:
+        """Clear the rings of views, in buckets that were looked at in full, of which the log knows nothing."""
         plan, swept = self.task.plan, RingCounts()
         by_bucket = {done.bucket: done for done in self.finished if done.full}
-        if not by_bucket:
+        if not by_bucket or not views:
             return swept
         known = [
             np.sort(np.concatenate([np.frombuffer(done.present[group], np.uint64) for done in by_bucket.values()]))
@@ -337,8 +339,8 @@ class _Run:
         ]
         source, entity = self.task.views[0].source, self.task.views[0].entity
         layouts = RingLayouts(plan.described, True, remember_ms(self.task.limits))
-        for view in self.task.views:
-            for keys in store.scan(f"{store.keys.root}:r:{view.ref}:"):
+        for view in views:
+            for keys in store.scan(_rings_of(store, view)):
                 doomed, outdated = _unknown_rings(plan, keys, known, set(by_bucket))
                 swept += RingCounts(cleared=store.remove(outdated))
                 for bucket, writes in doomed.items():
@@ -348,6 +350,11 @@ class _Run:
                         counts = RingCounts.of(codes)
                         swept += RingCounts(written=counts.written, cleared=counts.cleared)
         return swept
+
+
+def _rings_of(store: OnlineStore, view: FeatureView) -> str:
+    """What the keys of a view's rings begin with."""
+    return f"{store.keys.root}:r:{view.ref}:"
 
 
 def _unknown_rings(
