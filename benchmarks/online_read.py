@@ -47,6 +47,7 @@ from heliostat.storage.online_store import OnlineConfig, OnlineStore
 
 FEAST_REQUIREMENTS = ("feast[redis]>=0.67",)
 OURS, FEAST, FEAST_DICT = "Heliostat, rings merged", "Feast, get_online_features", "Feast, and to_dict"
+OURS_NEARBY, FEAST_NEARBY = "Heliostat, by Unix socket", "Feast, by Unix socket"
 HMGET, MGET, RINGS = "floor: HMGETs, unpacked", "floor: MGET of vectors", "floor: MGET of the rings"
 TARGETS = {1: 2.0, 100: 10.0}
 ADDED_VIEW_TARGET = 1.3
@@ -192,10 +193,16 @@ class Ours:
 
 
 @contextmanager
-def feast(folder: Path, port: int) -> Iterator[Program]:
-    """Feast with the views' values in the online store, while the block runs."""
+def feast(folder: Path, address: str) -> Iterator[Program]:
+    """Feast with the views' values in the online store, while the block runs.
+
+    Args:
+        folder: With the values.
+        address: Of the online store, as Feast writes it.
+    """
     python = python_of("feast", FEAST_REQUIREMENTS)
-    options = ["--folder", str(folder), "--redis", f"127.0.0.1:{port}"]
+    repository = Path(tempfile.mkdtemp(dir=folder))
+    options = ["--folder", str(repository), "--redis", address]
     with Program.started(python, "feast_store.py", *options, name="Feast") as program:
         views = {
             view.name: {"file": str(_file(folder, view.name)), "features": list(view.feature_names)} for view in VIEWS
@@ -294,8 +301,13 @@ def run(plan: Plan, folder: Path, skip: Sequence[str]) -> tuple[Cells, str]:
         port = stack.enter_context(valkey_server(folder / "valkey"))
         store = stack.enter_context(OnlineStore(OnlineConfig(url=f"redis://127.0.0.1:{port}", project="bench")))
         client = stack.enter_context(redis.Redis(port=port))
+        unix = folder / "valkey" / "valkey.sock"
+        nearby = stack.enter_context(OnlineStore(OnlineConfig(url=f"unix://{unix}", project="bench")))
         fill(store, plan, folder)
-        program = None if "feast" in skip else stack.enter_context(feast(folder, port))
+        address = f"127.0.0.1:{port}"
+        program = None if "feast" in skip else stack.enter_context(feast(folder, address))
+        beside = f"{address},unix_socket_path={unix}"
+        near = None if "feast" in skip else stack.enter_context(feast(folder, beside))
         if program is not None:
             check_agreement(program, store, plan.users)
         cells: Cells = {}
@@ -308,6 +320,9 @@ def run(plan: Plan, folder: Path, skip: Sequence[str]) -> tuple[Cells, str]:
                 if program is not None:
                     readers[at, FEAST] = asking(program, vector.feast_names, batches, to_dict=False)
                     readers[at, FEAST_DICT] = asking(program, vector.feast_names, batches, to_dict=True)
+            readers[0, OURS_NEARBY] = timing(Ours(nearby, VECTORS[0].views).read, batches)
+            if near is not None:
+                readers[0, FEAST_NEARBY] = asking(near, VECTORS[0].feast_names, batches, to_dict=False)
             readers |= {(0, name): reads for name, reads in floors(client, store, batches, plan.users).items()}
             _turns(plan, entities, readers, cells)
         return cells, "skipped" if program is None else str(program.greeting["version"])
@@ -330,9 +345,10 @@ def report(cells: Cells, plan: Plan, version: str) -> Report:
     median = {key: (statistics.median(each.p50), statistics.median(each.p99)) for key, each in cells.items()}
     rows: list[list[object]] = []
     for (entities, at, name), (p50, p99) in median.items():
-        ours, vector = median[entities, at, OURS], VECTORS[at]
+        beside = OURS_NEARBY if name in (OURS_NEARBY, FEAST_NEARBY) else OURS
+        ours, vector = median[entities, at, beside], VECTORS[at]
         target = f"≥ {TARGETS[entities]:g}" if name == FEAST and at == 0 and entities in TARGETS else ""
-        ratios: list[object] = ["1", "1"] if name == OURS else [p50 / ours[0], p99 / ours[1]]
+        ratios: list[object] = ["1", "1"] if name == beside else [p50 / ours[0], p99 / ours[1]]
         # The vector with one view less: the same ten features, or ten fewer.
         before = {1: 0, 2: 1, 3: 0, 4: 3}.get(at)
         added: object = "" if before is None else p50 / median[entities, before, name][0]
@@ -345,11 +361,12 @@ def report(cells: Cells, plan: Plan, version: str) -> Report:
         ),
         rows=rows,
         notes=(
-            "p50 / ours, p99 / ours: how many times as long as Heliostat with as many views.",
+            "p50 / ours, p99 / ours: how many times as long as Heliostat with as many views, reached the same way.",
             "Heliostat: from integer ids to a matrix; 31 daily tiles an entity and view are merged at the instant.",
             "Feast: from integer ids to its response; and to_dict: to the values that a program can use.",
             "Feast looks up values that were computed beforehand and materialized; they slide when that is repeated.",
-            "Same server over TCP for all, warm, one client, no concurrency; readers took turns in one run.",
+            "Same server for all, over TCP unless it says otherwise, warm, one client, no concurrency, in turns.",
+            "By Unix socket: the way to the server that Heliostat brings along; Feast's client takes one as well.",
             f"Medians of {plan.rounds} turns of {plan.seconds:g} s; percentiles of each turn.",
             "p50 / with one view less: what a further view costs, for the same ten features, and with ten more.",
             f"For the same ten features out of one more view, Heliostat's goal is ≤ {ADDED_VIEW_TARGET:g}.",

@@ -148,7 +148,7 @@ class ProgramEndedError(RuntimeError):
 
 @contextlib.contextmanager
 def valkey_server(folder: Path) -> Iterator[int]:
-    """A server of the binary that Heliostat embeds, on a TCP port, for peers that know no Unix sockets.
+    """A server of the binary that Heliostat embeds, on a TCP port and at a Unix socket, ``folder/valkey.sock``.
 
     It writes the same append-only file as the embedded one.
 
@@ -163,6 +163,7 @@ def valkey_server(folder: Path) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    options += ["--unixsocket", str(folder / "valkey.sock"), "--unixsocketperm", "700"]
     options += ["--appendonly", "yes", "--appendfsync", "everysec", "--logfile", str(folder / "valkey.log")]
     process = subprocess.Popen([str(get_binary_path()), *options])
     try:
