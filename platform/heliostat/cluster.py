@@ -54,6 +54,7 @@ RAY_ENVIRONMENT = {
 }
 
 _HEAD_FILE = "ray-head.json"
+_WORKERS_END_S = 5.0
 _START_LIMIT_S = 90.0
 
 
@@ -134,7 +135,9 @@ def connect(settings: Settings) -> Iterator[None]:
         check_storage(settings)
         yield
     finally:
+        workers = [] if address else _own_workers()
         ray.shutdown()
+        _end_workers(workers)
         own.close()
 
 
@@ -322,21 +325,53 @@ def _members(folder: Path) -> list[int]:
     process that has changed its title may have overwritten the one, an orphan has lost the other.
     """
     mark = f"RAY_SERVE_HAPROXY_SERVER_STATE_BASE={folder}".encode()
+    marked: list[int] = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                marked.append(int(entry.name))
+    return sorted({*marked, *_below(marked)})
+
+
+def _own_workers() -> list[int]:
+    """The workers of the cluster that this process has started."""
+    raylets = [pid for pid in _below([os.getpid()]) if _read_proc(pid, "comm").strip() == "raylet"]
+    return [pid for pid in _below(raylets) if _is_worker(pid)]
+
+
+def _end_workers(pids: list[int]) -> None:
+    """See to it that workers whose raylet has gone go as well: one that hangs in its own ending stays for ever."""
+    _wait_gone(pids, _WORKERS_END_S)
+    for pid in pids:
+        if _alive(pid) and _is_worker(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_worker(pid: int) -> bool:
+    return _read_proc(pid, "cmdline").startswith("ray::")
+
+
+def _read_proc(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _below(pids: list[int]) -> set[int]:
+    """All processes that these have started, however far down."""
     children: dict[int, list[int]] = {}
-    waiting: list[int] = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(entry.name))
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                waiting.append(int(entry.name))
-    found: set[int] = set()
+    found, waiting = set[int](), list(pids)
     while waiting:
-        pid = waiting.pop()
-        if pid not in found:
-            found.add(pid)
-            waiting.extend(children.get(pid, ()))
-    return sorted(found)
+        own = [child for child in children.get(waiting.pop(), ()) if child not in found]
+        found.update(own)
+        waiting += own
+    return found
 
 
 def _wait_gone(pids: list[int], limit_s: float) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,47 @@ def test_several_nodes_with_storage_that_one_alone_sees_are_refused(home: Path) 
     for name in ("storage.root", "online.url", "catalog.url", "s3://", "PostgreSQL"):
         assert name in refused
     assert accepted == "accepted"
+
+
+WORKERS = """
+import os, sys, time
+from heliostat import cluster
+from heliostat.settings import RaySettings, Settings
+import ray
+with cluster.connect(Settings(home=sys.argv[1], ray=RaySettings(cpus=2, object_store_bytes=100_000_000))):
+    here = ray.get([ray.remote(lambda: (time.sleep(0.5), os.getpid())[1]).remote() for _ in range(2)])
+    assert set(here) <= set(cluster._own_workers())
+print(*(pid for pid in here if cluster._alive(pid)))
+"""
+
+
+def test_a_cluster_knows_its_workers_and_takes_them_along(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WORKERS, str(home)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_a_worker_that_hangs_in_its_own_ending_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_WORKERS_END_S", 0.2)
+    titles = ("ray::IDLE", "somebody")
+    script = "trap '' TERM HUP; " + " ".join(
+        f"(exec -a {title} sleep 60 >/dev/null 2>&1 </dev/null) & echo $!;" for title in titles
+    )
+    started = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    worker, somebody = (int(pid) for pid in started.stdout.split())
+    try:
+        limit = time.monotonic() + 10
+        while not cluster._is_worker(worker) or "somebody" not in cluster._read_proc(somebody, "cmdline"):
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        cluster._end_workers([worker, somebody])
+        cluster._wait_gone([worker], 5.0)
+        assert not cluster._alive(worker)
+        assert cluster._alive(somebody), "a number that another process has by now"
+    finally:
+        os.kill(somebody, signal.SIGKILL)
 
 
 def test_a_head_is_found_again_and_leaves_nothing_behind(home: Path) -> None:
