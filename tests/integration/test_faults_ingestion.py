@@ -378,9 +378,12 @@ def test_a_server_that_is_killed_between_requests_has_kept_every_accepted_event(
 @pytest.mark.slow
 def test_a_server_that_is_killed_in_the_middle_of_batches_is_whole_once_they_are_repeated(home: Path) -> None:
     instants = random.Random(6)
-    first, broken = 0, 0
+    first, kills, broken = 0, 0, 0
     with _own_server(home) as (server, shop):
-        for _ in range(6):
+        # Most of a batch's time is spent before it is sent: whether a kill falls inside is a matter of luck.
+        while kills < 6 or not broken:
+            kills += 1
+            assert kills <= 60, "no batch was interrupted half way"
             timer = threading.Timer(instants.uniform(0.01, 0.5), server.kill)
             timer.start()
             while True:
@@ -396,7 +399,6 @@ def test_a_server_that_is_killed_in_the_middle_of_batches_is_whole_once_they_are
             broken += 0 < statuses.count("duplicate") < len(batch)
             shop.sink.drain_once()
         shop.check()
-    assert broken, "no batch was interrupted half way"
 
 
 def test_rings_of_a_server_whose_data_are_lost_are_rebuilt_from_the_log_and_sent_events_stay_known(
