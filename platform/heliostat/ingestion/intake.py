@@ -252,7 +252,9 @@ def _learn(categories: CategoryDictionary, source: str, texts: Mapping[str, Mapp
         _log.warning("new categories of %s aren't written down yet: %s", source, error)
 
 
-class _Declared(Protocol):
+class Declared(Protocol):
+    """What ingestion needs of declarations."""
+
     @property
     def sources(self) -> Mapping[str, EventSource]:
         """The declared event sources, by name."""
@@ -275,7 +277,7 @@ class IntakeStores(Protocol):
         ...
 
     @property
-    def definitions(self) -> _Declared:
+    def definitions(self) -> Declared:
         """What is declared."""
         ...
 

@@ -22,8 +22,9 @@ import pyarrow as pa
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, Clock, parse_duration_us, parse_instant_us
 from heliostat.errors import StaleProgressError, StorageError, StreamEntryError
-from heliostat.features.definitions import EventSource, FeatureView
+from heliostat.features.definitions import EventSource
 from heliostat.ingestion.checking import EventCheck
+from heliostat.ingestion.intake import Declared
 from heliostat.ingestion.lease import SinkLease
 from heliostat.ingestion.mending import RingMender
 from heliostat.online.tiles import RingLimits
@@ -87,18 +88,6 @@ class Drained:
         return ", ".join(f"{count:,} {name}" for name, count in self.to_document().items())
 
 
-class _Declared(Protocol):
-    @property
-    def sources(self) -> Mapping[str, EventSource]:
-        """The declared event sources, by name."""
-        ...
-
-    @property
-    def views(self) -> Mapping[str, FeatureView]:
-        """All versions of all views."""
-        ...
-
-
 class SinkStores(Protocol):
     """What the sink needs of a workspace."""
 
@@ -130,7 +119,7 @@ class SinkStores(Protocol):
         ...
 
     @property
-    def definitions(self) -> _Declared:
+    def definitions(self) -> Declared:
         """What is declared."""
         ...
 
