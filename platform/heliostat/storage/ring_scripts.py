@@ -167,18 +167,14 @@ end
 local stamp = (tonumber(redis.call('GET', KEYS[1]) or 0) % 65536) / 262144
 
 -- A slot of a later tile than any of the ring's: the ones beyond its reach leave.
-local function append(key, size, slot, tile, n_slots, slot_bytes, life, operators)
-  local from, base = 0, ''
-  if life then
-    from, base = slot_bytes, redis.call('GETRANGE', key, 0, slot_bytes - 1)
-  end
-  local kept, oldest = from, tile - (life and n_slots - 1 or n_slots)
+local function append(key, size, from, slot, tile, reach, slot_bytes, operators)
+  local kept, base = from, from > 0 and redis.call('GETRANGE', key, 0, from - 1) or ''
   while kept < size do
     local held_tile = floor(unpack_f8('<d', redis.call('GETRANGE', key, kept, kept + 7)))
-    if held_tile > oldest then
+    if held_tile > tile - reach then
       break
     end
-    if life then
+    if from > 0 then
       base = with(base, operators, redis.call('GETRANGE', key, kept, kept + slot_bytes - 1), held_tile)
     end
     kept = kept + slot_bytes
@@ -208,7 +204,10 @@ end
 
 local function update(key, descriptor, slot)
   local n_slots, slot_bytes, expire_ms, life, operators, empty = describe(descriptor)
-  local tile, from, late = unpack_f8('<d', slot), life and slot_bytes or 0, 0
+  local tile, late, from, reach = unpack_f8('<d', slot), 0, 0, n_slots
+  if life then
+    from, reach = slot_bytes, n_slots - 1
+  end
   local stamped = struct.pack('<d', tile + stamp) .. sub(slot, 9)
   local size = redis.call('STRLEN', key)
   if size == 0 or size % slot_bytes ~= 0 then
@@ -219,8 +218,8 @@ local function update(key, descriptor, slot)
     local at = size - slot_bytes
     local held_tile = floor(unpack_f8('<d', redis.call('GETRANGE', key, at, at + 7)))
     if held_tile < tile then
-      append(key, size, stamped, tile, n_slots, slot_bytes, life, operators)
-    elseif tile > held_tile - (life and n_slots - 1 or n_slots) then
+      append(key, size, from, stamped, tile, reach, slot_bytes, operators)
+    elseif tile > held_tile - reach then
       if held_tile > tile then
         at, held_tile = found(key, from, size, slot_bytes, tile)
       end
