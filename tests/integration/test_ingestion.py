@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,26 @@ def test_two_sinks_at_once_apply_everything_once(intake: Intake, sink: Sink, set
     other.streams.close()
     assert _ids(sink) == _ids(sink, SHOP) == sorted(wanted)
     assert _predicted(sink) == sorted(f"p{name}" for name in wanted)
+
+
+def test_other_sink_that_empties_a_stream_between_its_length_and_its_entries_is_no_error(
+    intake: Intake, sink: Sink, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Sink(Streams.open(settings), sink.event_log, sink.offline_store, [SALES], sink.clock)
+    intake.submit("sales", [event("a"), event("b", user=2)])
+    sink.streams.append("predictions", [_prediction("p")])
+    measured = sink.streams.lengths
+
+    def overtaken(streams: Sequence[str]) -> dict[str, int]:
+        lengths = measured(streams)
+        other.drain_once()
+        return lengths
+
+    monkeypatch.setattr(sink.streams, "lengths", overtaken)
+    assert sink.drain_once() == Drained()
+    other.streams.close()
+    assert _ids(sink) == _ids(sink, SHOP) == ["a", "b"]
+    assert _predicted(sink) == ["p"]
 
 
 def test_event_that_came_in_bulk_as_well_is_one_event(intake: Intake, sink: Sink) -> None:

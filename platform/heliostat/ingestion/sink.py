@@ -310,9 +310,10 @@ class Sink:
     # ── Both ─────────────────────────────────────────────────────────────────────
 
     def _waiting(self, streams: Sequence[str]) -> dict[str, Entries]:
-        """The oldest entries of each stream that has any."""
+        """The oldest entries of each stream that has any; another sink may have trimmed one since it was measured."""
         lengths = self.streams.lengths(streams)
-        return {stream: self.streams.read(stream, count=_ENTRIES_A_STREAM) for stream in streams if lengths[stream]}
+        read = {stream: self.streams.read(stream, count=_ENTRIES_A_STREAM) for stream in streams if lengths[stream]}
+        return {stream: entries for stream, entries in read.items() if entries}
 
     def _trim(self, waiting: Mapping[str, Entries]) -> int:
         """Drop entries that every table has by now."""
