@@ -52,6 +52,7 @@ def add_routes(app: FastAPI, api: Api, definitions: Definitions) -> None:
     """
     model = next(iter(definitions.models.values()), None)
     _post(app, "/predict", api.predict, _predict_schema(model), (400, 404, 413, 422, 503, 504))
+    _post(app, "/models/{model}/predict", api.predict_of, _predict_schema(model), (400, 404, 413, 422, 503, 504))
     _post(app, "/events", api.events, _events_schema(definitions), (400, 404, 413, 422, 503))
     _post(app, "/actuals", api.actuals, _actuals_schema(model), (400, 404, 413, 422, 503))
     _get(app, "/features", api.list_features, (503,))
@@ -112,6 +113,7 @@ def _predict_schema(model: ModelSpec | None) -> Document:
                 "oneOf": [{"type": "array", "items": values}, {"type": "object", "additionalProperties": values}],
             },
             "inputs": _inputs_schema(model),
+            "explain": {"type": "boolean", "description": "Whether to say what each feature contributed"},
         },
         "example": example,
     }

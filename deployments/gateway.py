@@ -104,7 +104,11 @@ class Api:
         """Predictions for entities, by the version that serves each of them."""
         return await self.answer_predict(request.scope, request.receive)
 
-    async def answer_predict(self, scope: Scope, receive: Receive) -> Response:
+    async def predict_of(self, request: Request, model: str) -> Response:
+        """As ``POST /predict``, with the model's name in the path."""
+        return await self.answer_predict(request.scope, request.receive, model)
+
+    async def answer_predict(self, scope: Scope, receive: Receive, model: str | None = None) -> Response:
         """As `predict`, for whoever has no request object."""
         begin = time.perf_counter()
         body = await read_body(scope, receive, self._limits.max_body_bytes)
@@ -113,6 +117,7 @@ class Api:
             self._parts.definitions,
             overridable=self._overridable_of,
             max_entities=self._limits.max_entities_per_request,
+            model=model,
         )
         answer = await self._parts.predictor.predict(asked)
         self._parts.meter.predicted(answer)

@@ -19,6 +19,7 @@ from deployments.gateway import Parts
 from deployments.http import Meter
 from heliostat.errors import HeliostatError, StaleVersionError
 from heliostat.ingestion.intake import Intake
+from heliostat.models.packaging import ModelPackage
 from heliostat.models.profile import Profile
 from heliostat.models.rows import version_features
 from heliostat.online.tiles import RingLimits
@@ -82,17 +83,20 @@ def version_facts(workspace: Workspace) -> Callable[[str, int], VersionFacts]:
             version_features(found, workspace.definitions.views)
         except StaleVersionError as error:
             stale = error.views
-        prior = _mean_prediction(workspace, model, version)
+        package = workspace.models.package(model, version)
         return VersionFacts(
-            found.signature.names, prior, stale, workspace.definitions.lookup_names(found.pinned_names)
+            found.signature.names,
+            _mean_prediction(package),
+            stale,
+            workspace.definitions.lookup_names(found.pinned_names),
+            package.raw_scale,
         )
 
     return read
 
 
-def _mean_prediction(workspace: Workspace, model: str, version: int) -> float | None:
-    document = workspace.models.package(model, version).profile
-    scores = None if document is None else Profile.from_document(document).prediction
+def _mean_prediction(package: ModelPackage) -> float | None:
+    scores = None if package.profile is None else Profile.from_document(package.profile).prediction
     return None if scores is None or not math.isfinite(scores.mean) else scores.mean
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 import time
@@ -132,6 +133,25 @@ def test_a_prediction_over_http_says_who_answered_and_what_was_missing(shop: Sho
         assert answer["latency_ms"] > 0
 
     shop.run(scenario)
+
+
+def test_a_model_is_asked_by_its_path_and_the_path_holds(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        reply = await client.post("/models/churn/predict", json={"entity_ids": [1], "explain": True})
+        assert (
+            reply.json()["predictions"]
+            == (await client.post("/predict", json={"entity_ids": [1]})).json()["predictions"]
+        )
+        told = reply.json()["entities"][0]["explanation"]
+        assert told["scale"] == "log-odds"
+        assert len(told["contributions"]) == len(shop.workspace.definitions.model("churn").feature_names)
+        wrong = await client.post("/models/churn/predict", json={"entity_ids": [1], "model": "other"})
+        assert (wrong.status_code, wrong.json()["error"]) == (422, "invalid_field")
+        unknown = await client.post("/models/nope/predict", json={"entity_ids": [1]})
+        assert (unknown.status_code, unknown.json()["error"]) == (404, "unknown_model")
+
+    shop.run(scenario)
+    assert ("/models/{model}/predict", 200) in shop.tally.answers
 
 
 def test_an_event_changes_the_features_and_the_prediction_of_the_next_request(shop: Shop) -> None:
@@ -574,7 +594,7 @@ def test_the_distributed_graph_says_what_the_fused_one_says_and_marks_what_fails
 ) -> None:
     workspace = shop_on_serve.workspace
     workspace.rollout.serve("churn", 1, reason="back to the first one")
-    asked = {"entity_ids": list(range(1, 41)), "features": {"3": {"count_30d": 7}}}
+    asked = {"entity_ids": list(range(1, 41)), "features": {"3": {"count_30d": 7}}, "explain": True}
     with httpx.Client(base_url=fused_url, timeout=20) as client:
         events = [purchase(n, 1 + n % 9, "1998-06-20") for n in range(40)]
         assert client.post("/events", json={"source": "purchases", "events": events}).status_code == 200
@@ -587,6 +607,12 @@ def test_the_distributed_graph_says_what_the_fused_one_says_and_marks_what_fails
         for left, right in zip(fused["entities"], spread["entities"], strict=True):
             assert {**left, "prediction_id": ""} == {**right, "prediction_id": ""}
         assert {each["variant"] for each in spread["entities"]} == {"control", "challenger"}
+        for each in spread["entities"]:
+            told = each["explanation"]
+            assert sum(told["contributions"].values()) + told["base_value"] == pytest.approx(
+                told["raw_score"], abs=1e-9
+            )
+            assert each["prediction"] == pytest.approx(1 / (1 + math.exp(-told["raw_score"])), abs=1e-12)
         folder = workspace.settings.home / "data" / "artifacts"
         third = register(workspace, 3)
         (folder / workspace.models.get("churn", third).artifact / "model.txt").write_text("broken")

@@ -14,16 +14,18 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heliostat.clock import Clock
 from heliostat.errors import DeadlineError, HeliostatError, StaleVersionError, UnknownAliasError
+from heliostat.models.packaging import AS_IT_IS, RawScale
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.fallback import Rung, VersionLadder
 from heliostat.serving.prediction_log import PredictionLog, log_record
-from heliostat.serving.requests import EntityAnswer, PredictAnswer, PredictRequest
+from heliostat.serving.requests import EntityAnswer, Explanation, PredictAnswer, PredictRequest
 from heliostat.serving.stages import Assignment, FeatureBlock, FeatureQuery, FeatureReaders, RouteQuery, ScoreQuery
 
 FloatArray = NDArray[np.float64]
@@ -37,9 +39,12 @@ SHADOW_NAME = "shadow"
 # passed, models until that one; the rest is the log's.
 _FEATURES_SHARE = 0.5
 _MODELS_SHARE = 0.8
+# Explanations are made while the log is written, and given up a little before the answer is.
+_EXPLANATIONS_SHARE = 0.9
 # A request with less than this share of its time left gets no place in a batch: it would hurry all others.
 _TOO_LATE_SHARE = 0.2
 _SHADOWS_AT_ONCE = 4
+_ANSWERED_BY_A_MODEL = (None, Rung.FEATURES, Rung.VERSION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ class Stages:
     Attributes:
         features: Looks features up.
         router: Assigns variants.
-        runner: Scores rows, shape ``(n,)``.
+        runner: Scores rows, shape ``(n,)``; or explains them.
         spare_router: Assigns variants when ``router`` doesn't answer.
     """
 
@@ -69,12 +74,14 @@ class VersionFacts:
         stale: Views that are declared otherwise now than when it was trained: it can't be asked.
         wanted: What is looked up for them: ``view@version__feature`` where it was trained on another version of
             a view than the highest; by default ``names``.
+        scale: What contributions to its predictions are measured in.
     """
 
     names: tuple[str, ...]
     prior: float | None = None
     stale: tuple[str, ...] = ()
     wanted: tuple[str, ...] = ()
+    scale: RawScale = AS_IT_IS
 
     def __post_init__(self) -> None:
         if not self.wanted:
@@ -200,7 +207,7 @@ class Predictor:
         self._deadline_ms = deadline_ms
         self._max_batch_entities, self._max_waiting = max_batch_entities, max_waiting
         self._ladder = VersionLadder(versions.prior)
-        self._queues: dict[str, Coalescer[_Waiting, PredictAnswer]] = {}
+        self._queues: dict[tuple[str, bool], Coalescer[_Waiting, PredictAnswer]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
         self._shadows: set[asyncio.Task[None]] = set()
 
@@ -214,9 +221,11 @@ class Predictor:
             UnservableModelError: If no version can answer and no prior is known.
             PredictionLogError: If the log can't be written, and that isn't allowed.
         """
-        queue = self._queues.get(request.model)
+        # Requests that want explanations wait for each other, and nobody else for them.
+        lane = request.model, request.explain
+        queue = self._queues.get(lane)
         if queue is None:
-            queue = self._queues[request.model] = Coalescer(
+            queue = self._queues[lane] = Coalescer(
                 self._answer_in_time,
                 max_weight=self._max_batch_entities,
                 max_waiting=self._max_waiting,
@@ -264,8 +273,22 @@ class Predictor:
         batch = await self._widened(_Batch(requests, query, block, assignment), until=models_until)
         scores = await self._score(batch, until=models_until)
         answers = _answers(batch, scores)
-        if not await self._log.write(self._records(batch, answers, scores), until=deadline):
+        explaining: asyncio.Task[list[Explanation | str]] | None = None
+        if requests[0].explain:  # whoever shares a queue shares this
+            explaining = asyncio.create_task(
+                self._explain(batch, scores, until=now + _EXPLANATIONS_SHARE * (deadline - now))
+            )
+        try:
+            logged = await self._log.write(self._records(batch, answers, scores), until=deadline)
+            explanations = None if explaining is None else await explaining
+        finally:
+            if explaining is not None:
+                explaining.cancel()
+        if not logged:
             answers = [replace(answer, logged=False) for answer in answers]
+        if explanations is not None:
+            told = iter(explanations)
+            answers = [replace(each, explanations=tuple(islice(told, len(each.entities)))) for each in answers]
         self._start_shadows(batch)
         return answers
 
@@ -360,6 +383,33 @@ class Predictor:
         names, matrix = seen.get(scored.version) or nobody
         rung = scored.rung if scored.rung is not None or batch.block.stored else Rung.FEATURES
         return _Scores.of(scored.scores, scored.version, rung, names, matrix)
+
+    async def _explain(self, batch: _Batch, scores: _Scores, *, until: float) -> list[Explanation | str]:
+        """What each prediction is made of, row by row; or, as a text, why that can't be said."""
+        found: list[Explanation | str] = [f"no model answered, but the fallback {rung}" for rung in scores.rungs]
+        for version in dict.fromkeys(scores.versions):
+            rows = [
+                row
+                for row, (each, rung) in enumerate(zip(scores.versions, scores.rungs, strict=True))
+                if each == version and rung in _ANSWERED_BY_A_MODEL
+            ]
+            if not rows:
+                continue
+            try:
+                async with asyncio.timeout_at(until):
+                    facts = await self._versions.usable(batch.model, version)
+                    matrix = np.array([scores.vectors[row] for row in rows])
+                    parts = await self._stages.runner(ScoreQuery(batch.model, version, matrix, explain=True))
+            except Exception as error:  # noqa: BLE001 - the prediction stands, whatever its explanation does
+                _logger.warning("predictions of model %s can't be explained: %s", batch.model, _told(error))
+                why = "there was no time for it" if isinstance(error, TimeoutError) else "the model gave none"
+                for row in rows:
+                    found[row] = why
+                continue
+            for row, (*contributions, base, raw) in zip(rows, parts.tolist(), strict=True):
+                named = dict(zip(facts.names, contributions, strict=True))
+                found[row] = Explanation(named, base, raw, facts.scale.name, facts.scale.prediction)
+        return found
 
     def _records(self, batch: _Batch, answers: list[PredictAnswer], scores: _Scores) -> list[bytes]:
         given = self._readers.given(batch.query)

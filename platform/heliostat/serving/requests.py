@@ -20,7 +20,7 @@ from heliostat.features.request import EXPECTED, RequestTypes, request_value
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.schema import text_code
 
-_FIELDS = ("model", "entity_ids", "features", "inputs")
+_FIELDS = ("model", "entity_ids", "features", "inputs", "explain")
 
 Overrides = Mapping[int, Mapping[str, float]]
 """Values that a request gives instead of stored ones: position in the request -> feature -> value; NaN for null."""
@@ -39,6 +39,7 @@ class PredictRequest:
         entity_ids: The same as the client wrote them.
         overrides: Feature values that the client gives; NaN for null.
         inputs: What derived features take from the request: all that the model needs, for every entity.
+        explain: Whether the answer says what each feature contributed.
     """
 
     model: str
@@ -46,6 +47,37 @@ class PredictRequest:
     entity_ids: tuple[Any, ...]
     overrides: Overrides = field(default_factory=dict)
     inputs: Inputs = field(default_factory=dict)
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What made a prediction what it is.
+
+    Attributes:
+        contributions: By qualified feature, on the raw scale of the version that answered; with ``base_value``
+            they add up to ``raw_score``.
+        base_value: The raw score of nobody in particular.
+        raw_score: What the booster said.
+        scale: What a raw score is: ``log-odds``, ``log``, ``square root`` or ``value``.
+        prediction: The prediction as a formula of ``raw_score``.
+    """
+
+    contributions: Mapping[str, float]
+    base_value: float
+    raw_score: float
+    scale: str
+    prediction: str
+
+    def document(self) -> dict[str, Any]:
+        """As the HTTP answer shows it."""
+        return {
+            "contributions": self.contributions,
+            "base_value": self.base_value,
+            "raw_score": self.raw_score,
+            "scale": self.scale,
+            "prediction": self.prediction,
+        }
 
 
 class EntityAnswer(NamedTuple):
@@ -102,6 +134,7 @@ class PredictAnswer:
         revision: The routing document's revision.
         entities: One an entity, in the request's order.
         logged: Whether the predictions are durable.
+        explanations: One an entity, or why there is none, as a text; None if nobody asked.
     """
 
     request_id: str
@@ -110,9 +143,15 @@ class PredictAnswer:
     revision: int
     entities: tuple[EntityAnswer, ...]
     logged: bool
+    explanations: tuple[Explanation | str, ...] | None = None
 
     def document(self, latency_ms: float) -> dict[str, Any]:
         """As the HTTP answer shows it."""
+        entities = [each.document() for each in self.entities]
+        if self.explanations is not None:
+            for entity, each in zip(entities, self.explanations, strict=True):
+                entity["explanation"] = each.document() if isinstance(each, Explanation) else None
+                entity["unexplained"] = each if isinstance(each, str) else None
         return {
             "model": self.model,
             "model_version": self.version,
@@ -120,7 +159,7 @@ class PredictAnswer:
             "latency_ms": round(latency_ms, 3),
             "request_id": self.request_id,
             "logged": self.logged,
-            "entities": [each.document() for each in self.entities],
+            "entities": entities,
         }
 
 
@@ -144,15 +183,21 @@ def parse_object(body: bytes, *, known: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_predict(
-    body: bytes, definitions: Definitions, *, overridable: Callable[[ModelSpec], Collection[str]], max_entities: int
+    body: bytes,
+    definitions: Definitions,
+    *,
+    overridable: Callable[[ModelSpec], Collection[str]],
+    max_entities: int,
+    model: str | None = None,
 ) -> PredictRequest:
     """Read the body of ``POST /predict``.
 
     Args:
-        body: JSON: ``{"model"?, "entity_ids": […], "features"?: […] or {…}, "inputs"?: […] or {…}}``.
+        body: JSON: ``{"model"?, "entity_ids": […], "features"?: […] or {…}, "inputs"?: […] or {…}, "explain"?}``.
         definitions: What is declared.
         overridable: Names of the features that a request for a model may give.
         max_entities: Entities that one request may ask for.
+        model: Its name, if the path says it: the body may repeat it, and name no other.
 
     Raises:
         MalformedBodyError: If it is no JSON.
@@ -163,7 +208,7 @@ def parse_predict(
         MissingInputError: If the model needs an input that an entity isn't given.
     """
     document = parse_object(body, known=_FIELDS)
-    spec = _model_of(document, definitions)
+    spec = _model_of(document, definitions, model)
     entity_ids = document.get("entity_ids")
     if not isinstance(entity_ids, list):
         problem = "is missing" if "entity_ids" not in document else f"is {_kind(entity_ids)}"
@@ -182,7 +227,10 @@ def parse_predict(
         known = overridable(spec)
         overrides = _by_row("features", given, spec, entities, lambda each, at: _values(each, spec, known, at))
     inputs = _required_inputs(brought, spec, entities)
-    return PredictRequest(spec.name, entities, tuple(entity_ids), overrides, inputs)
+    explain = document.get("explain")
+    if explain is not None and not isinstance(explain, bool):
+        raise InvalidFieldError("field 'explain'", f"is {_kind(explain)}", "true or false")
+    return PredictRequest(spec.name, entities, tuple(entity_ids), overrides, inputs, explain is True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,11 +315,15 @@ def _actual(given: object, spec: ModelSpec, where: str) -> Actual:
     raise InvalidFieldError(where, problem, "prediction_id and value, or entity_id, as_of (a text) and value")
 
 
-def _model_of(document: Mapping[str, Any], definitions: Definitions) -> ModelSpec:
+def _model_of(document: Mapping[str, Any], definitions: Definitions, path: str | None = None) -> ModelSpec:
     name = document.get("model")
     if name is not None and not isinstance(name, str):
         raise InvalidFieldError("field 'model'", f"is {_kind(name)}", "the name of a model")
-    return definitions.model(name)
+    if path is None:
+        return definitions.model(name)
+    if name not in (None, path):
+        raise InvalidFieldError("field 'model'", f"is {name!r}", f"{path!r}, as in the path, or nothing")
+    return definitions.model(path)
 
 
 def _one_or_many(document: Mapping[str, Any], name: str) -> list[Any]:

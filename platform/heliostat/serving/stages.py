@@ -344,11 +344,13 @@ class ScoreQuery:
         model: The model's name.
         version: Which version of it.
         matrix: Shape ``(n, n_features)``, columns in the order of the version's signature.
+        explain: Whether contributions are wanted instead of scores.
     """
 
     model: str
     version: int
     matrix: FloatArray
+    explain: bool = False
 
 
 class ModelRunner:
@@ -365,7 +367,7 @@ class ModelRunner:
         self._loading: dict[tuple[str, int], asyncio.Task[LoadedModel]] = {}
 
     async def __call__(self, query: ScoreQuery) -> FloatArray:
-        """Scores, shape ``(n,)``.
+        """Scores, shape ``(n,)``; or what they are made of, as `LoadedModel.contributions` gives it.
 
         Raises:
             HeliostatError: If the version can't be loaded, or the matrix doesn't fit its signature.
@@ -375,6 +377,8 @@ class ModelRunner:
             model = await self.loaded(query.model, query.version)
         else:
             self._loaded.move_to_end((query.model, query.version))
+        if query.explain:
+            return await asyncio.to_thread(model.contributions, query.matrix)
         if len(query.matrix) > _ROWS_ON_THE_LOOP:
             return await asyncio.to_thread(model.predict, query.matrix)
         return model.predict(query.matrix)

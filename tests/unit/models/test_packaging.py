@@ -64,6 +64,44 @@ def test_the_same_model_has_the_same_bytes(package: ModelPackage) -> None:
     assert other.to_files() == replace(package, metrics={"brier": 0.1, "auc": 0.75}).to_files()
 
 
+CALIBRATION = Calibration((0.1, 0.9), (0.2, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "calibration", "scale"),
+    [
+        ({"objective": "binary"}, None, "log-odds"),
+        ({"objective": "binary", "sigmoid": 2.0}, None, "log-odds"),
+        ({"objective": "binary"}, CALIBRATION, "log-odds"),
+        ({"objective": "regression"}, None, "value"),
+        ({"objective": "huber"}, None, "value"),
+        ({"objective": "regression", "reg_sqrt": True}, None, "square root"),
+        ({"objective": "poisson"}, None, "log"),
+        ({"objective": "tweedie", "boosting": "dart"}, None, "log"),
+    ],
+)
+def test_contributions_add_up_to_a_raw_score_that_the_formula_turns_into_the_prediction(
+    parameters: dict[str, object], calibration: Calibration | None, scale: str
+) -> None:
+    matrix = _matrix()
+    labels = (matrix[:, 0] + matrix[:, 1] > 0).astype(float)
+    data = lgb.Dataset(matrix, labels, feature_name=list(NAMES))
+    trained = lgb.train({**parameters, "verbosity": -1, "num_threads": 1}, data, 8)
+    package = ModelPackage(trained.model_to_string(), Signature(NAMES), "binary", calibration=calibration)
+    seen = np.vstack([matrix, np.full((1, 3), np.nan)])
+    *contributions, base, raw = package.load().contributions(seen).T
+    assert len(contributions) == len(NAMES)
+    np.testing.assert_allclose(np.sum(contributions, axis=0) + base, raw, rtol=0, atol=1e-9)
+    assert package.raw_scale.name == scale
+    words = {"raw_score": raw, "exp": np.exp, "sign": np.sign, "calibrated": calibration}
+    said = eval(package.raw_scale.prediction, {}, words)  # noqa: S307 - our own formula
+    np.testing.assert_allclose(said, package.load().predict(seen), rtol=1e-9)
+
+
+def test_no_rows_have_no_contributions(package: ModelPackage) -> None:
+    assert package.load().contributions(np.empty((0, 3))).shape == (0, 5)
+
+
 def test_null_features_and_no_rows_are_predicted(package: ModelPackage) -> None:
     loaded = package.load()
     assert np.isfinite(loaded.predict(np.full((2, 3), np.nan))).all()

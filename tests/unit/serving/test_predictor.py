@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from heliostat.errors import (
     UnservableModelError,
 )
 from heliostat.experiments.assignment import RoutingDocument
-from heliostat.serving.requests import PredictRequest
+from heliostat.serving.requests import Explanation, PredictAnswer, PredictRequest
+from heliostat.serving.stages import ScoreQuery
 from tests.unit.serving.collaborators import NAMES, House, request, split, trained
 
 
@@ -42,6 +44,69 @@ def test_a_prediction_is_the_models_answer_to_the_stored_features() -> None:
     assert [each.entity_id for each in answer.entities] == [1, 2]
     assert {each.variant for each in answer.entities} == {"control"}
     assert {each.source for each in answer.entities} == {"model"}
+
+
+def test_contributions_add_up_to_the_raw_score_of_the_version_that_answered() -> None:
+    house = House()
+    house.store.publish(split(2))
+    asked = replace(request(*range(1, 21), count_30d=9.0), explain=True)
+    answer = asyncio.run(house.predictor.predict(asked))
+    assert {each.version for each in answer.entities} == {1, 2}
+    assert answer.explanations is not None
+    for entity, explanation in zip(answer.entities, answer.explanations, strict=True):
+        assert isinstance(explanation, Explanation)
+        assert tuple(explanation.contributions) == NAMES
+        total = explanation.base_value + sum(explanation.contributions.values())
+        assert total == pytest.approx(explanation.raw_score, abs=1e-9)
+        assert 1 / (1 + math.exp(-explanation.raw_score)) == pytest.approx(entity.score, abs=1e-12)
+    assert answer.explanations[0] != answer.explanations[1]
+
+
+def test_nobody_who_doesnt_ask_waits_for_an_explanation_or_gets_one() -> None:
+    house = House()
+    seen: list[ScoreQuery] = []
+    runner = house.runner.__call__
+
+    async def noting(query: ScoreQuery) -> np.ndarray:
+        seen.append(query)
+        return await runner(query)
+
+    house.predictor._stages = replace(house.predictor._stages, runner=noting)
+
+    async def scenario() -> tuple[PredictAnswer, ...]:
+        explained = replace(request(2), explain=True)
+        return tuple(await asyncio.gather(*map(house.predictor.predict, (request(1), explained, request(3)))))
+
+    plain, explained, other = asyncio.run(scenario())
+    assert (plain.explanations, other.explanations) == (None, None)
+    assert "explanation" not in plain.document(1.0)["entities"][0]
+    assert explained.explanations is not None
+    assert [(len(each.matrix), each.explain) for each in seen] == [(2, False), (1, False), (1, True)]
+
+
+def test_a_constant_that_stands_in_has_no_explanation_and_says_so() -> None:
+    house = House()
+    house.versions.broken = {1}
+    answer = asyncio.run(house.predictor.predict(replace(request(1), explain=True)))
+    (entity,) = answer.document(1.0)["entities"]
+    assert (entity["prediction"], entity["explanation"]) == (0.25, None)
+    assert entity["unexplained"] == "no model answered, but the fallback prior"
+
+
+def test_a_prediction_stands_when_its_explanation_fails() -> None:
+    house = House()
+    runner = house.runner.__call__
+
+    async def failing(query: ScoreQuery) -> np.ndarray:
+        if query.explain:
+            raise ZeroDivisionError
+        return await runner(query)
+
+    house.predictor._stages = replace(house.predictor._stages, runner=failing)
+    answer = asyncio.run(house.predictor.predict(replace(request(1), explain=True)))
+    assert [each.score for each in answer.entities] == expected(1, ONE)
+    assert answer.explanations == ("the model gave none",)
+    assert len(house.stream.entries()) == 1
 
 
 def test_an_unknown_entity_is_answered_and_its_absence_is_said_apart_from_nulls() -> None:

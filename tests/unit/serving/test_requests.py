@@ -34,6 +34,28 @@ def test_the_model_may_be_left_out_where_there_is_one() -> None:
     assert read(entity_ids=[1], model=None).model == "churn"
 
 
+def test_a_model_in_the_path_is_the_one_that_is_asked_and_the_body_may_only_repeat_it() -> None:
+    def of(**body: object) -> PredictRequest:
+        return parse_predict(
+            orjson.dumps(body), DEFINITIONS, overridable=lambda _: NAMES, max_entities=5, model="churn"
+        )
+
+    assert of(entity_ids=[1]) == of(entity_ids=[1], model="churn") == PredictRequest("churn", ("1",), (1,))
+    with pytest.raises(InvalidFieldError, match="'other'; expected 'churn', as in the path"):
+        of(entity_ids=[1], model="other")
+
+
+@pytest.mark.parametrize(("given", "explain"), [({}, False), ({"explain": None}, False), ({"explain": True}, True)])
+def test_explanations_are_asked_for(given: dict[str, object], explain: bool) -> None:
+    assert read(entity_ids=[1], **given).explain is explain
+
+
+@pytest.mark.parametrize("wrong", [0, 1, "yes", [], {}])
+def test_only_true_and_false_say_whether_to_explain(wrong: object) -> None:
+    with pytest.raises(InvalidFieldError, match="expected true or false"):
+        read(entity_ids=[1], explain=wrong)
+
+
 def test_entity_ids_are_kept_as_written_beside_their_canonical_text() -> None:
     asked = read(entity_ids=[7, "8", {"user_id": 9}])
     assert asked.entities == ("7", "8", "9")
