@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from heliostat.errors import BodyTooLargeError, HeliostatError
-from heliostat.serving.requests import PredictAnswer
+from heliostat.serving.answers import PredictAnswer
 
 _logger = logging.getLogger("heliostat.gateway")
 

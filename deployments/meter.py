@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.serve import metrics
 
-from heliostat.serving.requests import PredictAnswer
+from heliostat.serving.answers import PredictAnswer
 from heliostat.telemetry import METRICS, Metric
 
 _FLUSH_EVERY_S = 1.0
@@ -34,14 +34,14 @@ class ServeMeter:
 
     def predicted(self, answer: PredictAnswer) -> None:
         """Count what it predicted."""
-        model = answer.model
+        model, rows = answer.model, answer.predictions
         for (version, variant, fallback), number in Tally(
-            (each.version, each.variant, each.fallback) for each in answer.entities
+            zip(rows.versions, rows.variants, rows.fallbacks, strict=True)
         ).items():
             self._count(number, "heliostat_predictions_total", model, str(version), variant)
             if fallback is not None:
                 self._count(number, "heliostat_fallbacks_total", model, str(fallback))
-        missing = sum(len(each.missing) for each in answer.entities)
+        missing = sum(map(len, rows.missing))
         if missing:
             self._count(missing, "heliostat_missing_features_total", model)
 

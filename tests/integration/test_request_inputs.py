@@ -29,7 +29,7 @@ from heliostat.models.registry import ModelVersion
 from heliostat.models.spine import ModelSpine
 from heliostat.online.retrieval import FeatureReader
 from heliostat.schema import TIMESTAMP, text_code
-from heliostat.serving.requests import PredictAnswer
+from heliostat.serving.answers import PredictAnswer
 from heliostat.settings import ClockSettings, Settings, StorageSettings, TrainingSettings
 from heliostat.training.dataset import build_training_set, split_spine
 from heliostat.training.fitting import Recipe

@@ -27,7 +27,7 @@ from deployments.stages import gateway_parts
 from heliostat.errors import DeploymentFailedError
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.profile import Profile
-from heliostat.serving.requests import PredictAnswer
+from heliostat.serving.answers import PredictAnswer
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.telemetry import METRICS
 from heliostat.workspace import Workspace
@@ -46,7 +46,7 @@ class Tally:
         self.answers.append((route, status))
 
     def predicted(self, answer: PredictAnswer) -> None:
-        self.predictions += len(answer.entities)
+        self.predictions += len(answer.predictions)
 
     def took_in(self, source: str, outcome: str, events: int) -> None:
         self.events[f"{source} {outcome}"] = self.events.get(f"{source} {outcome}", 0) + events

@@ -26,7 +26,7 @@ from heliostat.errors import StaleVersionError, ViewInUseError
 from heliostat.feature_store import FeatureStore
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.rows import ModelRows, version_features
-from heliostat.serving.requests import PredictAnswer
+from heliostat.serving.answers import PredictAnswer
 from heliostat.settings import Settings
 from heliostat.training.dataset import build_training_set, split_instants
 from heliostat.training.fitting import Recipe, Trial

@@ -1,8 +1,8 @@
 """Many waiting requests, one call: the lever that makes a hop cheap.
 
-A call is started as soon as there is room for one in flight, and takes with it everything
-that waits by then. So nobody waits for a timer, and the busier the service is, the larger
-its batches are.
+A call takes with it everything that waits when it starts, and the next one starts when it is
+done: the busier the service is, the larger its batches are, and nobody who comes alone waits for
+a timer. Only when a call takes unusually long do others start beside it.
 
 What goes wrong in such code, and is ruled out here: a result set on the future of a
 client who has gone ends the drain task, and everybody hangs for ever; one failed item
@@ -44,6 +44,8 @@ class Coalescer(Generic[ItemT, ResultT]):
             is an exception is raised to that item's waiter alone.
         max_weight: A batch's summed weight at most; a single heavier item is a batch of its own.
         max_in_flight: Calls under way at once, at most.
+        patience_s: How long those who wait leave a call alone before another one starts beside it, seconds. Two
+            calls at once are two small batches: for work on one processor that is no gain.
         max_waiting: Items that may wait; one more is refused.
         weigh: The weight of an item, such as its number of entities; 1 by default.
     """
@@ -54,12 +56,15 @@ class Coalescer(Generic[ItemT, ResultT]):
         *,
         max_weight: int,
         max_in_flight: int = 2,
+        patience_s: float = 0.0,
         max_waiting: int = 1_024,
         weigh: Callable[[ItemT], int] | None = None,
     ) -> None:
         self._call = call
         self._max_weight, self._max_in_flight, self._max_waiting = max_weight, max_in_flight, max_waiting
-        self._weigh = weigh
+        self._weigh, self._patience_s = weigh, patience_s
+        self._started_at = -math.inf
+        self._impatient: asyncio.TimerHandle | None = None
         self._waiting: deque[_Waiter[ItemT, ResultT]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._start_is_due = False
@@ -120,19 +125,31 @@ class Coalescer(Generic[ItemT, ResultT]):
 
     def _start_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start calls after everything that is ready to run now had its chance to submit."""
-        if not self._start_is_due and len(self._running) < self._max_in_flight:
+        if len(self._running) >= self._max_in_flight:
+            return
+        if self._running and self._patience_s:
+            self._impatient = self._impatient or loop.call_at(self._started_at + self._patience_s, self._start)
+        elif not self._start_is_due:
             self._start_is_due = True
             loop.call_soon(self._start)
 
     def _start(self) -> None:
         self._start_is_due = False
+        if self._impatient is not None:
+            self._impatient.cancel()
+            self._impatient = None
         loop = asyncio.get_running_loop()
         while len(self._running) < self._max_in_flight:
+            if self._running and loop.time() < self._started_at + self._patience_s:
+                if self._waiting:
+                    self._start_soon(loop)
+                return
             batch = self._take()
             if not batch:
                 return
             # A context of its own: the call serves many requests and may outlive the one that woke it.
             task = loop.create_task(self._run(batch), context=contextvars.Context())
+            self._started_at = loop.time()
             self._running.add(task)
             task.add_done_callback(self._finished)
 

@@ -1,8 +1,7 @@
 """Every prediction, durable before the answer leaves.
 
-One stream entry a request; the entries of requests that were answered together share one
-round trip. What can't be logged isn't given out, unless the settings say otherwise: then the
-answer says ``"logged": false``.
+Requests that were answered together share one stream entry, and its round trip. What can't be
+logged isn't given out, unless the settings say otherwise: then the answer says ``"logged": false``.
 """
 
 from __future__ import annotations
@@ -10,64 +9,61 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from heliostat.errors import HeliostatError, PredictionLogError
-from heliostat.serving.requests import Inputs, PredictAnswer
+from heliostat.serving.answers import PredictAnswer, Predictions
+from heliostat.serving.requests import Inputs
 
 _logger = logging.getLogger("heliostat.serving")
 
 
 def log_record(
-    answer: PredictAnswer,
+    answers: Sequence[PredictAnswer],
+    predictions: Predictions,
     entities: Sequence[str],
-    vectors: Sequence[NDArray[np.float64]],
     *,
     at_us: int,
     given: Sequence[Sequence[str]] | None = None,
     inputs: Inputs | None = None,
 ) -> bytes:
-    """The stream entry of one request, as JSON.
+    """The stream entry of requests that were answered together, as JSON: a list a column.
 
     Args:
-        answer: What is to be answered.
-        entities: Entity keys as text, in the request's order.
-        vectors: What the model saw, one an entity, shape ``(n_features,)`` each, in the order of the
-            signature of the version that answered; NaN becomes null.
+        answers: What is to be answered, by one model and one revision of its routing document.
+        predictions: All of it, row by row; NaN in a vector becomes null.
+        entities: Entity keys as text, row by row.
         at_us: The instant of the features, microseconds since the epoch.
-        given: For each entity, the qualified features whose values the request gave; None: none for anybody.
-        inputs: What the request brought for derived features, by row.
+        given: For each row, the qualified features whose values the request gave; None: none for anybody.
+        inputs: What the requests brought for derived features, by row.
     """
-    overridden = [()] * len(entities) if given is None else given
-    brought = inputs or {}
+    columns: dict[str, Any] = {
+        "entity": entities,
+        "variant": predictions.variants,
+        "version": predictions.versions,
+        "score": predictions.scores,
+        "features": predictions.vectors,
+    }
+    # A column that says nothing isn't written.
+    if any(predictions.missing):
+        columns["missing"] = predictions.missing
+    if any(predictions.fallbacks):
+        columns["fallback"] = predictions.fallbacks
+    if given is not None:
+        columns["given"] = given
+    if inputs:
+        columns["inputs"] = [
+            orjson.dumps(inputs[row]).decode() if row in inputs else None for row in range(len(entities))
+        ]
     return orjson.dumps(
         {
-            "request_id": answer.request_id,
-            "model": answer.model,
-            "revision": answer.revision,
+            "model": answers[0].model,
+            "revision": answers[0].revision,
             "at_us": at_us,
-            "entries": [
-                {
-                    "prediction_id": each.prediction_id,
-                    "entity": entity,
-                    "variant": each.variant,
-                    "version": each.version,
-                    "score": each.score,
-                    "features": vector,
-                    "missing": each.missing,
-                    "source": each.source,
-                    "fallback": each.fallback,
-                    "given": names,
-                    "inputs": orjson.dumps(brought[row]).decode() if row in brought else None,
-                }
-                for row, (each, entity, vector, names) in enumerate(
-                    zip(answer.entities, entities, vectors, overridden, strict=True)
-                )
-            ],
+            "requests": [{"request_id": each.request_id, "rows": len(each.entity_ids)} for each in answers],
+            "columns": columns,
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
@@ -93,7 +89,7 @@ class PredictionLog:
         """Make records durable.
 
         Args:
-            records: One a request.
+            records: One or several.
             until: When to stop waiting, on the event loop's clock, seconds.
 
         Returns:
@@ -107,7 +103,7 @@ class PredictionLog:
                 await self._append(records)
         except (HeliostatError, OSError) as error:  # TimeoutError is an OSError
             reason = str(error) or "it took too long"
-            _logger.warning("%d prediction records aren't logged: %s", len(records), reason)
+            _logger.warning("predictions aren't logged: %s", reason)
             if self._when_fails == "reject":
                 raise PredictionLogError(reason) from error
             return False

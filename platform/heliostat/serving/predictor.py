@@ -12,9 +12,11 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +24,11 @@ from numpy.typing import NDArray
 from heliostat.clock import Clock
 from heliostat.errors import DeadlineError, HeliostatError, StaleVersionError, UnknownAliasError
 from heliostat.models.packaging import AS_IT_IS, RawScale
+from heliostat.serving.answers import Explanation, PredictAnswer, Predictions
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.fallback import Rung, VersionLadder
 from heliostat.serving.prediction_log import PredictionLog, log_record
-from heliostat.serving.requests import EntityAnswer, Explanation, PredictAnswer, PredictRequest
+from heliostat.serving.requests import PredictRequest
 from heliostat.serving.stages import Assignment, FeatureBlock, FeatureQuery, FeatureReaders, RouteQuery, ScoreQuery
 
 FloatArray = NDArray[np.float64]
@@ -44,6 +47,8 @@ _EXPLANATIONS_SHARE = 0.9
 # A request with less than this share of its time left gets no place in a batch: it would hurry all others.
 _TOO_LATE_SHARE = 0.2
 _SHADOWS_AT_ONCE = 4
+# Of a model: a batch that waits for a store or a model that hangs mustn't hold up all others.
+_BATCHES_AT_ONCE = 4
 _ANSWERED_BY_A_MODEL = (None, Rung.FEATURES, Rung.VERSION)
 
 
@@ -145,38 +150,6 @@ class _Batch:
         return self.query.model
 
 
-@dataclass(slots=True, eq=False)
-class _Scores:
-    """What the models said, row by row."""
-
-    scores: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    rungs: list[Rung | None] = field(default_factory=list)
-    vectors: list[FloatArray] = field(default_factory=list)
-    missing: list[tuple[str, ...]] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, scores: FloatArray, version: int, rung: Rung | None, names: tuple[str, ...], matrix: FloatArray
-    ) -> _Scores:
-        n = len(matrix)
-        nulls = np.isnan(matrix)
-        missing: list[tuple[str, ...]] = [()] * n
-        if nulls.any():
-            missing = [tuple(itertools.compress(names, row)) for row in nulls.tolist()]
-        return cls(scores.tolist(), [version] * n, [rung] * n, list(matrix), missing)
-
-    @classmethod
-    def merged(cls, parts: list[_Scores], rows: list[list[int]]) -> _Scores:
-        """Parts that are about some rows each, as one about all of them."""
-        order = np.argsort(np.concatenate(rows), kind="stable").tolist()
-        whole = cls()
-        for name in cls.__slots__:
-            values = [value for part in parts for value in getattr(part, name)]
-            setattr(whole, name, [values[at] for at in order])
-        return whole
-
-
 class Predictor:
     """Answers prediction requests. Belongs to one event loop.
 
@@ -189,6 +162,7 @@ class Predictor:
         deadline_ms: How long a request may take, milliseconds.
         max_batch_entities: Entities that go through the stages together, at most.
         max_waiting: Requests of a model that may wait for their turn.
+        patience_s: How long a batch may take before another one starts beside it, seconds.
     """
 
     def __init__(
@@ -202,10 +176,11 @@ class Predictor:
         deadline_ms: float = 1_000.0,
         max_batch_entities: int = 2_048,
         max_waiting: int = 256,
+        patience_s: float = 0.01,
     ) -> None:
         self._stages, self._readers, self._versions, self._log, self._clock = stages, readers, versions, log, clock
         self._deadline_ms = deadline_ms
-        self._max_batch_entities, self._max_waiting = max_batch_entities, max_waiting
+        self._max_batch_entities, self._max_waiting, self._patience_s = max_batch_entities, max_waiting, patience_s
         self._ladder = VersionLadder(versions.prior)
         self._queues: dict[tuple[str, bool], Coalescer[_Waiting, PredictAnswer]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
@@ -228,6 +203,8 @@ class Predictor:
             queue = self._queues[lane] = Coalescer(
                 self._answer_in_time,
                 max_weight=self._max_batch_entities,
+                max_in_flight=_BATCHES_AT_ONCE,
+                patience_s=self._patience_s,
                 max_waiting=self._max_waiting,
                 weigh=lambda waiting: len(waiting.request.entities),
             )
@@ -271,15 +248,15 @@ class Predictor:
         block = await self._features(query, until=features_until)
         assignment = await self._assign(query, block, until=models_until)
         batch = await self._widened(_Batch(requests, query, block, assignment), until=models_until)
-        scores = await self._score(batch, until=models_until)
-        answers = _answers(batch, scores)
+        predictions = await self._score(batch, until=models_until)
+        answers = _answers(batch, predictions)
         explaining: asyncio.Task[list[Explanation | str]] | None = None
         if requests[0].explain:  # whoever shares a queue shares this
             explaining = asyncio.create_task(
-                self._explain(batch, scores, until=now + _EXPLANATIONS_SHARE * (deadline - now))
+                self._explain(batch, predictions, until=now + _EXPLANATIONS_SHARE * (deadline - now))
             )
         try:
-            logged = await self._log.write(self._records(batch, answers, scores), until=deadline)
+            logged = await self._log.write([self._record(batch, answers, predictions)], until=deadline)
             explanations = None if explaining is None else await explaining
         finally:
             if explaining is not None:
@@ -288,7 +265,7 @@ class Predictor:
             answers = [replace(answer, logged=False) for answer in answers]
         if explanations is not None:
             told = iter(explanations)
-            answers = [replace(each, explanations=tuple(islice(told, len(each.entities)))) for each in answers]
+            answers = [replace(each, explanations=tuple(islice(told, len(each.entity_ids)))) for each in answers]
         self._start_shadows(batch)
         return answers
 
@@ -347,21 +324,25 @@ class Predictor:
 
     # ── Scores ──────────────────────────────────────────────────────────────────────
 
-    async def _score(self, batch: _Batch, *, until: float) -> _Scores:
-        versions = [batch.assignment.versions[at] for at in batch.assignment.chosen.tolist()]
-        distinct = list(dict.fromkeys(versions))
+    async def _score(self, batch: _Batch, *, until: float) -> Predictions:
+        assignment = batch.assignment
+        versions = np.array(assignment.versions)[assignment.chosen]
+        distinct = dict.fromkeys(versions.tolist())
         if len(distinct) == 1:
-            return await self._score_rows(batch, distinct[0], None, until=until)
-        rows = [[row for row, each in enumerate(versions) if each == version] for version in distinct]
-        parts = await asyncio.gather(
-            *(
-                self._score_rows(batch, version, each, until=until)
-                for version, each in zip(distinct, rows, strict=True)
+            predictions = await self._score_rows(batch, next(iter(distinct)), None, until=until)
+        else:
+            rows = {version: np.flatnonzero(versions == version) for version in distinct}
+            parts = await asyncio.gather(
+                *(self._score_rows(batch, version, each, until=until) for version, each in rows.items())
             )
-        )
-        return _Scores.merged(parts, rows)
+            predictions = _merged(parts, np.concatenate(list(rows.values())))
+        predictions.variants = [assignment.names[at] for at in assignment.chosen.tolist()]
+        predictions.absent = batch.block.absent_views()
+        return predictions
 
-    async def _score_rows(self, batch: _Batch, version: int, rows: list[int] | None, *, until: float) -> _Scores:
+    async def _score_rows(
+        self, batch: _Batch, version: int, rows: NDArray[np.intp] | None, *, until: float
+    ) -> Predictions:
         """What one version says, or whoever stands in for it, of some rows or (None) of all."""
         seen: dict[int, tuple[tuple[str, ...], FloatArray]] = {}
 
@@ -382,15 +363,17 @@ class Predictor:
         nobody = tuple(map(_shown, batch.block.names)), batch.block.matrix(batch.block.names, rows)
         names, matrix = seen.get(scored.version) or nobody
         rung = scored.rung if scored.rung is not None or batch.block.stored else Rung.FEATURES
-        return _Scores.of(scored.scores, scored.version, rung, names, matrix)
+        return _predictions(scored.scores, scored.version, rung, names, matrix)
 
-    async def _explain(self, batch: _Batch, scores: _Scores, *, until: float) -> list[Explanation | str]:
+    async def _explain(self, batch: _Batch, predictions: Predictions, *, until: float) -> list[Explanation | str]:
         """What each prediction is made of, row by row; or, as a text, why that can't be said."""
-        found: list[Explanation | str] = [f"no model answered, but the fallback {rung}" for rung in scores.rungs]
-        for version in dict.fromkeys(scores.versions):
+        found: list[Explanation | str] = [
+            f"no model answered, but the fallback {rung}" for rung in predictions.fallbacks
+        ]
+        for version in dict.fromkeys(predictions.versions):
             rows = [
                 row
-                for row, (each, rung) in enumerate(zip(scores.versions, scores.rungs, strict=True))
+                for row, (each, rung) in enumerate(zip(predictions.versions, predictions.fallbacks, strict=True))
                 if each == version and rung in _ANSWERED_BY_A_MODEL
             ]
             if not rows:
@@ -398,7 +381,7 @@ class Predictor:
             try:
                 async with asyncio.timeout_at(until):
                     facts = await self._versions.usable(batch.model, version)
-                    matrix = np.array([scores.vectors[row] for row in rows])
+                    matrix = np.array([predictions.vectors[row] for row in rows])
                     parts = await self._stages.runner(ScoreQuery(batch.model, version, matrix, explain=True))
             except Exception as error:  # noqa: BLE001 - the prediction stands, whatever its explanation does
                 _logger.warning("predictions of model %s can't be explained: %s", batch.model, _told(error))
@@ -411,24 +394,15 @@ class Predictor:
                 found[row] = Explanation(named, base, raw, facts.scale.name, facts.scale.prediction)
         return found
 
-    def _records(self, batch: _Batch, answers: list[PredictAnswer], scores: _Scores) -> list[bytes]:
-        given = self._readers.given(batch.query)
-        records: list[bytes] = []
-        first = 0
-        for request, answer in zip(batch.requests, answers, strict=True):
-            rows = slice(first, first + len(request.entities))
-            first = rows.stop
-            records.append(
-                log_record(
-                    answer,
-                    request.entities,
-                    scores.vectors[rows],
-                    at_us=batch.block.as_of_us,
-                    given=None if given is None else given[rows],
-                    inputs=request.inputs,
-                )
-            )
-        return records
+    def _record(self, batch: _Batch, answers: list[PredictAnswer], predictions: Predictions) -> bytes:
+        return log_record(
+            answers,
+            predictions,
+            batch.query.entities,
+            at_us=batch.block.as_of_us,
+            given=self._readers.given(batch.query),
+            inputs=batch.query.inputs,
+        )
 
     def _start_shadows(self, batch: _Batch) -> None:
         """Score the versions that answer nobody, beside the answer; dropped when there is no time for it."""
@@ -446,9 +420,9 @@ class Predictor:
                 matrix = batch.block.matrix(facts.wanted)
                 async with asyncio.timeout_at(until):
                     scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix))
-                shadow = _Scores.of(scores, version, None, facts.names, matrix)
-                records = self._records(batch, _answers(batch, shadow, variant=SHADOW_NAME), shadow)
-                await self._log.write(records, until=until)
+                shadow = _predictions(scores, version, None, facts.names, matrix)
+                shadow.variants = [SHADOW_NAME] * len(shadow)
+                await self._log.write([self._record(batch, _answers(batch, shadow), shadow)], until=until)
             except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
                 _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)
 
@@ -463,30 +437,48 @@ def _told(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _answers(batch: _Batch, scores: _Scores, *, variant: str | None = None) -> list[PredictAnswer]:
-    assignment = batch.assignment
-    variants = [variant or assignment.names[at] for at in assignment.chosen.tolist()]
-    absent = batch.block.absent_views()
+def _predictions(
+    scores: FloatArray, version: int, rung: Rung | None, names: tuple[str, ...], matrix: FloatArray
+) -> Predictions:
+    """What one version, or whatever stood in for it, says of some rows."""
+    n = len(matrix)
+    nulls = np.isnan(matrix)
+    missing: list[tuple[str, ...]] = [()] * n
+    if nulls.any():
+        missing = [tuple(itertools.compress(names, row)) for row in nulls.tolist()]
+    return Predictions(scores.tolist(), [version] * n, [rung] * n, matrix, missing)
+
+
+def _merged(parts: Sequence[Predictions], rows: NDArray[np.intp]) -> Predictions:
+    """Parts that are about some rows each, two or more in all, as one about all of them, in order."""
+    order = np.argsort(rows)
+    in_order = itemgetter(*order.tolist())
+
+    def column(name: str) -> list[Any]:
+        return list(in_order(list(itertools.chain.from_iterable(getattr(part, name) for part in parts))))
+
+    one_matrix = len({part.vectors[0].shape for part in parts}) == 1
+    return Predictions(
+        column("scores"),
+        column("versions"),
+        column("fallbacks"),
+        np.concatenate([part.vectors for part in parts])[order] if one_matrix else column("vectors"),
+        column("missing"),
+    )
+
+
+def _answers(batch: _Batch, predictions: Predictions) -> list[PredictAnswer]:
     answers: list[PredictAnswer] = []
     first = 0
     for request in batch.requests:
-        request_id = secrets.token_hex(16)
         last = first + len(request.entities)
-        entities = tuple(
-            EntityAnswer(
-                entity_id=request.entity_ids[row - first],
-                score=scores.scores[row],
-                variant=variants[row],
-                version=scores.versions[row],
-                prediction_id=f"{request_id}-{row - first}",
-                missing=scores.missing[row],
-                absent=absent[row],
-                fallback=scores.rungs[row],
+        part = predictions.part(first, last)
+        served_by = set(part.versions)
+        version = served_by.pop() if len(served_by) == 1 else batch.assignment.versions[0]
+        answers.append(
+            PredictAnswer(
+                secrets.token_hex(16), request.model, version, batch.assignment.revision, request.entity_ids, part
             )
-            for row in range(first, last)
         )
-        served_by = set(scores.versions[first:last])
-        version = served_by.pop() if len(served_by) == 1 else assignment.versions[0]
-        answers.append(PredictAnswer(request_id, request.model, version, assignment.revision, entities, logged=True))
         first = last
     return answers

@@ -1,4 +1,4 @@
-"""What a prediction request and its answer are. Pure.
+"""What a request asks for. Pure.
 
 A request is read by hand instead of by a schema library: it is on the hottest path, and the
 messages can say what exists.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
@@ -48,119 +48,6 @@ class PredictRequest:
     overrides: Overrides = field(default_factory=dict)
     inputs: Inputs = field(default_factory=dict)
     explain: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What made a prediction what it is.
-
-    Attributes:
-        contributions: By qualified feature, on the raw scale of the version that answered; with ``base_value``
-            they add up to ``raw_score``.
-        base_value: The raw score of nobody in particular.
-        raw_score: What the booster said.
-        scale: What a raw score is: ``log-odds``, ``log``, ``square root`` or ``value``.
-        prediction: The prediction as a formula of ``raw_score``.
-    """
-
-    contributions: Mapping[str, float]
-    base_value: float
-    raw_score: float
-    scale: str
-    prediction: str
-
-    def document(self) -> dict[str, Any]:
-        """As the HTTP answer shows it."""
-        return {
-            "contributions": self.contributions,
-            "base_value": self.base_value,
-            "raw_score": self.raw_score,
-            "scale": self.scale,
-            "prediction": self.prediction,
-        }
-
-
-class EntityAnswer(NamedTuple):
-    """The prediction for one entity.
-
-    Attributes:
-        entity_id: As the client wrote it.
-        score: The prediction.
-        variant: The variant that the entity is assigned to.
-        version: The model version that answered: the variant's, unless ``fallback`` says otherwise.
-        prediction_id: Its name in the prediction log, for matching actuals.
-        missing: Features without a value (null) when the model was asked.
-        absent: Views that hold nothing about the entity: their features are those of nobody.
-        fallback: Which rung of the ladder answered (see `heliostat.serving.fallback`); None for the normal way.
-    """
-
-    entity_id: Any
-    score: float
-    variant: str
-    version: int
-    prediction_id: str
-    missing: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-    fallback: str | None = None
-
-    @property
-    def source(self) -> str:
-        """``model`` or ``fallback``."""
-        return "model" if self.fallback is None else "fallback"
-
-    def document(self) -> dict[str, Any]:
-        """As the HTTP answer shows it."""
-        return {
-            "entity_id": self.entity_id,
-            "prediction": self.score,
-            "variant": self.variant,
-            "model_version": self.version,
-            "prediction_id": self.prediction_id,
-            "missing_features": self.missing,
-            "absent_views": self.absent,
-            "source": self.source,
-            "fallback": self.fallback,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class PredictAnswer:
-    """The answer to one request.
-
-    Attributes:
-        request_id: Its name in the prediction log.
-        model: The model's name.
-        version: The version that answered; the production one where several did.
-        revision: The routing document's revision.
-        entities: One an entity, in the request's order.
-        logged: Whether the predictions are durable.
-        explanations: One an entity, or why there is none, as a text; None if nobody asked.
-    """
-
-    request_id: str
-    model: str
-    version: int
-    revision: int
-    entities: tuple[EntityAnswer, ...]
-    logged: bool
-    explanations: tuple[Explanation | str, ...] | None = None
-
-    def document(self, latency_ms: float) -> dict[str, Any]:
-        """As the HTTP answer shows it."""
-        entities = [each.document() for each in self.entities]
-        if self.explanations is not None:
-            for entity, each in zip(entities, self.explanations, strict=True):
-                entity["explanation"] = each.document() if isinstance(each, Explanation) else None
-                entity["unexplained"] = each if isinstance(each, str) else None
-        return {
-            "model": self.model,
-            "model_version": self.version,
-            "predictions": [each.score for each in self.entities],
-            "latency_ms": round(latency_ms, 3),
-            "request_id": self.request_id,
-            "logged": self.logged,
-            "entities": entities,
-        }
 
 
 def parse_object(body: bytes, *, known: Sequence[str]) -> dict[str, Any]:

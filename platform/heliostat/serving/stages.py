@@ -101,7 +101,7 @@ class FeatureBlock:
     as_of_us: int
     stored: bool = True
 
-    def matrix(self, names: tuple[str, ...], rows: list[int] | None = None) -> FloatArray:
+    def matrix(self, names: tuple[str, ...], rows: NDArray[np.intp] | None = None) -> FloatArray:
         """Some columns in another order, of some rows or (None) of all: C-contiguous.
 
         Raises:

@@ -220,6 +220,8 @@ class AsyncStreams:
         """As `Streams.append`."""
         stream = record_key(self.config, name)
         with self.config.reported():
+            if len(records) == 1:  # a pipeline costs as much again
+                return [_stream_id(await self.client.xadd(stream, {RECORD_FIELD: records[0]}))]
             async with self.client.pipeline(transaction=False) as pipeline:
                 for record in records:
                     pipeline.xadd(stream, {RECORD_FIELD: record})
@@ -377,9 +379,20 @@ def rows_from(
 
 
 def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    shared = {name: document.get(name) for name in ("request_id", "model", "revision")}
-    shared["at"] = int(document["at_us"])
-    return [{**entry, **shared} for entry in document["entries"]]
+    shared = {"model": document["model"], "revision": document.get("revision"), "at": int(document["at_us"])}
+    if "columns" not in document:  # as an earlier release wrote it: one request, an object a prediction
+        return [{**each, **shared, "request_id": document.get("request_id")} for each in document["entries"]]
+    names = [
+        {"prediction_id": f"{request_id}-{row}", "request_id": request_id}
+        for request_id, n in ((each["request_id"], each["rows"]) for each in document["requests"])
+        for row in range(n)
+    ]
+    columns = {"missing": [()] * len(names), "given": [()] * len(names), **document["columns"]}
+    sources = ["model" if each is None else "fallback" for each in columns.get("fallback", [None] * len(names))]
+    rows = zip(names, sources, *columns.values(), strict=True)
+    return [
+        {**name, **shared, "source": source, **dict(zip(columns, row, strict=True))} for name, source, *row in rows
+    ]
 
 
 def _actual_row(document: Mapping[str, Any]) -> dict[str, Any]:

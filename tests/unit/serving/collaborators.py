@@ -26,6 +26,7 @@ from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionF
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.stages import ABRouter, FeatureLookup, FeatureReaders, ModelRunner
 from heliostat.storage.online_store import OnlineKeys
+from heliostat.storage.streams import rows_from
 
 NOW_US = parse_instant_us("2026-03-01T12:00:00Z")
 KEYS = OnlineKeys("hs", "test")
@@ -145,7 +146,7 @@ class Versions:
 
 
 class Stream:
-    """A prediction stream that remembers its entries and how many came in one call."""
+    """A prediction stream that remembers its records and how many came in one call."""
 
     def __init__(self) -> None:
         self.records: list[bytes] = []
@@ -163,11 +164,16 @@ class Stream:
         self.records.extend(records)
 
     @property
-    def documents(self) -> list[dict[str, object]]:
-        return [orjson.loads(record) for record in self.records]
+    def requests(self) -> int:
+        """How many requests the records are about."""
+        return sum(len(orjson.loads(record)["requests"]) for record in self.records)
 
     def entries(self, variant: str | None = None) -> list[dict[str, object]]:
-        found = [entry for document in self.documents for entry in document["entries"]]  # type: ignore[attr-defined]
+        """Rows as the prediction table will have them."""
+        found: list[dict[str, object]] = []
+        for record in self.records:  # one after the other: a table has one model's
+            ((_, rows),) = rows_from("predictions", [((1, 0), record)]).values()
+            found += rows.to_pylist()
         return [entry for entry in found if variant is None or entry["variant"] == variant]
 
 

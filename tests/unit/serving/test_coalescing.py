@@ -67,6 +67,39 @@ def test_requests_that_arrive_while_all_calls_are_under_way_share_the_next_one()
     asyncio.run(scenario())
 
 
+def test_no_second_call_starts_beside_the_first_while_patience_lasts() -> None:
+    async def scenario() -> None:
+        call = Recorder(gated=True)
+        coalescer = Coalescer(call, max_weight=100, max_in_flight=4, patience_s=60.0)
+        tasks = []
+        for n in range(4):
+            tasks.append(asyncio.create_task(coalescer.submit(n)))
+            await settle()
+        assert call.batches == [[0]]
+        call.gate.set()
+        assert await asyncio.gather(*tasks) == [0, 2, 4, 6]
+        assert call.batches == [[0], [1, 2, 3]]
+        assert await asyncio.wait_for(coalescer.submit(4), timeout=5) == 8  # a timer that is set holds nobody up
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_takes_too_long_gets_others_beside_it() -> None:
+    async def scenario() -> None:
+        call = Recorder(gated=True)
+        coalescer = Coalescer(call, max_weight=100, max_in_flight=3, patience_s=0.005)
+        tasks = [asyncio.create_task(coalescer.submit(n)) for n in range(2)]
+        await settle()
+        tasks += [asyncio.create_task(coalescer.submit(n)) for n in range(2, 4)]
+        while len(call.batches) < 2:
+            await asyncio.sleep(0.001)  # noqa: ASYNC110 - the timer is what is looked at
+        assert call.batches == [[0, 1], [2, 3]]
+        call.gate.set()
+        assert await asyncio.gather(*tasks) == [0, 2, 4, 6]
+
+    asyncio.run(scenario())
+
+
 def test_a_failed_item_doesnt_fail_its_neighbours() -> None:
     async def scenario() -> None:
         coalescer = Coalescer(Recorder(), max_weight=100)
@@ -242,12 +275,14 @@ def test_closing_answers_those_who_were_accepted_and_refuses_the_rest() -> None:
 class Crowd:
     """Clients that come and go, and a call that answers when it is let."""
 
-    def __init__(self, max_in_flight: int, max_weight: int) -> None:
+    def __init__(self, max_in_flight: int, max_weight: int, patience_s: float) -> None:
         self.max_in_flight = max_in_flight
         self.gates: list[asyncio.Event] = []
         self.sizes: list[int] = []
         self.clients: dict[asyncio.Task[int], int] = {}
-        self.coalescer = Coalescer(self.call, max_weight=max_weight, max_in_flight=max_in_flight, max_waiting=8)
+        self.coalescer = Coalescer(
+            self.call, max_weight=max_weight, max_in_flight=max_in_flight, patience_s=patience_s, max_waiting=8
+        )
 
     async def call(self, items: list[int]) -> list[int | Exception]:
         gate = asyncio.Event()
@@ -294,12 +329,13 @@ class Crowd:
     ),
     st.integers(1, 4),
     st.integers(1, 12),
+    st.sampled_from([0.0, 1e-4, 60.0]),
 )
 def test_whatever_the_order_of_arrivals_departures_and_failures_everybody_gets_their_own_answer(
-    happenings: list[tuple[str, int]], max_in_flight: int, max_weight: int
+    happenings: list[tuple[str, int]], max_in_flight: int, max_weight: int, patience_s: float
 ) -> None:
     async def scenario() -> None:
-        crowd = Crowd(max_in_flight, max_weight)
+        crowd = Crowd(max_in_flight, max_weight, patience_s)
         for happening, number in happenings:
             await crowd.step(happening, number)
         await asyncio.wait_for(crowd.finish(), timeout=10)  # a hang is a failure, not a long wait

@@ -8,23 +8,25 @@ import orjson
 import pytest
 
 from heliostat.errors import PredictionLogError
+from heliostat.serving.answers import PredictAnswer, Predictions
 from heliostat.serving.prediction_log import PredictionLog, log_record
-from heliostat.serving.requests import EntityAnswer, PredictAnswer
 from heliostat.storage.streams import rows_from
 from tests.unit.serving.collaborators import Stream
 
-ANSWER = PredictAnswer(
-    "r",
-    "churn",
-    3,
-    9,
-    (
-        EntityAnswer(7, 0.5, "control", 3, "r-0", ("a__b",)),
-        EntityAnswer("8", 0.25, "challenger", 4, "r-1", fallback="prior"),
-    ),
-    logged=True,
+PREDICTIONS = Predictions(
+    scores=[0.5, 0.25, 0.75],
+    versions=[3, 4, 3],
+    fallbacks=[None, "prior", None],
+    vectors=[np.array([1.0, math.nan]), np.array([2.0]), np.array([3.0, 4.0])],
+    missing=[("a__b",), (), ()],
+    variants=["control", "challenger", "control"],
+    absent=[(), (), ("a@1",)],
 )
-VECTORS = [np.array([1.0, math.nan]), np.array([2.0])]
+ANSWERS = [
+    PredictAnswer("r", "churn", 3, 9, (7, "8"), PREDICTIONS.part(0, 2)),
+    PredictAnswer("s", "churn", 3, 9, (9,), PREDICTIONS.part(2, 3)),
+]
+ENTITIES = ["7", "8", "9"]
 
 
 def soon() -> float:
@@ -32,29 +34,30 @@ def soon() -> float:
 
 
 def test_a_record_becomes_the_rows_of_the_prediction_table() -> None:
-    record = log_record(ANSWER, ["7", "8"], VECTORS, at_us=123_000_000, given=[(), ("a__b",)])
+    record = log_record(
+        ANSWERS, PREDICTIONS, ENTITIES, at_us=123_000_000, given=[(), ("a__b",), ()], inputs={2: {"amount": 4.5}}
+    )
     ids, table = rows_from("predictions", [((1, 0), record)])["churn"]
-    first, second = table.to_pylist()
-    assert ids == [(1, 0), (1, 0)]
+    first, second, third = table.to_pylist()
+    assert ids == [(1, 0)] * 3
     assert (first["prediction_id"], first["entity"], first["variant"]) == ("r-0", "7", "control")
     assert (first["version"], first["score"], first["source"]) == (3, 0.5, "model")
     assert (first["features"], first["missing"]) == ([1.0, None], ["a__b"])
     assert (second["features"], second["source"], second["revision"]) == ([2.0], "fallback", 9)
-    assert (first["fallback"], first["given"]) == (None, [])
+    assert (first["fallback"], first["given"], first["inputs"]) == (None, [], None)
     assert (second["fallback"], second["given"]) == ("prior", ["a__b"])
-    assert first["at"].timestamp() == 123.0
+    assert (third["prediction_id"], third["request_id"], third["features"]) == ("s-0", "s", [3.0, 4.0])
+    assert orjson.loads(third["inputs"]) == {"amount": 4.5}
+    assert {each["at"].timestamp() for each in (first, second, third)} == {123.0}
 
 
-def test_records_of_several_requests_share_a_round_trip() -> None:
-    stream = Stream()
-
-    async def scenario() -> bool:
-        record = log_record(ANSWER, ["7", "8"], VECTORS, at_us=1)
-        return await PredictionLog(stream.append).write([record, record, record], until=soon())
-
-    assert asyncio.run(scenario()) is True
-    assert stream.calls == [3]
-    assert orjson.loads(stream.records[0])["request_id"] == "r"
+def test_a_record_without_anything_out_of_the_ordinary_says_so_by_saying_nothing() -> None:
+    plain = Predictions([0.5], [3], [None], np.array([[1.0]]), [()], ["control"], [()])
+    record = log_record([PredictAnswer("r", "churn", 3, 9, (7,), plain)], plain, ["7"], at_us=1)
+    assert set(orjson.loads(record)["columns"]) == {"entity", "variant", "version", "score", "features"}
+    (row,) = rows_from("predictions", [((1, 0), record)])["churn"][1].to_pylist()
+    assert (row["missing"], row["given"], row["source"]) == ([], [], "model")
+    assert (row["fallback"], row["inputs"]) == (None, None)
 
 
 def test_what_cant_be_logged_isnt_given_out_unless_that_is_allowed() -> None:

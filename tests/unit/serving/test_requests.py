@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given
@@ -11,15 +12,8 @@ from hypothesis import strategies as st
 from heliostat.errors import HeliostatError, InvalidFieldError, InvalidValueError
 from heliostat.features.definitions import Entity
 from heliostat.models.definitions import Definitions, Label, ModelSpec
-from heliostat.serving.requests import (
-    EntityAnswer,
-    PredictAnswer,
-    PredictRequest,
-    entity_texts,
-    parse_actuals,
-    parse_events,
-    parse_predict,
-)
+from heliostat.serving.answers import PredictAnswer, Predictions
+from heliostat.serving.requests import PredictRequest, entity_texts, parse_actuals, parse_events, parse_predict
 from tests.unit.serving.collaborators import ACTIVITIES, CHURN, DEFINITIONS, NAMES, USAGE
 
 DEVICE = Entity("device", keys={"account": "string", "slot": "int64"})
@@ -156,8 +150,9 @@ def test_actuals_name_a_prediction_or_an_entity_and_an_instant() -> None:
 
 
 def test_an_answer_shows_everything_that_a_client_needs() -> None:
-    entity = EntityAnswer(7, 0.5, "control", 3, "r-0", ("a__b",), ("a@1",), "prior")
-    document = PredictAnswer("r", "churn", 3, 9, (entity,), logged=True).document(1.23456)
+    vectors = np.array([[math.nan]])
+    predictions = Predictions([0.5], [3], ["prior"], vectors, [("a__b",)], ["control"], [("a@1",)])
+    document = PredictAnswer("r", "churn", 3, 9, (7,), predictions).document(1.23456)
     assert document == {
         "model": "churn",
         "model_version": 3,

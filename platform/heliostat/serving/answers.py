@@ -1,0 +1,202 @@
+"""What prediction requests are answered with, column by column. Pure.
+
+The entities of requests that are answered together are the rows of one `Predictions`; each request's
+answer is a part of it. Nothing is made for each entity until the answer is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What made a prediction what it is.
+
+    Attributes:
+        contributions: By qualified feature, on the raw scale of the version that answered; with ``base_value``
+            they add up to ``raw_score``.
+        base_value: The raw score of nobody in particular.
+        raw_score: What the booster said.
+        scale: What a raw score is: ``log-odds``, ``log``, ``square root`` or ``value``.
+        prediction: The prediction as a formula of ``raw_score``.
+    """
+
+    contributions: Mapping[str, float]
+    base_value: float
+    raw_score: float
+    scale: str
+    prediction: str
+
+    def document(self) -> dict[str, Any]:
+        """As the HTTP answer shows it."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+@dataclass(slots=True, eq=False)
+class Predictions:
+    """Predictions for some entities: one value an entity in each column.
+
+    Attributes:
+        scores: The predictions.
+        versions: The model version that answered: the variant's, unless ``fallbacks`` says otherwise.
+        fallbacks: Which rung of the ladder answered (see `heliostat.serving.fallback`); None for the normal way.
+        vectors: What the model saw, shape ``(n_features,)`` each, in the order of the signature of the version
+            that answered; one matrix where that was one version.
+        missing: Features without a value (null) when the model was asked.
+        variants: The variant that the entity is assigned to.
+        absent: Views that hold nothing about the entity: their features are those of nobody.
+    """
+
+    scores: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    fallbacks: list[str | None] = field(default_factory=list)
+    vectors: NDArray[np.float64] | list[NDArray[np.float64]] = field(default_factory=list)
+    missing: list[tuple[str, ...]] = field(default_factory=list)
+    variants: list[str] = field(default_factory=list)
+    absent: list[tuple[str, ...]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def part(self, first: int, last: int) -> Predictions:
+        """Some of the rows."""
+        if first == 0 and last == len(self):
+            return self
+        return Predictions(
+            self.scores[first:last],
+            self.versions[first:last],
+            self.fallbacks[first:last],
+            self.vectors[first:last],
+            self.missing[first:last],
+            self.variants[first:last],
+            self.absent[first:last],
+        )
+
+
+class EntityAnswer(NamedTuple):
+    """The prediction for one entity: a row of `Predictions`.
+
+    Attributes:
+        entity_id: As the client wrote it.
+        score: The prediction.
+        variant: The variant that the entity is assigned to.
+        version: The model version that answered.
+        prediction_id: Its name in the prediction log, for matching actuals.
+        missing: Features without a value (null) when the model was asked.
+        absent: Views that hold nothing about the entity.
+        fallback: Which rung of the ladder answered; None for the normal way.
+    """
+
+    entity_id: Any
+    score: float
+    variant: str
+    version: int
+    prediction_id: str
+    missing: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    fallback: str | None = None
+
+    @property
+    def source(self) -> str:
+        """``model`` or ``fallback``."""
+        return source_of(self.fallback)
+
+
+@dataclass(frozen=True, slots=True)
+class PredictAnswer:
+    """The answer to one request.
+
+    Attributes:
+        request_id: Its name in the prediction log.
+        model: The model's name.
+        version: The version that answered; the production one where several did.
+        revision: The routing document's revision.
+        entity_ids: As the client wrote them.
+        predictions: One an entity, in the request's order.
+        logged: Whether the predictions are durable.
+        explanations: One an entity, or why there is none, as a text; None if nobody asked.
+    """
+
+    request_id: str
+    model: str
+    version: int
+    revision: int
+    entity_ids: tuple[Any, ...]
+    predictions: Predictions
+    logged: bool = True
+    explanations: tuple[Explanation | str, ...] | None = None
+
+    @property
+    def entities(self) -> tuple[EntityAnswer, ...]:
+        """The predictions row by row."""
+        rows = self.predictions
+        return tuple(
+            map(
+                EntityAnswer,
+                self.entity_ids,
+                rows.scores,
+                rows.variants,
+                rows.versions,
+                prediction_ids(self.request_id, len(rows)),
+                rows.missing,
+                rows.absent,
+                rows.fallbacks,
+            )
+        )
+
+    def document(self, latency_ms: float) -> dict[str, Any]:
+        """As the HTTP answer shows it."""
+        rows = self.predictions
+        entities: list[dict[str, Any]] = [
+            {
+                "entity_id": entity_id,
+                "prediction": score,
+                "variant": variant,
+                "model_version": version,
+                "prediction_id": prediction_id,
+                "missing_features": missing,
+                "absent_views": absent,
+                "source": "model" if fallback is None else "fallback",
+                "fallback": fallback,
+            }
+            for entity_id, score, variant, version, prediction_id, missing, absent, fallback in zip(
+                self.entity_ids,
+                rows.scores,
+                rows.variants,
+                rows.versions,
+                prediction_ids(self.request_id, len(rows)),
+                rows.missing,
+                rows.absent,
+                rows.fallbacks,
+                strict=True,
+            )
+        ]
+        if self.explanations is not None:
+            for entity, each in zip(entities, self.explanations, strict=True):
+                entity["explanation"] = each.document() if isinstance(each, Explanation) else None
+                entity["unexplained"] = each if isinstance(each, str) else None
+        return {
+            "model": self.model,
+            "model_version": self.version,
+            "predictions": rows.scores,
+            "latency_ms": round(latency_ms, 3),
+            "request_id": self.request_id,
+            "logged": self.logged,
+            "entities": entities,
+        }
+
+
+def source_of(fallback: str | None) -> str:
+    """``model`` or ``fallback``."""
+    return "model" if fallback is None else "fallback"
+
+
+def prediction_ids(request_id: str, n: int) -> list[str]:
+    """The names of a request's predictions in the prediction log."""
+    return [f"{request_id}-{row}" for row in range(n)]
