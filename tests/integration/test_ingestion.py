@@ -317,6 +317,7 @@ def test_entry_that_cannot_be_read_is_put_aside_and_stops_nobody(intake: Intake,
 
 def test_more_than_one_read_is_drained_at_once(intake: Intake, sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heliostat.ingestion.sink._ENTRIES_A_STREAM", 3)
+    monkeypatch.setattr("heliostat.ingestion.sink._RECORDS_A_STREAM", 3)
     intake.submit("sales", [event(f"e{number:02}", user=1) for number in range(10)])
     sink.streams.append("predictions", [_prediction(f"p{number}") for number in range(7)])
     moved = sink.drain_once()

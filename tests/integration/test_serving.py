@@ -29,6 +29,7 @@ from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.profile import Profile
 from heliostat.serving.answers import PredictAnswer
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
+from heliostat.storage.streams import rows_from
 from heliostat.telemetry import METRICS
 from heliostat.workspace import Workspace
 
@@ -217,10 +218,10 @@ def test_every_prediction_is_in_the_stream_when_its_answer_arrives(shop: Shop) -
         replies = await asyncio.gather(*(client.post("/predict", json={"entity_ids": [n, n + 1]}) for n in range(20)))
         ids = {each["prediction_id"] for reply in replies for each in reply.json()["entities"]}
         stream = shop.workspace.streams.record_stream("predictions")
-        records = [orjson.loads(payload) for _, payload in shop.workspace.streams.read(stream)]
-        logged = {entry["prediction_id"] for record in records for entry in record["entries"]}
-        assert logged == ids
-        assert len(ids) == 40
+        _, rows = rows_from("predictions", shop.workspace.streams.read(stream))["churn"]
+        logged = rows.column("prediction_id").to_pylist()
+        assert set(logged) == ids
+        assert len(logged) == 40
 
     shop.run(scenario)
 

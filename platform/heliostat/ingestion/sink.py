@@ -40,6 +40,8 @@ from heliostat.storage.streams import StreamName, Streams, events_from, rows_fro
 _log = logging.getLogger(__name__)
 
 _ENTRIES_A_STREAM = 10_000
+# An entry holds all predictions that were made together: megabytes, if they are many.
+_RECORDS_A_STREAM = 1_000
 _TRIES = 5
 _COMMITS_A_COMPACTION = 50
 _LONGEST_PAUSE_S = 30.0
@@ -241,7 +243,7 @@ class Sink:
     # ── Events ───────────────────────────────────────────────────────────────────
 
     def _drain_events(self, source: EventSource) -> tuple[Drained, bool]:
-        waiting = self._waiting(self.streams.event_streams(source.name))
+        waiting = self._waiting(self.streams.event_streams(source.name), at_most=_ENTRIES_A_STREAM)
         if not waiting:
             return Drained(), False
         events, places, unreadable = self._events(source, waiting)
@@ -267,7 +269,7 @@ class Sink:
                 self.mender.note(source, entity, result.repeated[entity.name])
             accepted, known = max(accepted, result.accepted), max(known, result.duplicates)
         moved = Drained(accepted, known, unreadable=unreadable, trimmed=self._trim(waiting))
-        return moved, _full(waiting)
+        return moved, any(len(entries) == _ENTRIES_A_STREAM for entries in waiting.values())
 
     def _events(
         self, source: EventSource, waiting: Mapping[str, Entries]
@@ -287,7 +289,7 @@ class Sink:
 
     def _drain_records(self, name: StreamName) -> tuple[Drained, bool]:
         stream = self.streams.record_stream(name)
-        waiting = self._waiting([stream])
+        waiting = self._waiting([stream], at_most=_RECORDS_A_STREAM)
         if not waiting:
             return Drained(), False
         entries = [(stream, entry, payload) for entry, payload in waiting[stream]]
@@ -305,14 +307,14 @@ class Sink:
                 self._commits += 1
                 count += new.num_rows
         moved = Drained(**{name: count}, unreadable=len(bad), trimmed=self._trim(waiting))
-        return moved, _full(waiting)
+        return moved, len(waiting[stream]) == _RECORDS_A_STREAM
 
     # ── Both ─────────────────────────────────────────────────────────────────────
 
-    def _waiting(self, streams: Sequence[str]) -> dict[str, Entries]:
+    def _waiting(self, streams: Sequence[str], *, at_most: int) -> dict[str, Entries]:
         """The oldest entries of each stream that has any; another sink may have trimmed one since it was measured."""
         lengths = self.streams.lengths(streams)
-        read = {stream: self.streams.read(stream, count=_ENTRIES_A_STREAM) for stream in streams if lengths[stream]}
+        read = {stream: self.streams.read(stream, count=at_most) for stream in streams if lengths[stream]}
         return {stream: entries for stream, entries in read.items() if entries}
 
     def _trim(self, waiting: Mapping[str, Entries]) -> int:
@@ -380,11 +382,6 @@ class Sink:
 
 def _is_new(entry: StreamId, applied: StreamId | None) -> bool:
     return applied is None or entry > applied
-
-
-def _full(waiting: Mapping[str, Entries]) -> bool:
-    """Whether some stream may hold more than was read."""
-    return any(len(entries) == _ENTRIES_A_STREAM for entries in waiting.values())
 
 
 def _sifted(
