@@ -106,6 +106,17 @@ def waiting_limit(settings: Settings) -> int:
     return _NO_LIMIT if queued < 0 else max(1, queued)
 
 
+def prediction_log(settings: Settings, streams: AsyncStreams) -> PredictionLog:
+    """The prediction log as the settings want it."""
+    serving = settings.serving
+    return PredictionLog(
+        streams.append_predictions,
+        when_fails=serving.when_log_fails,
+        buffer_rows=serving.log_buffer_rows if serving.log == "async" else 0,
+        max_delay_s=serving.log_max_delay_s,
+    )
+
+
 def gateway_parts(
     workspace: Workspace,
     meter: Meter,
@@ -137,7 +148,7 @@ def gateway_parts(
         ),
         readers,
         VersionBook(version_facts(workspace)),
-        PredictionLog(streams.append_predictions, when_fails=settings.serving.when_log_fails),
+        prediction_log(settings, streams),
         workspace.clock,
         deadline_ms=settings.serving.deadline_ms,
         max_batch_entities=settings.serving.batch_max_entities,

@@ -201,6 +201,9 @@ class ServingSettings(_Section):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_048_576
     max_entities_per_request: Annotated[int, Field(ge=1)] = 1_000
     when_log_fails: Literal["reject", "answer"] = "reject"
+    log: Literal["durable", "async"] = "durable"
+    log_buffer_rows: Annotated[int, Field(ge=1)] = 10_000
+    log_max_delay_s: Annotated[float, Field(gt=0)] = 1.0
 
 
 class BatchSettings(_Section):

@@ -407,6 +407,17 @@ def test_prediction_that_was_appended_twice_is_one(sink: Sink) -> None:
     assert _predicted(sink) == ["a", "b"]
 
 
+def test_prediction_that_is_appended_again_after_its_first_entry_was_drained_is_still_one(sink: Sink) -> None:
+    sink.streams.append("predictions", [_prediction("a"), _prediction("b")])
+    assert sink.drain_once().predictions == 2
+    sink.streams.append("predictions", [_prediction("b"), _prediction("c")])
+    assert sink.drain_once().predictions == 1
+    sink.streams.append("predictions", [_prediction("a")])
+    moved = sink.drain_once()
+    assert (moved.predictions, moved.trimmed) == (0, 1)
+    assert _predicted(sink) == ["a", "b", "c"]
+
+
 def test_unreadable_prediction_is_put_aside(sink: Sink) -> None:
     sink.streams.append("predictions", [b"{}", _prediction("a"), _prediction("b", model="../../etc")])
     moved = sink.drain_once()

@@ -19,6 +19,7 @@ from typing import Protocol, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from heliostat.clock import US_PER_DAY, US_PER_HOUR, Clock, parse_duration_us, parse_instant_us
 from heliostat.errors import StaleProgressError, StorageError, StreamEntryError
@@ -28,7 +29,7 @@ from heliostat.ingestion.intake import Declared
 from heliostat.ingestion.lease import SinkLease
 from heliostat.ingestion.mending import RingMender
 from heliostat.online.tiles import RingLimits
-from heliostat.schema import INGESTED
+from heliostat.schema import INGESTED, times_us
 from heliostat.settings import Settings
 from heliostat.storage.delta import Progress, StreamId
 from heliostat.storage.erasure import vacuum
@@ -300,7 +301,8 @@ class Sink:
             applied = self.offline_store.progress(name, model, [stream])[stream]
             new = rows.filter(pa.array([_is_new(entry, applied) for entry in ids], pa.bool_()))
             if name == "predictions":
-                new = _first_of_each(new, "prediction_id")  # an append whose answer was lost is repeated
+                # An append whose answer was lost is repeated: at once, or when the server is back.
+                new = self._unknown(model, _first_of_each(new, "prediction_id"))
             if new.num_rows:
                 progress = Progress(before={stream: applied}, after={stream: last})
                 self.offline_store.append_stream(name, model, new, progress)
@@ -308,6 +310,17 @@ class Sink:
                 count += new.num_rows
         moved = Drained(**{name: count}, unreadable=len(bad), trimmed=self._trim(waiting))
         return moved, len(waiting[stream]) == _RECORDS_A_STREAM
+
+    def _unknown(self, model: str, rows: pa.Table) -> pa.Table:
+        """Predictions that aren't in the model's table yet; the same one is of the same instant each time."""
+        if not rows.num_rows:
+            return rows
+        at_us = times_us(rows.column("at"))
+        known = self.offline_store.read_predictions(
+            model, start_us=int(at_us.min()), end_us=int(at_us.max()) + 1, columns=["prediction_id"]
+        )
+        ids = known.column("prediction_id").combine_chunks()
+        return rows.filter(pc.invert(pc.is_in(rows.column("prediction_id"), value_set=ids))) if len(ids) else rows
 
     # ── Both ─────────────────────────────────────────────────────────────────────
 

@@ -2,13 +2,17 @@
 
 Requests that were answered together share one stream entry, and its round trip. What can't be
 logged isn't given out, unless the settings say otherwise: then the answer says ``"logged": false``.
+With ``serving.log: async`` answers don't wait, and say the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
@@ -18,6 +22,10 @@ from heliostat.serving.answers import PredictAnswer, Predictions
 from heliostat.serving.requests import Inputs
 
 _logger = logging.getLogger("heliostat.serving")
+
+# Of a buffer: how long one try to write it may take, and the pauses between tries, seconds.
+_TRY_S = 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 
 
 def log_record(
@@ -70,11 +78,17 @@ def log_record(
 
 
 class PredictionLog:
-    """Writes records to the prediction stream.
+    """Writes records to the prediction stream. Belongs to one event loop.
+
+    With a buffer, answers don't wait: what a process that is killed may lose is what lies in the buffer. That is
+    at most ``buffer_rows`` rows, and at most the answers of ``max_delay_s`` seconds: as soon as the oldest row has
+    waited that long, or the buffer is full, writes wait for the server again, and fail if it doesn't answer.
 
     Args:
         append: Appends records in one round trip; returns when the server has taken them.
         when_fails: ``reject`` raises when the log can't be written; ``answer`` says so and goes on.
+        buffer_rows: Rows that may be in memory only when their answers leave; 0: none.
+        max_delay_s: How long the oldest of them may have waited, seconds.
     """
 
     def __init__(
@@ -82,14 +96,23 @@ class PredictionLog:
         append: Callable[[list[bytes]], Awaitable[object]],
         *,
         when_fails: Literal["reject", "answer"] = "reject",
+        buffer_rows: int = 0,
+        max_delay_s: float = 1.0,
     ) -> None:
         self._append, self._when_fails = append, when_fails
+        self._buffer_rows, self._max_delay_s = buffer_rows, max_delay_s
+        self._buffer: deque[_Buffered] = deque()
+        self._flushing: asyncio.Task[None] | None = None
+        self._closed = False
+        self.buffered_rows = 0
+        """Rows that are in memory only."""
 
-    async def write(self, records: list[bytes], *, until: float) -> bool:
-        """Make records durable.
+    async def write(self, records: list[bytes], *, rows: int, until: float) -> bool:
+        """Make records durable, now or (with a buffer) soon.
 
         Args:
             records: One or several.
+            rows: Predictions in them.
             until: When to stop waiting, on the event loop's clock, seconds.
 
         Returns:
@@ -98,6 +121,13 @@ class PredictionLog:
         Raises:
             PredictionLogError: If they aren't, and that isn't allowed.
         """
+        if self._has_room(rows):
+            self._buffer.append(_Buffered(records, rows, asyncio.get_running_loop().time()))
+            self.buffered_rows += rows
+            if self._flushing is None:
+                # A context of its own: it writes for many requests.
+                self._flushing = asyncio.get_running_loop().create_task(self._flush(), context=Context())
+            return False
         try:
             async with asyncio.timeout_at(until):
                 await self._append(records)
@@ -108,3 +138,52 @@ class PredictionLog:
                 raise PredictionLogError(reason) from error
             return False
         return True
+
+    async def close(self, *, grace_s: float = 4.0) -> None:
+        """Write what is in the buffer; from now on writes wait.
+
+        Args:
+            grace_s: How long to try, seconds.
+        """
+        self._closed = True
+        flushing = self._flushing
+        if flushing is not None:
+            await asyncio.wait([flushing], timeout=grace_s)
+            flushing.cancel()
+        if self.buffered_rows:
+            _logger.error("%d predictions that were answered are lost: the log can't be written", self.buffered_rows)
+
+    def _has_room(self, rows: int) -> bool:
+        if self._closed or self.buffered_rows + rows > self._buffer_rows:
+            return False
+        return not self._buffer or asyncio.get_running_loop().time() < self._buffer[0].since + self._max_delay_s
+
+    async def _flush(self) -> None:
+        """Write the buffer until it is empty; what fails is tried again. Of what comes twice the sink keeps one."""
+        pause_s = _FIRST_PAUSE_S
+        try:
+            while self._buffer:
+                taken = len(self._buffer)
+                try:
+                    async with asyncio.timeout(_TRY_S):
+                        await self._append([record for each in self._buffer for record in each.records])
+                except Exception as error:  # noqa: BLE001 - whatever it is, what was answered has to be written
+                    if pause_s == _FIRST_PAUSE_S:
+                        _logger.warning(
+                            "%d predictions wait in memory: %s", self.buffered_rows, str(error) or "it took too long"
+                        )
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                    continue
+                pause_s = _FIRST_PAUSE_S
+                for _ in range(taken):
+                    self.buffered_rows -= self._buffer.popleft().rows
+        finally:
+            self._flushing = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffered:
+    records: list[bytes]
+    rows: int
+    since: float

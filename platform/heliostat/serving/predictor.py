@@ -232,6 +232,7 @@ class Predictor:
             await queue.close()
         if self._shadows:
             await asyncio.wait(self._shadows)
+        await self._log.close()
 
     async def _answer_in_time(self, waiting: list[_Waiting]) -> list[PredictAnswer | Exception]:
         too_late = asyncio.get_running_loop().time() + _TOO_LATE_SHARE * self._deadline_ms / 1e3
@@ -256,7 +257,9 @@ class Predictor:
                 self._explain(batch, predictions, until=now + _EXPLANATIONS_SHARE * (deadline - now))
             )
         try:
-            logged = await self._log.write([self._record(batch, answers, predictions)], until=deadline)
+            logged = await self._log.write(
+                [self._record(batch, answers, predictions)], rows=len(predictions), until=deadline
+            )
             explanations = None if explaining is None else await explaining
         finally:
             if explaining is not None:
@@ -422,7 +425,9 @@ class Predictor:
                     scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix))
                 shadow = _predictions(scores, version, None, facts.names, matrix)
                 shadow.variants = [SHADOW_NAME] * len(shadow)
-                await self._log.write([self._record(batch, _answers(batch, shadow), shadow)], until=until)
+                await self._log.write(
+                    [self._record(batch, _answers(batch, shadow), shadow)], rows=len(shadow), until=until
+                )
             except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
                 _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)
 

@@ -28,6 +28,7 @@ from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.errors import UnknownTableError
 from heliostat.schema import TIMESTAMP, times_us
 from heliostat.storage.delta import Commit, Progress, StreamId, Table, absolute_root, arrow_schema, joined
+from heliostat.storage.event_files import paths_of, pruned
 
 Kind = Literal["features", "predictions", "actuals", "batch", "dead_letters"]
 StreamKind = Literal["predictions", "actuals"]
@@ -53,13 +54,20 @@ PREDICTIONS = pa.schema(
         ("fallback", pa.string()),
         ("given", pa.list_(pa.string())),
         ("inputs", pa.string()),
+        ("trace_id", pa.string()),
+        ("newest_event", TIMESTAMP),
+        ("latency_ms", pa.float64()),
+        ("forced", pa.bool_()),
     ]
 )
 """One row a prediction; ``features`` in the order of the version's signature, null where missing.
 
 ``fallback`` is the rung of the ladder that answered, null for the model itself; ``given`` names the
 features whose values the request brought along; ``inputs`` is a JSON object of what it brought for
-derived features, null if the model takes nothing. Rows of an earlier release have null in all three.
+derived features, null if the model takes nothing. ``newest_event`` is where the newest tile begins that the
+features were read from (the newest event is at most a tile younger), null if there was none; ``latency_ms``
+is the time from the request's arrival to the making of this row; ``forced`` says that the request asked for
+its variant. Rows of an earlier release have null in what it didn't write down.
 """
 
 ACTUALS = pa.schema(
@@ -135,7 +143,7 @@ class OfflineStore:
         Raises:
             UnknownTableError: If the view has no snapshot.
         """
-        rows = self._read(self._table("features", view_ref, DAY), "features", view_ref, start_us, end_us, None)
+        rows = self._read(self._table("features", view_ref, DAY), "features", view_ref, start_us, end_us)
         if entities is None:
             return rows
         return rows.join(entities, keys=entities.column_names, join_type="left semi")
@@ -197,11 +205,10 @@ class OfflineStore:
         stored = set(arrow_schema(current).names)
         # A table of an earlier release gains its new columns with the next append.
         held = [name for name in dict.fromkeys(("at", *wanted.names)) if name in stored]
-        found = self._read(table, kind, model, start_us, end_us, held, where)
-        columns = [
-            found.column(each.name) if each.name in stored else pa.nulls(found.num_rows, each.type) for each in wanted
-        ]
-        return pa.table(columns, names=wanted.names)
+        # Parts of a day are told apart by the files' statistics: a day of a busy model has many files.
+        near = pruned(table.files(current), None, "at", start_us, end_us)
+        found = table.read(current, paths_of(near), columns=held, where=where)
+        return _filled(found, wanted)
 
     def read_predictions(
         self, model: str, *, start_us: int, end_us: int, columns: Sequence[str] | None = None
@@ -214,6 +221,24 @@ class OfflineStore:
     ) -> pa.Table:
         """Read the reported labels of a model, columns of `ACTUALS`; as `read_stream`."""
         return self.read_stream("actuals", model, start_us=start_us, end_us=end_us, columns=columns)
+
+    def find_prediction(self, prediction_id: str, model: str) -> pa.Table:
+        """The row of one prediction, columns of `PREDICTIONS`; without it, or any, no rows.
+
+        Args:
+            prediction_id: As the answer named it.
+            model: Whose.
+        """
+        table = self._table("predictions", model, DAY)
+        current = table.open()
+        if current is None:
+            return PREDICTIONS.empty_table()
+        stored = set(arrow_schema(current).names)
+        held = [name for name in PREDICTIONS.names if name in stored]
+        paths = paths_of(table.files(current))
+        return _filled(
+            table.read(current, paths, columns=held, where=pc.field("prediction_id") == prediction_id), PREDICTIONS
+        )
 
     def compact(self, kind: StreamKind, model: str, *, min_files: int = 32) -> int:
         """Merge the small files that many little appends leave; returns how many were merged."""
@@ -367,37 +392,17 @@ class OfflineStore:
             return []
         return sorted({_value(each, table) for each in table.files(current).to_pylist()})
 
-    def _read(
-        self,
-        table: Table,
-        kind: str,
-        name: str,
-        start_us: int,
-        end_us: int,
-        columns: Sequence[str] | None,
-        where: pc.Expression | None = None,
-    ) -> pa.Table:
+    def _read(self, table: Table, kind: str, name: str, start_us: int, end_us: int) -> pa.Table:
         if table.open() is None:
             raise UnknownTableError(f"{kind}/{name}", tuple(self.tables(kind)))  # type: ignore[arg-type]
         first, last = day_text(start_us), day_text(end_us - 1)
-        return self._rows_of(table, lambda day: first <= day <= last, columns, where)
+        return self._rows_of(table, lambda day: first <= day <= last)
 
-    def _rows_of(
-        self,
-        table: Table,
-        wanted: Callable[[str], bool],
-        columns: Sequence[str] | None = None,
-        where: pc.Expression | None = None,
-    ) -> pa.Table:
+    def _rows_of(self, table: Table, wanted: Callable[[str], bool]) -> pa.Table:
         current = table.current()
         names = [each for each in arrow_schema(current).names if each != table.partition]
         paths = sorted((_value(each, table), each["path"]) for each in table.files(current).to_pylist())
-        return table.read(
-            current,
-            [path for value, path in paths if wanted(value)],
-            columns=names if columns is None else columns,
-            where=where,
-        )
+        return table.read(current, [path for value, path in paths if wanted(value)], columns=names)
 
 
 def day_text(instant_us: int) -> str:
@@ -412,6 +417,15 @@ def _value(file: Mapping[str, Any], table: Table) -> str:
 def _by_day(rows: pa.Table, column: str) -> list[tuple[str, pa.Table]]:
     days = times_us(rows.column(column)) // US_PER_DAY
     return [(day_text(day * US_PER_DAY), rows.filter(pa.array(days == day))) for day in np.unique(days).tolist()]
+
+
+def _filled(rows: pa.Table, wanted: pa.Schema) -> pa.Table:
+    """The wanted columns; those that an earlier release didn't write are null."""
+    columns = [
+        rows.column(each.name) if each.name in rows.column_names else pa.nulls(rows.num_rows, each.type)
+        for each in wanted
+    ]
+    return pa.table(columns, names=wanted.names)
 
 
 def _texts(schema: pa.Schema) -> list[str]:

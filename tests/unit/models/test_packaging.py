@@ -53,6 +53,41 @@ def test_a_package_predicts_what_the_booster_did(booster: lgb.Booster, package: 
     np.testing.assert_array_equal(loaded.predict(_matrix(), names=NAMES), booster.predict(_matrix()))
 
 
+@pytest.fixture(scope="module")
+def opinionated() -> ModelPackage:
+    """A booster of many trees that has seen nulls, with a calibration."""
+    matrix = np.where(np.random.default_rng(3).random((2_000, 3)) < 0.2, np.nan, _matrix(2_000))
+    labels = np.nansum(matrix, axis=1) + np.random.default_rng(4).normal(size=2_000) > 0
+    parameters = {"objective": "binary", "verbosity": -1, "num_threads": 1, "num_leaves": 63, "min_data_in_leaf": 5}
+    booster = lgb.train(parameters, lgb.Dataset(matrix, labels.astype(float), feature_name=list(NAMES)), 150)
+    calibration = Calibration((0.0, 0.3, 0.7, 1.0), (0.1, 0.2, 0.75, 0.9))
+    return ModelPackage(booster.model_to_string(), Signature(NAMES), "binary", calibration=calibration)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_row_scores_the_same_bits_alone_among_others_and_in_any_order(
+    opinionated: ModelPackage, calibrated: bool
+) -> None:
+    package = opinionated if calibrated else replace(opinionated, calibration=None)
+    model, again = package.load(), ModelPackage.from_files(package.to_files()).load()
+    matrix = np.where(np.random.default_rng(5).random((500, 3)) < 0.2, np.nan, _matrix(500))
+    together = model.predict(matrix).view(np.int64)
+    alone = np.concatenate([again.predict(matrix[row : row + 1]) for row in range(500)]).view(np.int64)
+    np.testing.assert_array_equal(alone, together)
+    order = np.random.default_rng(6).permutation(500)
+    np.testing.assert_array_equal(model.predict(np.ascontiguousarray(matrix[order])).view(np.int64), together[order])
+    twice = model.predict(np.concatenate([matrix, matrix])).view(np.int64)
+    np.testing.assert_array_equal(twice, np.concatenate([together, together]))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_the_number_of_threads_changes_no_bit_of_a_score(opinionated: ModelPackage, threads: int) -> None:
+    booster = lgb.Booster(model_str=opinionated.booster_text)
+    matrix = np.where(np.random.default_rng(5).random((5_000, 3)) < 0.2, np.nan, _matrix(5_000))
+    one = np.asarray(booster.predict(matrix, num_threads=1)).view(np.int64)
+    np.testing.assert_array_equal(np.asarray(booster.predict(matrix, num_threads=threads)).view(np.int64), one)
+
+
 def test_a_package_comes_back_from_its_files(package: ModelPackage) -> None:
     calibrated = replace(package, calibration=Calibration((0.1, 0.9), (0.2, 0.7)))
     assert ModelPackage.from_files(calibrated.to_files()) == calibrated

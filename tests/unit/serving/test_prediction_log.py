@@ -66,8 +66,8 @@ def test_what_cant_be_logged_isnt_given_out_unless_that_is_allowed() -> None:
 
     async def scenario() -> None:
         with pytest.raises(PredictionLogError, match="connection refused"):
-            await PredictionLog(stream.append).write([b"x"], until=soon())
-        assert await PredictionLog(stream.append, when_fails="answer").write([b"x"], until=soon()) is False
+            await PredictionLog(stream.append).write([b"x"], rows=1, until=soon())
+        assert await PredictionLog(stream.append, when_fails="answer").write([b"x"], rows=1, until=soon()) is False
 
     asyncio.run(scenario())
 
@@ -78,6 +78,6 @@ def test_a_log_that_hangs_fails_when_time_is_up() -> None:
     async def scenario() -> None:
         stream.gate = asyncio.Event()
         with pytest.raises(PredictionLogError, match="too long"):
-            await PredictionLog(stream.append).write([b"x"], until=asyncio.get_running_loop().time() + 0.01)
+            await PredictionLog(stream.append).write([b"x"], rows=1, until=asyncio.get_running_loop().time() + 0.01)
 
     asyncio.run(scenario())

@@ -174,6 +174,7 @@ def test_the_log_has_what_the_model_saw_before_the_answer_leaves() -> None:
         "fallback": None,
         "given": [],
         "inputs": None,
+        **dict.fromkeys(("trace_id", "newest_event", "latency_ms", "forced")),
     }
     assert second["features"] == [0.0, 0.0, None, 0.0]
     assert second["missing"] == ["usage__mean"]

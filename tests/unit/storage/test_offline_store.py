@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +55,55 @@ def test_day_that_is_written_again_is_replaced_and_others_stay(store: OfflineSto
     assert _spent(store, 0, 1) == [3.0, 4.0, 5.0]
 
 
+# What each release has added to a prediction's row, the newest last.
+ADDED = [["fallback", "given"], ["inputs"], ["trace_id", "newest_event", "latency_ms", "forced"]]
+
+
+@pytest.mark.parametrize("releases", range(1, len(ADDED) + 1))
 def test_a_table_of_an_earlier_release_is_read_with_nulls_and_gains_its_columns_with_the_next_append(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, releases: int
 ) -> None:
+    new = [name for names in ADDED[-releases:] for name in names]
+    assert PREDICTIONS.names[-len(new) :] == new
     with monkeypatch.context() as earlier:
-        old = pa.schema([each for each in PREDICTIONS if each.name not in ("fallback", "given")])
+        old = pa.schema([each for each in PREDICTIONS if each.name not in new])
         earlier.setitem(_STREAMED, "predictions", old)
         OfflineStore(str(tmp_path)).append_stream(
             "predictions", "churn", predictions(("a", 1)).select(old.names), Progress({}, {"s": (1, 0)})
         )
     store = OfflineStore(str(tmp_path))
-    asked = ["prediction_id", "given", "fallback"]
-    before = store.read_predictions("churn", start_us=0, end_us=9, columns=asked)
-    assert before.to_pylist() == [{"prediction_id": "a", "given": None, "fallback": None}]
-    row = {**predictions(("b", 2)).to_pylist()[0], "given": ["v__x"], "fallback": "prior"}
-    rows = pa.Table.from_pylist([row], schema=PREDICTIONS)
+    nothing = dict.fromkeys(new)
+    before = store.read_predictions("churn", start_us=0, end_us=9, columns=["prediction_id", *new])
+    assert before.to_pylist() == [{"prediction_id": "a", **nothing}]
+    assert store.find_prediction("a", "churn").select(new).to_pylist() == [nothing]
+    at = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+    told = {
+        "fallback": "prior",
+        "given": ["v__x"],
+        "inputs": "{}",
+        "trace_id": "f" * 32,
+        "newest_event": at,
+        "latency_ms": 1.5,
+        "forced": True,
+    }
+    rows = pa.Table.from_pylist([{**predictions(("b", 2)).to_pylist()[0], **told}], schema=PREDICTIONS)
     store.append_stream("predictions", "churn", rows, Progress({"s": (1, 0)}, {"s": (2, 0)}))
+    assert store.compact("predictions", "churn", min_files=2) == 2
     after = store.read_predictions("churn", start_us=0, end_us=9)
     assert after.schema.names == PREDICTIONS.names
-    told = {each["prediction_id"]: (each["given"], each["fallback"]) for each in after.to_pylist()}
-    assert told == {"a": (None, None), "b": (["v__x"], "prior")}
+    assert after.select(["prediction_id", *new]).to_pylist() == [
+        {"prediction_id": "a", **nothing},
+        {"prediction_id": "b", **{name: told[name] for name in new}},
+    ]
+
+
+def test_one_prediction_is_found_by_its_id(store: OfflineStore) -> None:
+    assert store.find_prediction("b", "churn").num_rows == 0
+    for number, name in enumerate("abc"):
+        progress = Progress({"s": (number, 0) if number else None}, {"s": (number + 1, 0)})
+        store.append_stream("predictions", "churn", predictions((name, number * US_PER_DAY)), progress)
+    assert store.find_prediction("b", "churn").column("at").cast(pa.int64()).to_pylist() == [US_PER_DAY]
+    assert store.find_prediction("z", "churn").schema.names == PREDICTIONS.names
 
 
 def test_empty_day_replaces_a_full_one(store: OfflineStore) -> None:

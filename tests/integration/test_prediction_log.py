@@ -1,0 +1,155 @@
+"""The prediction log end to end: each answered prediction once, whatever happens to connections and processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+
+import httpx
+import pytest
+
+from deployments.gateway import build_app
+from deployments.stages import gateway_parts
+from heliostat.clock import parse_instant_us
+from heliostat.ingestion.sink import Sink
+from heliostat.settings import OnlineSettings, Settings
+from heliostat.workspace import Workspace
+from tests.integration.test_serving import Client, Shop, Tally
+
+END_US = parse_instant_us("1998-07-02")
+
+
+@pytest.fixture
+def shop(settings: Settings) -> Iterator[Shop]:
+    with Workspace.open(settings) as workspace:
+        yield Shop(workspace)
+
+
+def logged(workspace: Workspace) -> Counter[str]:
+    """How often each prediction id is in the Delta table."""
+    rows = workspace.offline_store.read_predictions("churn", start_us=0, end_us=END_US, columns=["prediction_id"])
+    return Counter(rows.column("prediction_id").to_pylist())
+
+
+def streamed(workspace: Workspace) -> int:
+    stream = workspace.streams.record_stream("predictions")
+    return workspace.streams.lengths([stream])[stream]
+
+
+# ── Exactly once ────────────────────────────────────────────────────────────────────
+
+
+class Cutter:
+    """Stands between a client and its server; every so often an answer to XADD is lost with its connection."""
+
+    def __init__(self, unix_socket: str, *, every: int) -> None:
+        self._socket, self._every = unix_socket, every
+        self.written = 0
+        self.cut = 0
+
+    async def serve(self) -> tuple[asyncio.Server, str]:
+        server = await asyncio.start_server(self._client, "127.0.0.1", 0)
+        return server, f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream, downstream = await asyncio.open_unix_connection(self._socket)
+        cutting = asyncio.Event()
+        back = asyncio.create_task(self._back(upstream, writer, cutting))
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                if b"XADD" in data:
+                    self.written += 1
+                    if self.written % self._every == 0:
+                        cutting.set()
+                downstream.write(data)
+                await downstream.drain()
+        downstream.close()
+        await back
+
+    async def _back(
+        self, upstream: asyncio.StreamReader, writer: asyncio.StreamWriter, cutting: asyncio.Event
+    ) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await upstream.read(65_536):
+                if cutting.is_set():  # the server has done it, and nobody hears of it
+                    self.cut += 1
+                    writer.transport.abort()
+                    return
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+def drain_for_ever(document: str) -> None:
+    """A sink, in a process of its own."""
+    with Workspace.open(Settings.model_validate_json(document)) as workspace:
+        Sink.of(workspace).run_forever(0.001, threading.Event())
+
+
+def start_sink(settings: Settings) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=drain_for_ever, args=(settings.model_dump_json(),), daemon=True)
+    process.start()
+    return process
+
+
+def kill(process: BaseProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.mark.parametrize("log", ["durable", "async"])
+def test_each_answered_prediction_is_in_the_table_once_though_connections_are_cut_and_sinks_killed(
+    shop: Shop, valkey: str, log: str
+) -> None:
+    workspace = shop.workspace
+    answered: list[str] = []
+
+    async def scenario() -> None:
+        cutter = Cutter(valkey.removeprefix("unix://").partition("?")[0], every=4)
+        server, url = await cutter.serve()
+        serving = shop.serving(log=log, batch_max_entities=5)
+        online = OnlineSettings(url=url, timeout_s=10.0)
+        parts = gateway_parts(
+            Workspace.open(workspace.settings.model_copy(update={"serving": serving, "online": online})), Tally()
+        )
+        transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
+        async with Client(transport=transport, base_url="http://gateway") as client:
+
+            async def ask(pause_s: float) -> None:
+                for _ in range(12):
+                    reply = await client.post("/predict", json={"entity_ids": [1, 2]})
+                    if reply.status_code == 200:
+                        answered.extend(each["prediction_id"] for each in reply.json()["entities"])
+                    await asyncio.sleep(pause_s)
+
+            async def sinks() -> None:
+                pauses = random.Random(3)
+                for _ in range(3):
+                    sink = await asyncio.to_thread(start_sink, workspace.settings)
+                    await asyncio.sleep(pauses.uniform(0.3, 0.9))
+                    await asyncio.to_thread(kill, sink)
+
+            await asyncio.gather(sinks(), *(ask(0.02 * each) for each in range(1, 7)))
+        await parts.close()
+        assert cutter.cut > 3, "no answer was lost"
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(scenario())
+    Sink.of(workspace).drain_once()
+    assert streamed(workspace) == 0
+    counted = logged(workspace)
+    assert set(counted.values()) == {1}
+    assert len(answered) > 100
+    assert set(answered) <= set(counted)
