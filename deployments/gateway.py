@@ -22,6 +22,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import documentation
+from deployments.access import AccessControl
 from deployments.http import Meter, answer_to, install_error_handlers, json_response, read_body
 from heliostat.clock import Clock, format_instant
 from heliostat.errors import HeliostatError, StorageError, TooManyEventsError
@@ -31,6 +32,8 @@ from heliostat.features.metadata import FeatureMetadata
 from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.models.registry import ModelRegistry, ModelVersion
+from heliostat.serving.access import KeyRing, caller_of
+from heliostat.serving.access import Scope as AccessScope
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.requests import parse_actuals, parse_events, parse_predict
@@ -65,6 +68,7 @@ class Parts:
         metadata: Registered features whose metadata hold all words of a text; blocks.
         route: A model's current routing document; blocks.
         meter: Counts.
+        keys: Knows the API keys; None: this machine's requests need none, and others aren't answered.
         close: Lets go of all of this, when the application is shut down.
     """
 
@@ -81,6 +85,7 @@ class Parts:
     metadata: Callable[[str], tuple[FeatureMetadata, ...]]
     route: Callable[[str], RoutingDocument | None]
     meter: Meter
+    keys: KeyRing | None
     close: Callable[[], Awaitable[None]]
 
 
@@ -272,14 +277,18 @@ class Api:
         """Whether the process runs."""
         return json_response({"status": "ok"})
 
-    async def readyz(self) -> Response:
-        """Whether requests can be answered the normal way: the stores answer, and what serves can be asked."""
+    async def readyz(self, request: Request) -> Response:
+        """Whether requests can be answered the normal way: the stores answer, and what serves can be asked.
+
+        What is wrong is told to those who may read.
+        """
         async with self._checking:
             if time.monotonic() > self._checked_at + _READY_FOR_S:
                 self._problems = await self._look_for_problems()
                 self._checked_at = time.monotonic()
         if self._problems:
-            return json_response({"status": "not ready", "problems": self._problems}, 503, {"Retry-After": "1"})
+            told = {"problems": self._problems} if caller_of(request.scope).may(AccessScope.READ) else {}
+            return json_response({"status": "not ready", **told}, 503, {"Retry-After": "1"})
         return json_response({"status": "ready"})
 
     async def _look_for_problems(self) -> dict[str, str]:
@@ -361,4 +370,4 @@ def build_app(parts: Parts) -> ASGIApp:
     app = FastAPI(title="Heliostat", description=documentation.DESCRIPTION, version="1", lifespan=lifespan)
     documentation.add_routes(app, api, parts.definitions)
     install_error_handlers(app)
-    return Application(api, app, parts.meter)
+    return AccessControl(Application(api, app, parts.meter), app.routes, parts.keys, parts.meter)

@@ -11,6 +11,7 @@ programs that are connected to Ray already.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -33,6 +34,7 @@ from deployments.http import RETRY_AFTER_S
 from deployments.meter import ServeMeter
 from deployments.stages import ABRouterReplica, FeatureLookupReplica, ModelReplica, gateway_parts, waiting_limit
 from heliostat.errors import DeploymentFailedError, UnknownAliasError
+from heliostat.serving.access import check_ingress
 from heliostat.settings import Settings, load_settings
 from heliostat.telemetry import configure_logging
 from heliostat.workspace import Workspace
@@ -89,6 +91,9 @@ class Gateway:
         runner: DeploymentHandle | None = None,
     ) -> None:
         configure_logging(settings.telemetry)
+        # Whatever the settings say: a Serve that ran before, or a deploy file, may listen elsewhere.
+        listening = await asyncio.to_thread(_listening_host)
+        check_ingress(settings.serving.access, listening, "the running Ray Serve")
         workspace = Workspace.open(settings)
         self._parts = gateway_parts(workspace, ServeMeter(), features=features, router=router, runner=runner)
         await self._parts.store.ping()
@@ -115,8 +120,12 @@ def graph(settings: Settings) -> Application:
 
     Args:
         settings: With the address of the online store in them (`Workspace.settings`).
+
+    Raises:
+        UnprotectedIngressError: If other machines would reach it, and it asks for no keys.
     """
     serving = settings.serving
+    check_ingress(serving.access, serving.host, "the ingress (serving.host)")
     shared: dict[str, Any] = {
         "num_replicas": serving.replicas,
         "ray_actor_options": {"num_cpus": _CPUS},
@@ -160,6 +169,7 @@ def build(arguments: GraphArguments) -> Application:
 
     Raises:
         SettingsError: If the settings can't be used.
+        UnprotectedIngressError: If other machines would reach it, and it asks for no keys.
     """
     settings = load_settings(arguments.config, environ=os.environ)
     given = arguments.model_dump(exclude={"config"}, exclude_none=True)
@@ -179,9 +189,11 @@ def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
         Its base URL: ``http://host:port``.
 
     Raises:
+        UnprotectedIngressError: If other machines would reach it, and it asks for no keys.
         DeploymentFailedError: If it doesn't come up; with Serve's reason.
     """
     serving = settings.serving
+    check_ingress(serving.access, serving.host, "the ingress (serving.host)")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if _get_global_client(raise_if_no_controller_running=False) is None:
         serve.start(
@@ -189,6 +201,7 @@ def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
             controller_options={"runtime_env": {"env_vars": _own_ports(serving.host)}},
             logging_config=_LOGGING,
         )
+    check_ingress(serving.access, _listening_host(), "the running Ray Serve")
     try:
         serve.run(graph(settings), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
@@ -198,6 +211,12 @@ def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
     url = f"http://{'127.0.0.1' if ingress.host in _ALL_INTERFACES else ingress.host}:{ingress.port}"
     _wait_for(f"{url}/healthz", timeout_s)
     return url
+
+
+def _listening_host() -> str | None:
+    """Where Serve's ingress listens, and every replica with it; nothing public tells."""
+    host: str | None = _get_global_client().http_config.host
+    return host
 
 
 def undeploy() -> None:

@@ -23,6 +23,8 @@ from heliostat.models.packaging import ModelPackage
 from heliostat.models.profile import Profile
 from heliostat.models.rows import version_features
 from heliostat.online.tiles import RingLimits
+from heliostat.serving.access import KeyRing
+from heliostat.serving.keys import KeyBook
 from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
 from heliostat.serving.stages import (
@@ -100,6 +102,15 @@ def _mean_prediction(package: ModelPackage) -> float | None:
     return None if scores is None or not math.isfinite(scores.mean) else scores.mean
 
 
+def key_ring(workspace: Workspace) -> KeyRing | None:
+    """What knows the API keys, where the settings want keys."""
+    serving = workspace.settings.serving
+    if serving.access != "keys":
+        return None
+    book = KeyBook.of(workspace)
+    return KeyRing(book.known, book.clock, within_s=serving.keys_within_s, hold_s=serving.keys_hold_s)
+
+
 def waiting_limit(settings: Settings) -> int:
     """How many prediction requests may wait for their turn in a replica."""
     queued = settings.serving.max_queued_requests
@@ -154,9 +165,11 @@ def gateway_parts(
         max_batch_entities=settings.serving.batch_max_entities,
         max_waiting=waiting_limit(settings),
     )
-    intake = Intake.of(workspace, store)
+    intake, keys = Intake.of(workspace, store), key_ring(workspace)
 
     async def close() -> None:
+        if keys is not None:
+            await keys.close()
         await predictor.close()
         await streams.aclose()
         await store.aclose()
@@ -176,6 +189,7 @@ def gateway_parts(
         metadata=workspace.features.features,
         route=workspace.rollout.current,
         meter=meter,
+        keys=keys,
         close=close,
     )
 

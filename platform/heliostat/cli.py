@@ -16,6 +16,7 @@ from heliostat.clock import format_instant
 from heliostat.errors import DataError, ServingUnavailableError
 from heliostat.features.registry import Plan
 from heliostat.ingestion.intake import ingest_files
+from heliostat.key_commands import keys_app
 from heliostat.models.registry import PRODUCTION
 from heliostat.online.costs import backfill_costs
 from heliostat.online.retrieval import FeatureReader
@@ -27,6 +28,7 @@ from heliostat.shell import (
     HomeOption,
     JsonOption,
     ReasonOption,
+    api_key_headers,
     console,
     print_json,
     print_table,
@@ -60,6 +62,7 @@ features_app = typer.Typer(help="Registered features, and their values now.", no
 models_app = typer.Typer(help="Model versions and what serves.", no_args_is_help=True)
 app.add_typer(features_app, name="features")
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
 app.command("prune")(data_commands.prune_events)
 app.command("forget")(data_commands.forget_entity)
 
@@ -349,11 +352,12 @@ def predict(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask the running inference graph."""
+    """Ask the running inference graph, with the API key in HELIOSTAT_API_KEY if it wants one."""
     settings = shell_settings(config, home)
     request: dict[str, Any] = {"entity_ids": entities} | ({} if model is None else {"model": model})
     try:
-        answer = httpx.post(f"{serving_url(settings)}/predict", json=request, timeout=_HTTP_TIMEOUT_S)
+        url, headers = f"{serving_url(settings)}/predict", api_key_headers()
+        answer = httpx.post(url, json=request, headers=headers, timeout=_HTTP_TIMEOUT_S)
         document = answer.json()
     except (httpx.HTTPError, ValueError) as error:
         raise ServingUnavailableError(serving_url(settings), str(error) or type(error).__name__) from None

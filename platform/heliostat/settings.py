@@ -23,6 +23,8 @@ from heliostat.clock import Clock, ReplayClock, SystemClock, format_instant, par
 from heliostat.errors import HeliostatError, MissingFileError, SettingsError, UnknownSettingError
 
 PREFIX = "HELIOSTAT_"
+API_KEY = "API_KEY"
+"""The variable, behind `PREFIX`, with the API key of a shell's own requests: no setting, since settings travel."""
 BASE_FILE = Path("configs/base.yaml")
 
 
@@ -193,6 +195,9 @@ class ServingSettings(_Section):
     placement: Literal["fused", "distributed"] = "fused"
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    access: Literal["loopback", "keys"] = "loopback"
+    keys_within_s: Annotated[float, Field(gt=0)] = 5.0
+    keys_hold_s: Annotated[float, Field(gt=0)] = 300.0
     replicas: Annotated[int, Field(ge=1)] = 1
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 256
     max_queued_requests: Annotated[int, Field(ge=-1)] = 1024
@@ -344,6 +349,7 @@ def load_settings(
     """
     variables = {name.removeprefix(PREFIX): value for name, value in environ.items() if name.startswith(PREFIX)}
     named = variables.pop("CONFIG", "")
+    variables.pop(API_KEY, None)
     chosen = [Path(each) for each in files] or [Path(each.strip()) for each in named.split(",") if each.strip()]
     layers: list[tuple[str, dict[str, Any]]] = []
     if base is not None and base.exists():

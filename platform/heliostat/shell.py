@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heliostat.errors import HeliostatError
-from heliostat.settings import Settings, load_settings
+from heliostat.settings import API_KEY, PREFIX, Settings, load_settings
 from heliostat.telemetry import configure_logging
 
 ConfigOption = Annotated[
@@ -41,6 +41,12 @@ def shell_settings(config: Sequence[Path] | None = None, home: Path | None = Non
     settings = load_settings(config or (), environ=os.environ, home=home)
     configure_logging(settings.telemetry)
     return settings
+
+
+def api_key_headers() -> dict[str, str]:
+    """Headers of a shell's own requests to the inference graph: the API key of the environment, if there is one."""
+    key = os.environ.get(f"{PREFIX}{API_KEY}")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def run_job(main: Callable[..., int | None]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,15 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
 
-from heliostat.errors import CatalogSchemaError, CatalogUnavailableError
+from heliostat.clock import ManualClock
+from heliostat.errors import (
+    CatalogSchemaError,
+    CatalogUnavailableError,
+    InvalidValueError,
+    KeyNameTakenError,
+    UnknownKeyError,
+)
+from heliostat.serving.keys import KeyBook
 from heliostat.storage.catalog import Catalog
 from heliostat.storage.catalog_tables import AliasRow, DefinitionRow, RouteRow, VersionRow
 
@@ -254,3 +263,67 @@ def test_an_instant_far_in_the_future_keeps_its_microsecond(catalog: Catalog) ->
         rows.add_version(replace(VERSION, created_us=4_102_444_800_000_001))
     with catalog.read() as rows:
         assert rows.versions("churn")[0].created_us == 4_102_444_800_000_001
+
+
+# ── API keys ────────────────────────────────────────────────────────────────────────
+
+
+def test_keys_are_kept_as_hashes_and_revoked_once_for_good(catalog: Catalog) -> None:
+    at = ManualClock(5_000)
+    book = KeyBook(lambda: catalog, at)
+    made = book.create("shop", ["predict", "read", "read"], lasts_us=1_000)
+    (row,) = book.list()
+    assert (row.name, row.scopes, row.created_us, row.expires_us) == ("shop", ("predict", "read"), 5_000, 6_000)
+    assert (row.revoked_us, made.key[-4:]) == (None, row.last_four)
+    assert made.key not in repr(row)
+    assert row.digest == hashlib.sha256(made.key.encode()).hexdigest()
+    with pytest.raises(KeyNameTakenError, match="heliostat keys revoke shop"):
+        book.create("shop", ["read"])
+    at.advance(10)
+    assert book.revoke("shop") == 1
+    with pytest.raises(UnknownKeyError, match="'shop'"):
+        book.revoke("shop")
+    assert [each.revoked_us for each in book.list()] == [5_010]
+    again = book.create("shop", ["admin"])
+    assert again.key != made.key
+    assert [each.revoked for each in book.known()] == [True, False]
+
+
+def test_two_at_once_cant_both_make_a_key_of_one_name(catalog: Catalog) -> None:
+    book = KeyBook(lambda: catalog, ManualClock(5_000))
+    refused: list[Exception] = []
+
+    def create() -> None:
+        try:
+            book.create("shop", ["read"])
+        except KeyNameTakenError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=create) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(refused), len(book.list())) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes", "lasts_us"),
+    [("", ["read"], None), ("a b", ["read"], None), ("a", [], None), ("a", ["everything"], None), ("a", ["read"], 0)],
+)
+def test_a_key_needs_a_name_scopes_that_exist_and_time(
+    catalog: Catalog, name: str, scopes: list[str], lasts_us: int | None
+) -> None:
+    book = KeyBook(lambda: catalog, ManualClock(5_000))
+    with pytest.raises(InvalidValueError, match="expected"):
+        book.create(name, scopes, lasts_us=lasts_us)
+    assert book.list() == ()
+
+
+def test_a_catalog_of_an_older_release_gets_the_table_of_keys(url: str) -> None:
+    Catalog.open(url).close()
+    _run(url, "DROP TABLE api_keys")
+    with Catalog.open(url) as catalog:
+        book = KeyBook(lambda: catalog, ManualClock(5_000))
+        book.create("shop", ["read"])
+        assert [each.name for each in book.list()] == ["shop"]

@@ -20,18 +20,22 @@
     │   └── StaleVersionError  PredictionLogError  DeploymentFailedError  BatchResultError
     ├── GatewayError               a request that a gateway refused, in the gateway's words (errors/requests.py)
     │   └── GatewayUnreachableError
+    ├── AccessError                a request isn't allowed (errors/access.py)
+    │   └── MissingKeyError  InvalidKeyError  MissingScopeError  NotLocalError
+    ├── UnprotectedIngressError    an ingress would be open to everybody (errors/access.py)
     ├── NotFoundError              the thing asked for doesn't exist (errors/states.py)
     │   ├── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
-    │   └── UnknownTableError
+    │   └── UnknownTableError  UnknownKeyError
     ├── ConflictError              somebody else was first, or a rule forbids it (errors/states.py)
     │   ├── PromotionConflictError  CategoryCollisionError  GateFailedError  ViewInUseError
     │   ├── RollbackError  RolloutError  MaterializationConflictError  StaleProgressError
-    │   └── HistoryNeededError  EntityBusyError
+    │   └── HistoryNeededError  EntityBusyError  KeyNameTakenError
     └── StorageError               a store can't be reached, or can't be trusted (errors/storage.py)
         ├── OnlineStoreUnavailableError  RingCorruptError  CatalogUnavailableError
         ├── CatalogSchemaError  ArtifactStoreError  ArtifactMissingError  ArtifactCorruptError
         ├── EmbeddedServerError  TableUnavailableError  TableCommitError  BucketCountError
-        └── ServingUnavailableError  StreamEntryError  KafkaUnavailableError  StorageNotSharedError
+        ├── ServingUnavailableError  StreamEntryError  KafkaUnavailableError  StorageNotSharedError
+        └── KeysUnavailableError
 
 Each says what was asked, what exists and what to do. Each survives pickling, since Ray
 carries errors between processes: the constructor's arguments equal ``args``, and the
@@ -43,6 +47,17 @@ line ends with (see docs/operations.md).
 
 from __future__ import annotations
 
+from heliostat.errors.access import (
+    AccessError,
+    InvalidKeyError,
+    KeyNameTakenError,
+    KeysUnavailableError,
+    MissingKeyError,
+    MissingScopeError,
+    NotLocalError,
+    UnknownKeyError,
+    UnprotectedIngressError,
+)
 from heliostat.errors.base import (
     HeliostatError,
 )
@@ -136,6 +151,7 @@ from heliostat.errors.storage import (
 )
 
 __all__ = [
+    "AccessError",
     "ArtifactCorruptError",
     "ArtifactMissingError",
     "ArtifactStoreError",
@@ -163,18 +179,24 @@ __all__ = [
     "HistoryNeededError",
     "InvalidDefinitionError",
     "InvalidFieldError",
+    "InvalidKeyError",
     "InvalidPackageError",
     "InvalidRouteError",
     "InvalidValueError",
     "KafkaUnavailableError",
     "KeyColumnError",
+    "KeyNameTakenError",
+    "KeysUnavailableError",
     "MalformedBodyError",
     "MaterializationConflictError",
     "MissingExtraError",
     "MissingFileError",
     "MissingInputError",
+    "MissingKeyError",
+    "MissingScopeError",
     "MonitoringDataError",
     "NotFoundError",
+    "NotLocalError",
     "OnlineStoreUnavailableError",
     "OverloadedError",
     "PredictionLogError",
@@ -205,6 +227,7 @@ __all__ = [
     "UnknownColumnError",
     "UnknownEntityError",
     "UnknownFeatureError",
+    "UnknownKeyError",
     "UnknownModelError",
     "UnknownOverrideError",
     "UnknownSettingError",
@@ -212,6 +235,7 @@ __all__ = [
     "UnknownTableError",
     "UnknownVersionError",
     "UnknownViewError",
+    "UnprotectedIngressError",
     "UnservableModelError",
     "ViewInUseError",
     "WindowError",

@@ -29,6 +29,7 @@ from heliostat.errors import CatalogSchemaError, CatalogUnavailableError
 from heliostat.storage.catalog_tables import (
     SCHEMA_VERSION,
     AliasRow,
+    ApiKeyRow,
     DefinitionRow,
     Document,
     RouteRow,
@@ -36,6 +37,7 @@ from heliostat.storage.catalog_tables import (
     VerdictRow,
     VersionRow,
     alias_changes,
+    api_keys,
     categories,
     definitions,
     metadata,
@@ -152,6 +154,12 @@ class CatalogReader:
             query = query.where(runs.c.kind == kind)
         return self._all(RunRow, query)
 
+    def api_keys(self) -> tuple[ApiKeyRow, ...]:
+        """All API keys, oldest first: hashes of them."""
+        query = select(api_keys).order_by(api_keys.c.created_us, api_keys.c.id)
+        found = self._connection.execute(query).mappings()
+        return tuple(ApiKeyRow(**{**row, "scopes": tuple(row["scopes"])}) for row in found)
+
     def has_categories(self, source: str, column: str) -> bool:
         """Whether the dictionary says anything of a source's column."""
         which = (categories.c.source == source) & (categories.c.column == column)
@@ -211,6 +219,15 @@ class CatalogWriter(CatalogReader):
         """Record what was concluded; returns the verdict's number."""
         values = {"model": model, "version": version, "kind": kind, "document": document, "at_us": at_us}
         return int(self._connection.execute(insert(verdicts).values(**values).returning(verdicts.c.id)).scalar_one())
+
+    def add_api_key(self, row: ApiKeyRow) -> None:
+        """Store an API key."""
+        self._connection.execute(insert(api_keys).values(**_as_values(row)))
+
+    def revoke_api_keys(self, ids: Iterable[str], *, revoked_us: int) -> None:
+        """Stop API keys; those that are stopped already stay as they are."""
+        which = api_keys.c.id.in_(list(ids)) & api_keys.c.revoked_us.is_(None)
+        self._connection.execute(update(api_keys).where(which).values(revoked_us=revoked_us))
 
     def start_run(self, kind: str, subject: str, *, started_us: int) -> int:
         """Record that a job began; returns the run's number."""
@@ -329,7 +346,7 @@ class Catalog:
             return connection.scalar(select(schema_version.c.version))
 
 
-def _as_values(row: DefinitionRow | VersionRow | AliasRow | RouteRow) -> dict[str, Any]:
+def _as_values(row: DefinitionRow | VersionRow | AliasRow | RouteRow | ApiKeyRow) -> dict[str, Any]:
     return {name: getattr(row, name) for name in row.__slots__}
 
 

@@ -108,6 +108,17 @@ class _RunColumns(TypedColumns):
     report = Column(JSON, nullable=False)
 
 
+class _ApiKeyColumns(TypedColumns):
+    id: Named[str] = Column(primary_key=True)
+    name: Named[str] = Column(index=True)
+    scopes = Column(JSON, nullable=False)
+    digest: Named[str]
+    last_four: Named[str]
+    created_us = Column(BigInteger, nullable=False)
+    expires_us = Column(BigInteger, nullable=True)
+    revoked_us = Column(BigInteger, nullable=True)
+
+
 def _version_key() -> ForeignKeyConstraint:
     return ForeignKeyConstraint(["model", "version"], ["model_versions.model", "model_versions.version"])
 
@@ -120,6 +131,7 @@ routes = Table("routes", metadata, _RouteColumns)
 categories = Table("categories", metadata, _CategoryColumns)
 verdicts = Table("verdicts", metadata, _VerdictColumns)
 runs = Table("runs", metadata, _RunColumns)
+api_keys = Table("api_keys", metadata, _ApiKeyColumns)
 
 _REFUSAL = "catalog: rows of %(table)s are append-only"
 _NEVER = {
@@ -218,3 +230,17 @@ class RunRow:
     finished_us: int | None
     outcome: str | None
     report: Document
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKeyRow:
+    """An API key: a hash of it, never the key; it works until ``expires_us`` or ``revoked_us``."""
+
+    id: str
+    name: str
+    scopes: tuple[str, ...]
+    digest: str
+    last_four: str
+    created_us: int
+    expires_us: int | None = None
+    revoked_us: int | None = None
