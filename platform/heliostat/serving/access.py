@@ -8,7 +8,7 @@ replica. What that leaves for whoever answers a request is a `Caller`:
     if "forced-variant" asked for and not caller_of(request.scope).may(Scope.ADMIN): refuse
 
 `caller_of` never fails and never gives more than the request's key allows: where no access
-control stood in front, or the path is open to everybody, it is `NOBODY`, who may nothing. Where
+control stood in front, or a path that is open was asked for without a key, it is `NOBODY`, who may nothing. Where
 ``serving.access`` is ``loopback``, every request that gets through is `LOCAL`'s, who may everything.
 
 A key is ``hsk_ID_SECRET``: twelve hexadecimal digits to find it by, then 256 random bits. The
