@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments import documentation
 from deployments.access import AccessControl
 from deployments.http import Meter, answer_to, install_error_handlers, json_response, read_body
+from deployments.open_inference import OpenInference
 from heliostat.clock import Clock, format_instant
 from heliostat.errors import HeliostatError, StorageError, TooManyEventsError
 from heliostat.experiments.assignment import RoutingDocument
@@ -120,7 +121,7 @@ class Api:
         asked = parse_predict(
             body,
             self._parts.definitions,
-            overridable=self._overridable_of,
+            overridable=self.overridable_of,
             max_entities=self._limits.max_entities_per_request,
             model=model,
         )
@@ -128,7 +129,8 @@ class Api:
         self._parts.meter.predicted(answer)
         return json_response(answer.document((time.perf_counter() - begin) * 1e3))
 
-    def _overridable_of(self, spec: ModelSpec) -> frozenset[str]:
+    def overridable_of(self, spec: ModelSpec) -> frozenset[str]:
+        """The features that a request for a model may give."""
         known = self._overridable.get(spec.name)
         if known is None:
             known = self._overridable[spec.name] = frozenset(self._parts.readers.of(spec.feature_names).overridable)
@@ -282,14 +284,19 @@ class Api:
 
         What is wrong is told to those who may read.
         """
+        problems = await self.problems()
+        if problems:
+            told = {"problems": problems} if caller_of(request.scope).may(AccessScope.READ) else {}
+            return json_response({"status": "not ready", **told}, 503, {"Retry-After": "1"})
+        return json_response({"status": "ready"})
+
+    async def problems(self) -> dict[str, str]:
+        """Why requests can't be answered the normal way, by part; looked for once a second at most."""
         async with self._checking:
             if time.monotonic() > self._checked_at + _READY_FOR_S:
                 self._problems = await self._look_for_problems()
                 self._checked_at = time.monotonic()
-        if self._problems:
-            told = {"problems": self._problems} if caller_of(request.scope).may(AccessScope.READ) else {}
-            return json_response({"status": "not ready", **told}, 503, {"Retry-After": "1"})
-        return json_response({"status": "ready"})
+        return self._problems
 
     async def _look_for_problems(self) -> dict[str, str]:
         problems: dict[str, str] = {}
@@ -367,7 +374,8 @@ def build_app(parts: Parts) -> ASGIApp:
         await parts.close()
 
     api = Api(parts)
+    inference = OpenInference(parts, overridable=api.overridable_of, problems=api.problems)
     app = FastAPI(title="Heliostat", description=documentation.DESCRIPTION, version="1", lifespan=lifespan)
-    documentation.add_routes(app, api, parts.definitions)
+    documentation.add_routes(app, api, inference, parts.definitions)
     install_error_handlers(app)
     return AccessControl(Application(api, app, parts.meter), app.routes, parts.keys, parts.meter)

@@ -107,10 +107,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
+        headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
         codes = {404: "unknown_path", 405: "method_not_allowed"}
         message = f"{request.method} {request.url.path} isn't served"
         fix = "see /docs for what is"
-        return json_response({"error": codes.get(status, f"http_{status}"), "message": message, "fix": fix}, status)
+        if request.scope["path"].startswith("/v2/"):  # the Open Inference Protocol's errors are texts alone
+            return json_response({"error": f"{message}; {fix}"}, status, headers)
+        document = {"error": codes.get(status, f"http_{status}"), "message": message, "fix": fix}
+        return json_response(document, status, headers)
 
     async def invalid(_: Request, error: Exception) -> Response:
         first = error.errors()[0] if isinstance(error, RequestValidationError) else {}

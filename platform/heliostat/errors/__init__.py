@@ -14,7 +14,7 @@
     ├── TrainingFailedError        a search or a fit broke down on the cluster (errors/data.py)
     ├── RequestError               a request that can't be read (errors/requests.py)
     │   ├── BodyTooLargeError  TooManyEventsError  MalformedBodyError  InvalidFieldError
-    │   └── UnknownOverrideError  MissingInputError
+    │   └── UnknownOverrideError  MissingInputError  VersionNotServingError
     ├── ServingError               the service can't answer now (errors/requests.py)
     │   ├── OverloadedError  ShuttingDownError  DeadlineError  UnservableModelError
     │   └── StaleVersionError  PredictionLogError  DeploymentFailedError  BatchResultError
@@ -111,6 +111,7 @@ from heliostat.errors.requests import (
     TooManyEventsError,
     UnknownOverrideError,
     UnservableModelError,
+    VersionNotServingError,
 )
 from heliostat.errors.states import (
     CategoryCollisionError,
@@ -237,6 +238,7 @@ __all__ = [
     "UnknownViewError",
     "UnprotectedIngressError",
     "UnservableModelError",
+    "VersionNotServingError",
     "ViewInUseError",
     "WindowError",
 ]

@@ -96,6 +96,22 @@ class MissingInputError(RequestError):
         return f"{self.of} needs {names} of the request, and {self.where} has none; give {{{example}}}; null is fine"
 
 
+class VersionNotServingError(RequestError):
+    """A version was asked for by its number, and it isn't the one that answers everybody."""
+
+    http_status = 409
+
+    def __init__(self, model: str, version: str, serving: tuple[str, ...]) -> None:
+        super().__init__(model, version, serving)
+        self.model, self.version, self.serving = model, version, serving
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version} of model {self.model!r} doesn't answer everybody; "
+            f"serving: {listed(self.serving)}. Ask without a version, or make it serve alone"
+        )
+
+
 class ServingError(HeliostatError):
     """The service can't answer now; the same request may succeed later."""
 

@@ -413,4 +413,6 @@ def _late(results: Sequence[EventResult]) -> int:
 
 def _id_of(event: Any, source: EventSource) -> int | str | None:  # noqa: ANN401 - whatever somebody sent
     found = event.get(source.event_id) if isinstance(event, Mapping) else None
+    if isinstance(found, bool):  # to Python a number
+        return None
     return found if isinstance(found, int | str) else None

@@ -250,7 +250,7 @@ def _by_row(
     if len(given) != len(entities):
         expected = f"one for each of the {len(entities)} entity ids (null for none)"
         raise InvalidFieldError(f"field {name!r}", f"has {len(given)} items", expected)
-    return {at: read(each, f"{name}[{at}]") for at, each in enumerate(given) if each is not None and each}
+    return {at: read(each, f"{name}[{at}]") for at, each in enumerate(given) if each is not None and each != {}}
 
 
 def _by_key(

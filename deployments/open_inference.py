@@ -1,0 +1,207 @@
+"""The Open Inference Protocol, version 2, over the gateway: what stock clients of other model servers speak.
+
+Predictions go the same way as those of ``POST /predict``. Errors are ``{"error": TEXT}``, as the protocol has
+them. What tensors mean: `heliostat.serving.open_inference`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.metadata
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi import Request
+from fastapi.responses import Response
+
+from deployments.http import answer_to, json_response, read_body
+from heliostat.errors import (
+    HeliostatError,
+    InvalidFieldError,
+    UnknownAliasError,
+    UnknownVersionError,
+    VersionNotServingError,
+)
+from heliostat.models.definitions import ModelSpec
+from heliostat.models.registry import PRODUCTION
+from heliostat.serving.open_inference import (
+    HEADER_LENGTH,
+    infer_body,
+    model_document,
+    parse_infer,
+    server_document,
+)
+from heliostat.serving.requests import parse_predict
+
+if TYPE_CHECKING:
+    from deployments.gateway import Parts
+
+PREFIX = "/v2"
+
+_JSON = "application/json"
+_BYTES = "application/octet-stream"
+
+Endpoint = Callable[..., Awaitable[Response]]
+
+
+def error_response(response: Response) -> Response:
+    """An error of ours as the protocol has it: a text alone, and 400 for whatever is wrong with a request."""
+    document = orjson.loads(response.body or b"{}")
+    status = 400 if response.status_code == 422 else response.status_code
+    headers = {name: value for name, value in response.headers.items() if name == "retry-after"}
+    return json_response({"error": document.get("message", "")}, status, headers)
+
+
+def _answered(endpoint: Endpoint) -> Endpoint:
+    """Lets an endpoint's errors leave as the protocol has them."""
+
+    @functools.wraps(endpoint)
+    async def answer(*args: Any, **named: Any) -> Response:  # noqa: ANN401 - the endpoint's own
+        try:
+            return await endpoint(*args, **named)
+        except Exception as error:  # noqa: BLE001 - whatever happens is answered
+            return error_response(answer_to(error))
+
+    return answer
+
+
+class OpenInference:
+    """What the protocol's routes do.
+
+    Args:
+        parts: What the gateway works with.
+        overridable: The features that a request for a model may give.
+        problems: Why requests can't be answered the normal way, by part.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        overridable: Callable[[ModelSpec], Collection[str]],
+        problems: Callable[[], Awaitable[Mapping[str, str]]],
+    ) -> None:
+        self._parts, self._overridable, self._problems = parts, overridable, problems
+        self._server = server_document(importlib.metadata.version("heliostat"))
+
+    async def server(self) -> Response:
+        """What the server is, and which extensions it speaks."""
+        return json_response(self._server)
+
+    async def live(self) -> Response:
+        """Whether the process runs."""
+        return json_response({"live": True})
+
+    async def ready(self) -> Response:
+        """Whether all models can be asked."""
+        problems = await self._problems()
+        return json_response(
+            {"ready": not problems}, 503 if problems else 200, {"Retry-After": "1"} if problems else None
+        )
+
+    @_answered
+    async def model(self, name: str) -> Response:
+        """A model's tensors, and the versions of it that serve."""
+        return await self._describe(name, None)
+
+    @_answered
+    async def model_version(self, name: str, version: str) -> Response:
+        """The same of a model of which this version serves."""
+        return await self._describe(name, version)
+
+    async def _describe(self, name: str, version: str | None) -> Response:
+        spec = self._parts.definitions.model(name)
+        versions = await self._serving(spec, version)
+        return json_response(model_document(spec, versions, sorted(self._overridable(spec))))
+
+    @_answered
+    async def model_ready(self, name: str) -> Response:
+        """Whether a model can be asked."""
+        return await self._model_ready(name, None)
+
+    @_answered
+    async def model_version_ready(self, name: str, version: str) -> Response:
+        """Whether a version of a model serves and can be asked."""
+        return await self._model_ready(name, version)
+
+    async def _model_ready(self, name: str, version: str | None) -> Response:
+        spec = self._parts.definitions.model(name)
+        try:
+            await self._serving(spec, version)
+            await self._parts.predictor.warm_up(spec.name)
+        except (UnknownVersionError, VersionNotServingError):
+            raise
+        except HeliostatError:
+            return json_response({"name": spec.name, "ready": False}, 503)
+        return json_response({"name": spec.name, "ready": True})
+
+    @_answered
+    async def infer(self, request: Request, name: str) -> Response:
+        """Predictions for the entities of a tensor."""
+        return await self._infer(request, name, None)
+
+    @_answered
+    async def infer_version(self, request: Request, name: str, version: str) -> Response:
+        """The same, if this version is the one that answers everybody."""
+        return await self._infer(request, name, version)
+
+    async def _infer(self, request: Request, name: str, version: str | None) -> Response:
+        spec = self._parts.definitions.model(name)
+        if version is not None:
+            serving = tuple(str(each) for each in await self._serving(spec, version))
+            if serving != (version,):
+                raise VersionNotServingError(spec.name, version, serving)
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise InvalidFieldError("header 'Content-Encoding'", f"is {encoding!r}", "a body that isn't compressed")
+        limits = self._parts.settings.serving
+        body = await read_body(request.scope, request.receive, limits.max_body_bytes)
+        asked = parse_infer(body, _header_length(request), spec)
+        predict = parse_predict(
+            asked.body,
+            self._parts.definitions,
+            overridable=self._overridable,
+            max_entities=limits.max_entities_per_request,
+            model=spec.name,
+        )
+        answer = await self._parts.predictor.predict(predict)
+        self._parts.meter.predicted(answer)
+        others = {str(each.version) for each in answer.entities} - {version}
+        if version is not None and others:  # promoted meanwhile, or a fallback: not what was asked for
+            raise VersionNotServingError(spec.name, version, tuple(sorted(others)))
+        body, header_length = infer_body(answer, asked)
+        if header_length is None:
+            return Response(body, 200, media_type=_JSON)
+        return Response(body, 200, {HEADER_LENGTH: str(header_length)}, _BYTES)
+
+    async def _serving(self, spec: ModelSpec, version: str | None) -> tuple[int, ...]:
+        """The versions that serve.
+
+        Raises:
+            UnknownAliasError: If none does.
+            UnknownVersionError: If the given one isn't there.
+            VersionNotServingError: If it doesn't serve.
+        """
+        route = await asyncio.to_thread(self._parts.route, spec.name)
+        if route is None:
+            raise UnknownAliasError(spec.name, PRODUCTION, ())
+        versions = tuple(
+            sorted({each.version for each in route.variants if each.weight > 0 or each is route.control})
+        )
+        if version is not None and version not in map(str, versions):
+            if not (version.isascii() and version.isdecimal()):
+                raise UnknownVersionError(spec.name, version, tuple(map(str, versions)))
+            await asyncio.to_thread(self._parts.models.get, spec.name, int(version))
+            raise VersionNotServingError(spec.name, version, tuple(map(str, versions)))
+        return versions
+
+
+def _header_length(request: Request) -> int | None:
+    text = request.headers.get(HEADER_LENGTH)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) <= 12):
+        raise InvalidFieldError(f"header {HEADER_LENGTH!r}", f"is {text!r}", "a number of bytes")
+    return int(text)
