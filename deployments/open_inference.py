@@ -168,7 +168,7 @@ class OpenInference:
         )
         answer = await self._parts.predictor.predict(predict)
         self._parts.meter.predicted(answer)
-        others = {str(each.version) for each in answer.entities} - {version}
+        others = {str(each) for each in answer.predictions.versions} - {version}
         if version is not None and others:  # promoted meanwhile, or a fallback: not what was asked for
             raise VersionNotServingError(spec.name, version, tuple(sorted(others)))
         body, header_length = infer_body(answer, asked)

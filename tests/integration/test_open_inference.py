@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-import orjson
 import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from heliostat.settings import OnlineSettings, Settings
+from heliostat.storage.streams import rows_from
 from heliostat.workspace import Workspace
 from tests.integration.test_client import Gateway
 from tests.integration.test_serving import purchase, register
@@ -92,11 +92,8 @@ def test_a_stock_client_gets_the_predictions_of_post_predict_and_they_are_logged
     said = found.get_response()
     assert (said["id"], said["model_name"], said["parameters"]["logged"]) == ("mine", "churn", True)
     stream = workspace.streams.record_stream("predictions")
-    logged = {
-        entry["prediction_id"]
-        for _, record in workspace.streams.read(stream)
-        for entry in orjson.loads(record)["entries"]
-    }
+    _, rows = rows_from("predictions", workspace.streams.read(stream))["churn"]
+    logged = set(rows.column("prediction_id").to_pylist())
     assert {each.decode() for each in found.as_numpy("prediction_id")} < logged
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,15 +18,6 @@ from heliostat.workspace import Workspace
 from tests.integration.test_client import Gateway
 from tests.integration.test_serving import register
 
-CHECKS = (
-    "not_a_server_error",
-    "status_code_conformance",
-    "content_type_conformance",
-    "response_headers_conformance",
-    "response_schema_conformance",
-    "negative_data_rejection",
-    "unsupported_method",
-)
 METHODS = ("get", "post", "put", "delete", "patch")
 
 
@@ -109,18 +100,27 @@ def test_every_example_is_answered_as_documented(url: str, document: dict[str, A
             check(reply.json(), operation["responses"]["200"]["content"]["application/json"]["schema"], document)
 
 
-def schemathesis(url: str, folder: Path, *, examples: int, seed: int) -> dict[str, Any]:
-    """Run schemathesis against a server, and read its report."""
-    report = folder / "report.json"
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", ",".join(CHECKS)]
-    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(examples), "--seed", str(seed)]
-    command += ["--workers", "2", "--continue-on-failure", "--no-shrink", "--suppress-health-check", "all"]
-    command += ["--report", "json", "--report-json-path", str(report), "--request-timeout", "30", "--no-color"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280, cwd=folder)
+def schemathesis(url: str, folder: Path, *, examples: int, seed: int, phases: str) -> int:
+    """Run schemathesis against a server, with schemathesis.toml beside this file; how many cases it sent."""
+    config = Path(__file__).with_name("schemathesis.toml")
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json"]
+    command += ["--phases", phases, "--max-examples", str(examples), "--seed", str(seed)]
+    # One worker: CPython 3.11 loses count of its recursion when threads build syntax trees, as hypothesis does.
+    command += ["--workers", "1", "--continue-on-failure", "--no-shrink", "--suppress-health-check", "all"]
+    command += ["--request-timeout", "30", "--no-color"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=290, cwd=folder)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
-    found: dict[str, Any] = json.loads(report.read_text())
-    return found
+    generated, passed = re.findall(r"(\d+) generated, (\d+) passed", done.stdout)[0]
+    assert generated == passed
+    return int(generated)
 
 
-def test_a_few_hundred_generated_requests_are_answered_as_documented(url: str, tmp_path: Path) -> None:
-    schemathesis(url, tmp_path, examples=5, seed=1)
+def test_hundreds_of_generated_requests_are_answered_as_documented(url: str, tmp_path: Path) -> None:
+    assert schemathesis(url, tmp_path, examples=15, seed=1, phases="examples,fuzzing") > 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_thousands_of_generated_requests_are_answered_as_documented(url: str, tmp_path: Path) -> None:
+    sent = schemathesis(url, tmp_path, examples=400, seed=1, phases="examples,coverage,fuzzing")
+    assert sent >= 5_000

@@ -21,7 +21,7 @@ import orjson
 
 from heliostat.errors import InvalidFieldError, MalformedBodyError
 from heliostat.models.definitions import ModelSpec
-from heliostat.serving.requests import PredictAnswer
+from heliostat.serving.answers import PredictAnswer, prediction_ids
 
 ENTITY: Final = "entity_id"
 """The tensor that says whose prediction is asked for."""
@@ -310,17 +310,18 @@ def infer_body(answer: PredictAnswer, asked: InferRequest) -> tuple[bytes, int |
     Returns:
         The body, and how much of it is JSON where bytes follow.
     """
+    rows = answer.predictions
     values: dict[str, list[Any]] = {
-        "prediction": [each.score for each in answer.entities],
-        "model_version": [each.version for each in answer.entities],
-        "variant": [each.variant for each in answer.entities],
-        "prediction_id": [each.prediction_id for each in answer.entities],
-        "fallback": [each.fallback or "" for each in answer.entities],
+        "prediction": rows.scores,
+        "model_version": rows.versions,
+        "variant": rows.variants,
+        "prediction_id": prediction_ids(answer.request_id, len(rows)),
+        "fallback": [each or "" for each in rows.fallbacks],
     }
     outputs: list[dict[str, Any]] = []
     chunks: list[bytes] = []
     for name, binary in asked.outputs:
-        tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": [len(answer.entities)]}
+        tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": [len(rows)]}
         if binary:
             chunks.append(_to_bytes(values[name], OUTPUTS[name]))
             tensor["parameters"] = {"binary_data_size": len(chunks[-1])}

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heliostat.errors import InvalidFieldError, MalformedBodyError
+from heliostat.serving.answers import PredictAnswer, Predictions
 from heliostat.serving.open_inference import OUTPUTS, InferRequest, infer_body, model_document, parse_infer
-from heliostat.serving.requests import EntityAnswer, PredictAnswer
 from tests.unit.serving.collaborators import CHURN, NAMES
 
 
@@ -167,8 +167,8 @@ ANSWER = PredictAnswer(
     "churn",
     2,
     5,
-    (EntityAnswer(1, 0.25, "control", 2, "r1-0"), EntityAnswer(9, 0.5, "challenger", 1, "r1-1", fallback="prior")),
-    logged=True,
+    (1, 9),
+    Predictions([0.25, 0.5], [2, 1], [None, "prior"], [], [(), ()], ["control", "challenger"], [(), ()]),
 )
 
 
