@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.http import Meter, answer_to
+from deployments.http import Meter, answer_to, as_protocol_has_it
 from heliostat.errors import AccessError, InvalidKeyError, MissingKeyError, MissingScopeError, NotLocalError
 from heliostat.serving import access
 from heliostat.serving.access import CALLER, LOCAL, NOBODY, Caller, KeyRing, is_loopback
@@ -35,9 +35,19 @@ ROUTES: Final[dict[str, access.Scope | None]] = {
     "GET /features/{view}/{entity:path}": access.Scope.READ,
     "GET /models": access.Scope.READ,
     "GET /models/{model}/{version}": access.Scope.READ,
+    "GET /v2": access.Scope.READ,
+    "GET /v2/models/{name}": access.Scope.READ,
+    "GET /v2/models/{name}/versions/{version}": access.Scope.READ,
+    # Stock clients look before they ask.
+    "GET /v2/models/{name}/ready": access.Scope.PREDICT,
+    "GET /v2/models/{name}/versions/{version}/ready": access.Scope.PREDICT,
+    "POST /v2/models/{name}/infer": access.Scope.PREDICT,
+    "POST /v2/models/{name}/versions/{version}/infer": access.Scope.PREDICT,
     # Probes have no keys. What is wrong, /readyz tells only those who may read.
     "GET /healthz": None,
     "GET /readyz": None,
+    "GET /v2/health/live": None,
+    "GET /v2/health/ready": None,
     # They name models, features and columns.
     "GET /docs": access.Scope.READ,
     "GET /docs/oauth2-redirect": access.Scope.READ,
@@ -125,7 +135,7 @@ class AccessControl:
 
     async def _refuse(self, error: Exception, rule: _Rule, scope: Scope, receive: Receive, send: Send) -> None:
         begin = time.perf_counter()
-        response = answer_to(error)
+        response = as_protocol_has_it(scope["path"], answer_to(error))
         if isinstance(error, MissingScopeError):
             response.headers["WWW-Authenticate"] = f'{_REALM}, error="insufficient_scope", scope="{error.needed}"'
         elif isinstance(error, InvalidKeyError):

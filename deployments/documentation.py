@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from deployments.access import ROUTES
 from deployments.answer_schemas import SCHEMAS, Document, many, ref
 from deployments.open_inference import PREFIX, OpenInference
 from heliostat.models.definitions import Definitions, ModelSpec
@@ -27,6 +29,8 @@ _JSON = "application/json"
 _BYTES = "application/octet-stream"
 _REASONS = {
     400: "The body can't be read",
+    401: "No API key, or none that is valid",
+    403: "The API key doesn't allow this; or, without keys, the request isn't the machine's own",
     404: "There is no such model, view, source or version, or nothing serves",
     409: "Another version answers",
     413: "The body, or what it asks for, is too large",
@@ -35,6 +39,11 @@ _REASONS = {
     504: "No answer in time",
 }
 _RETRY = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer", "minimum": 0}}}
+_CHALLENGE = {"WWW-Authenticate": {"description": "How to send a key", "schema": {"type": "string"}}}
+_SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 _READ = (400, 413, 422, 503)
 
 
@@ -179,9 +188,11 @@ def _inference_routes(inference: OpenInference, model: ModelSpec | None) -> list
 def _add(app: FastAPI, route: _Route) -> None:
     error = "V2Error" if route.path.startswith(PREFIX) else "Error"
     answers: dict[int | str, Document] = {}
-    for status in sorted({*route.statuses, *(status for status, _ in route.also)}):
+    scope = ROUTES[f"{route.method} {route.path}"]
+    refused = () if scope is None else (401, 403)
+    for status in sorted({*route.statuses, *refused, *(status for status, _ in route.also)}):
         kinds = [ref(name) for at, name in route.also if at == status]
-        if status in route.statuses:
+        if status in (*route.statuses, *refused):
             kinds.append(ref(error))
         answers[status] = {
             "description": _REASONS[status],
@@ -189,6 +200,8 @@ def _add(app: FastAPI, route: _Route) -> None:
         }
         if status == 503:
             answers[status]["headers"] = _RETRY
+        if status == 401:
+            answers[status]["headers"] = _CHALLENGE
     answers[200] = {
         "description": SCHEMAS[route.answer]["description"],
         "content": {_JSON: {"schema": ref(route.answer)}},
@@ -198,6 +211,9 @@ def _add(app: FastAPI, route: _Route) -> None:
         answers[200]["headers"] = {HEADER_LENGTH: length}
         answers[200]["content"][_BYTES] = {"schema": {"type": "string", "format": "binary"}}
     extra: Document = {}
+    if scope is not None:
+        extra["description"] = f"{inspect.getdoc(route.endpoint)}\n\nScope: `{scope}`."
+        extra["security"] = [{each: []} for each in _SECURITY]
     if route.request is not None:
         schema = {name: value for name, value in route.request.items() if name != "example"}
         content: Document = {_JSON: {"schema": schema}}
@@ -213,7 +229,7 @@ def _openapi(app: FastAPI, routes: list[_Route], definitions: Definitions) -> Do
     """FastAPI's document, with components of our own, and examples in the paths."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-        document["components"] = {"schemas": SCHEMAS}
+        document["components"] = {"schemas": SCHEMAS, "securitySchemes": _SECURITY}
         model = next(iter(definitions.models.values()), None)
         view = next(iter(definitions.views.values()), None)
         examples: Document = {"version": "1", "entity": "1", "search": ""}

@@ -22,6 +22,8 @@ _logger = logging.getLogger("heliostat.gateway")
 RETRY_AFTER_S = 1
 """When a client that was told 503 may try again, seconds."""
 
+_KEPT_HEADERS = ("allow", "retry-after", "www-authenticate")
+
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
@@ -99,6 +101,19 @@ def answer_to(error: Exception) -> Response:
     return json_response({"error": "internal", "message": message, "fix": "report it with the log"}, 500)
 
 
+def as_protocol_has_it(path: str, response: Response) -> Response:
+    """An error's answer as clients of a path expect it.
+
+    Below ``/v2``, the Open Inference Protocol, an error is a text alone, and 400 whatever is wrong with a request.
+    """
+    if path != "/v2" and not path.startswith("/v2/"):
+        return response
+    document = orjson.loads(response.body or b"{}")
+    told = "; ".join(str(document[name]) for name in ("message", "fix") if document.get(name))
+    kept = {name: value for name, value in response.headers.items() if name in _KEPT_HEADERS}
+    return json_response({"error": told}, 400 if response.status_code == 422 else response.status_code, kept)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Let every error of an app leave as a document, also those that no route of ours raised."""
 
@@ -111,10 +126,8 @@ def install_error_handlers(app: FastAPI) -> None:
         codes = {404: "unknown_path", 405: "method_not_allowed"}
         message = f"{request.method} {request.url.path} isn't served"
         fix = "see /docs for what is"
-        if request.scope["path"].startswith("/v2/"):  # the Open Inference Protocol's errors are texts alone
-            return json_response({"error": f"{message}; {fix}"}, status, headers)
         document = {"error": codes.get(status, f"http_{status}"), "message": message, "fix": fix}
-        return json_response(document, status, headers)
+        return as_protocol_has_it(request.scope["path"], json_response(document, status, headers))
 
     async def invalid(_: Request, error: Exception) -> Response:
         first = error.errors()[0] if isinstance(error, RequestValidationError) else {}

@@ -12,11 +12,10 @@ import importlib.metadata
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from fastapi import Request
 from fastapi.responses import Response
 
-from deployments.http import answer_to, json_response, read_body
+from deployments.http import answer_to, as_protocol_has_it, json_response, read_body
 from heliostat.errors import (
     HeliostatError,
     InvalidFieldError,
@@ -46,14 +45,6 @@ _BYTES = "application/octet-stream"
 Endpoint = Callable[..., Awaitable[Response]]
 
 
-def error_response(response: Response) -> Response:
-    """An error of ours as the protocol has it: a text alone, and 400 for whatever is wrong with a request."""
-    document = orjson.loads(response.body or b"{}")
-    status = 400 if response.status_code == 422 else response.status_code
-    headers = {name: value for name, value in response.headers.items() if name == "retry-after"}
-    return json_response({"error": document.get("message", "")}, status, headers)
-
-
 def _answered(endpoint: Endpoint) -> Endpoint:
     """Lets an endpoint's errors leave as the protocol has them."""
 
@@ -62,7 +53,7 @@ def _answered(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(*args, **named)
         except Exception as error:  # noqa: BLE001 - whatever happens is answered
-            return error_response(answer_to(error))
+            return as_protocol_has_it(PREFIX, answer_to(error))
 
     return answer
 
