@@ -42,6 +42,8 @@ from heliostat.serving.stages import FeatureReaders
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams, actual_record
+from heliostat.tracing import CURRENT, Trace
+from heliostat.tracing import HEADER as TRACE_HEADER
 
 _READY_FOR_S = 1.0
 # Checking events is work for the processor: predictions get their turn between two parts of a large request.
@@ -333,12 +335,14 @@ class Application:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin = time.perf_counter()
+        trace = Trace.of(next((value for name, value in scope["headers"] if name == TRACE_HEADER), None))
+        token = CURRENT.set(trace)
         status = 500
         try:
             if scope["path"] == "/predict" and scope["method"] == "POST":
                 response = await self._predict(scope, receive)
                 status = response.status_code
+                response.raw_headers.append((TRACE_HEADER, trace.header))
                 await response(scope, receive, send)
                 return
 
@@ -346,12 +350,14 @@ class Application:
                 nonlocal status
                 if message["type"] == "http.response.start":
                     status = message["status"]
+                    message["headers"] = [*message.get("headers", ()), (TRACE_HEADER, trace.header)]
                 await send(message)
 
             await self._app(scope, receive, noting)
         finally:
             route = "/predict" if scope["path"] == "/predict" else getattr(scope.get("route"), "path", "(unknown)")
-            self._meter.answered(route, status, (time.perf_counter() - begin) * 1e3)
+            self._meter.answered(route, status, trace.age_ms)
+            CURRENT.reset(token)
 
     async def _predict(self, scope: Scope, receive: Receive) -> Response:
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from heliostat.settings import TelemetrySettings
+from heliostat.tracing import CURRENT
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class _TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s  %(message)s", datefmt="%H:%M:%S")
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        text, trace = super().formatMessage(record), CURRENT.get()
+        return text if trace is None else f"{text} (trace {trace.trace_id})"
+
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -67,6 +72,9 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        trace = CURRENT.get()
+        if trace is not None:
+            document["trace_id"] = trace.trace_id
         if record.exc_info:
             document["error"] = self.formatException(record.exc_info)
         return json.dumps(document)

@@ -21,8 +21,9 @@ from deployments.stages import gateway_parts
 from heliostat.clock import parse_instant_us
 from heliostat.ingestion.sink import Sink
 from heliostat.settings import OnlineSettings, Settings
+from heliostat.telemetry import _TextFormatter
 from heliostat.workspace import Workspace
-from tests.integration.test_serving import Client, Shop, Tally
+from tests.integration.test_serving import NOWHERE, Client, Shop, Tally, purchase
 
 END_US = parse_instant_us("1998-07-02")
 
@@ -153,3 +154,42 @@ def test_each_answered_prediction_is_in_the_table_once_though_connections_are_cu
     assert set(counted.values()) == {1}
     assert len(answered) > 100
     assert set(answered) <= set(counted)
+
+
+# ── What a row says ─────────────────────────────────────────────────────────────────
+
+
+def test_a_callers_trace_is_in_every_answer_the_log_and_its_row(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+
+    async def scenario(client: Client) -> None:
+        events = [purchase(n, 1, "1998-06-20") for n in range(3)]
+        reply = await client.post("/events", json={"source": "purchases", "events": events}, headers=headers)
+        assert reply.headers["traceparent"].split("-")[1] == trace
+        reply = await client.post("/predict", json={"entity_ids": [1, 2]}, headers=headers)
+        version, found, span, flags = reply.headers["traceparent"].split("-")
+        assert (version, found, flags) == ("00", trace, "01")
+        assert span != "b7ad6b7169203331"
+        other = await client.post("/predict", json={"entity_ids": [3]}, headers={"traceparent": f"00-{trace}-0-01"})
+        assert other.headers["traceparent"].split("-")[1] != trace
+        for path in ("/nope", "/healthz", "/models/nope/1"):
+            assert (await client.get(path, headers=headers)).headers["traceparent"].split("-")[1] == trace
+        Sink.of(shop.workspace).drain_once()
+        rows = shop.workspace.offline_store.read_predictions("churn", start_us=0, end_us=END_US).to_pylist()
+        first, second, third = sorted(rows, key=lambda row: row["entity"])
+        assert (first["trace_id"], second["trace_id"]) == (trace, trace)
+        assert third["trace_id"] == other.headers["traceparent"].split("-")[1]
+        assert 0 < first["latency_ms"] < 20_000
+        assert first["newest_event"].isoformat() == "1998-06-20T00:00:00+00:00"
+        assert (second["newest_event"], third["newest_event"]) == (None, None)
+
+    async def without_store(client: Client) -> None:
+        reply = await client.post("/predict", json={"entity_ids": [1]}, headers=headers)
+        assert (reply.status_code, reply.headers["traceparent"].split("-")[1]) == (503, trace)
+
+    shop.run(scenario)
+    caplog.handler.setFormatter(_TextFormatter())
+    with caplog.at_level("WARNING", "heliostat.gateway"):
+        shop.run(without_store, online=NOWHERE)
+    assert any("answered 503" in line and trace in line for line in caplog.text.splitlines())

@@ -49,12 +49,15 @@ class FeatureBatch:
         views: References of the views read.
         absent: Shape ``(n, n_views)``: the store has nothing of the entity, or only what the view's ttl
             has ended. Features of an absent view are those of no events at all.
+        newest_us: Where the newest tile begins that the entity's rings hold, shape ``(n,)``, microseconds; NaN if
+            they hold none. The newest event is at most that tile younger.
     """
 
     names: tuple[str, ...]
     matrix: FloatArray
     views: tuple[str, ...]
     absent: BoolArray
+    newest_us: FloatArray
 
     @cached_property
     def null(self) -> BoolArray:
@@ -214,14 +217,17 @@ class FeatureReader:
             raise MissingInputError(missing, f"the vector of {', '.join(self.views)}", "what was given")
         given = self._given(overrides)
         absent = np.empty((n, len(self._plans)), dtype=np.bool_)
+        newest_us = np.full((len(self._plans), n), np.nan)
         columns = [
-            self._view_columns(plan, values, n, as_of_us, given.get(position, {}), absent[:, position], brought)
+            self._view_columns(
+                plan, values, n, as_of_us, given.get(position, {}), absent[:, position], newest_us[position], brought
+            )
             for position, plan in enumerate(self._plans)
         ]
         matrix = np.empty((n, len(self._columns)))
         for column, (position, feature) in enumerate(self._columns):
             matrix[:, column] = columns[position][feature]
-        return FeatureBatch(self.names, matrix, self.views, absent)
+        return FeatureBatch(self.names, matrix, self.views, absent, np.fmax.reduce(newest_us))
 
     def _view_columns(
         self,
@@ -231,6 +237,7 @@ class FeatureReader:
         as_of_us: int,
         given: Mapping[str, list[tuple[int, float]]],
         absent: BoolArray,
+        newest_us: FloatArray,
         inputs: Inputs,
     ) -> dict[str, FloatArray]:
         rings = {
@@ -238,6 +245,8 @@ class FeatureReader:
             for at, group in enumerate(plan.merge.groups, plan.first)
         }
         absent[:] = sum(each.counts for each in rings.values()) == 0
+        longest = plan.merge.groups[-1]
+        _newest(longest, rings[longest.label], newest_us)
         merged = merge_rings(plan.merge, rings, as_of_us=as_of_us)
         if merged.expired is not None:
             absent |= merged.expired
@@ -314,6 +323,14 @@ class FeatureReader:
         values = await store.read([*also, *self.keys(entity_texts)])
         batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)
         return batch, values[: len(also)]
+
+
+def _newest(group: RingGroup, rings: Rings, newest_us: FloatArray) -> None:
+    """Write down where each entity's newest tile begins, if it has one: its last slot, unless that is the base."""
+    if len(rings.slots):
+        # The fraction of a slot's number says where it comes from.
+        last = np.floor(rings.slots[np.add.accumulate(rings.counts) - 1, 0])
+        np.multiply(last, group.hop_us, out=newest_us, where=rings.counts > group.life)
 
 
 def _replaced(column: FloatArray, given: Sequence[tuple[int, float]] | None) -> FloatArray:

@@ -15,11 +15,16 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from heliostat.errors import HeliostatError, PredictionLogError
 from heliostat.serving.answers import PredictAnswer, Predictions
 from heliostat.serving.requests import Inputs
+from heliostat.tracing import Trace
+
+FloatArray = NDArray[np.float64]
 
 _logger = logging.getLogger("heliostat.serving")
 
@@ -36,6 +41,8 @@ def log_record(
     at_us: int,
     given: Sequence[Sequence[str]] | None = None,
     inputs: Inputs | None = None,
+    newest_us: FloatArray | None = None,
+    traces: Sequence[Trace | None] | None = None,
 ) -> bytes:
     """The stream entry of requests that were answered together, as JSON: a list a column.
 
@@ -46,6 +53,8 @@ def log_record(
         at_us: The instant of the features, microseconds since the epoch.
         given: For each row, the qualified features whose values the request gave; None: none for anybody.
         inputs: What the requests brought for derived features, by row.
+        newest_us: Where each row's newest tile begins (`FeatureBatch.newest_us`), shape ``(n,)``; None: nobody knows.
+        traces: What each request belongs to, and when it arrived; None: nobody knows.
     """
     columns: dict[str, Any] = {
         "entity": entities,
@@ -54,6 +63,12 @@ def log_record(
         "score": predictions.scores,
         "features": predictions.vectors,
     }
+    requests: list[dict[str, Any]] = [
+        {"request_id": each.request_id, "rows": len(each.entity_ids)} for each in answers
+    ]
+    for request, trace in zip(requests, traces or (), strict=traces is not None):
+        if trace is not None:
+            request["trace_id"], request["latency_ms"] = trace.trace_id, round(trace.age_ms, 3)
     # A column that says nothing isn't written.
     if any(predictions.missing):
         columns["missing"] = predictions.missing
@@ -61,6 +76,10 @@ def log_record(
         columns["fallback"] = predictions.fallbacks
     if given is not None:
         columns["given"] = given
+    if newest_us is not None:
+        columns["newest_event"] = newest_us
+    if infinite := _infinite(predictions.vectors):
+        columns["infinite"] = infinite
     if inputs:
         columns["inputs"] = [
             orjson.dumps(inputs[row]).decode() if row in inputs else None for row in range(len(entities))
@@ -70,11 +89,25 @@ def log_record(
             "model": answers[0].model,
             "revision": answers[0].revision,
             "at_us": at_us,
-            "requests": [{"request_id": each.request_id, "rows": len(each.entity_ids)} for each in answers],
+            "requests": requests,
             "columns": columns,
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
+
+
+def _infinite(vectors: FloatArray | list[FloatArray]) -> list[list[list[int]] | None] | None:
+    """By row, the places of infinite values and their signs, which JSON can't spell; None where there are none."""
+    if isinstance(vectors, np.ndarray):
+        if not np.isinf(vectors).any():
+            return None
+    elif not any(np.isinf(vector).any() for vector in vectors):
+        return None
+    found = [np.flatnonzero(np.isinf(vector)) for vector in vectors]
+    return [
+        [[int(place), int(np.sign(vector[place]))] for place in places] or None
+        for vector, places in zip(vectors, found, strict=True)
+    ]
 
 
 class PredictionLog:

@@ -405,6 +405,8 @@ class Predictor:
             at_us=batch.block.as_of_us,
             given=self._readers.given(batch.query),
             inputs=batch.query.inputs,
+            newest_us=batch.block.newest_us,
+            traces=[each.trace for each in batch.requests],
         )
 
     def _start_shadows(self, batch: _Batch) -> None:

@@ -19,6 +19,7 @@ from heliostat.features.definitions import Entity
 from heliostat.features.request import EXPECTED, RequestTypes, request_value
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.schema import text_code
+from heliostat.tracing import CURRENT, Trace
 
 _FIELDS = ("model", "entity_ids", "features", "inputs", "explain")
 
@@ -40,6 +41,7 @@ class PredictRequest:
         overrides: Feature values that the client gives; NaN for null.
         inputs: What derived features take from the request: all that the model needs, for every entity.
         explain: Whether the answer says what each feature contributed.
+        trace: What it belongs to, and when it arrived; by default that of the task which makes it.
     """
 
     model: str
@@ -48,6 +50,7 @@ class PredictRequest:
     overrides: Overrides = field(default_factory=dict)
     inputs: Inputs = field(default_factory=dict)
     explain: bool = False
+    trace: Trace | None = field(default_factory=CURRENT.get, compare=False, repr=False)
 
 
 def parse_object(body: bytes, *, known: Sequence[str]) -> dict[str, Any]:

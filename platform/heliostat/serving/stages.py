@@ -91,6 +91,7 @@ class FeatureBlock:
         route: The model's routing document, which came along; None if there is none.
         as_of_us: The instant of the features, microseconds since the epoch.
         stored: False if the store couldn't be read: then values are the client's, or NaN.
+        newest_us: See `FeatureBatch.newest_us`; None if the store couldn't be read.
     """
 
     names: tuple[str, ...]
@@ -100,6 +101,7 @@ class FeatureBlock:
     route: bytes | None
     as_of_us: int
     stored: bool = True
+    newest_us: FloatArray | None = None
 
     def matrix(self, names: tuple[str, ...], rows: NDArray[np.intp] | None = None) -> FloatArray:
         """Some columns in another order, of some rows or (None) of all: C-contiguous.
@@ -224,7 +226,9 @@ class FeatureLookup:
             inputs=query.input_columns(reader.request) if reader.request else None,
             also=[self._readers.keys.route(query.model)],
         )
-        return FeatureBlock(batch.names, batch.matrix, batch.views, batch.absent, route, now_us)
+        return FeatureBlock(
+            batch.names, batch.matrix, batch.views, batch.absent, route, now_us, newest_us=batch.newest_us
+        )
 
 
 @dataclass(frozen=True, slots=True)

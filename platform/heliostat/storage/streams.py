@@ -383,11 +383,22 @@ def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "columns" not in document:  # as an earlier release wrote it: one request, an object a prediction
         return [{**each, **shared, "request_id": document.get("request_id")} for each in document["entries"]]
     names = [
-        {"prediction_id": f"{request_id}-{row}", "request_id": request_id}
-        for request_id, n in ((each["request_id"], each["rows"]) for each in document["requests"])
-        for row in range(n)
+        {
+            "prediction_id": f"{request['request_id']}-{row}",
+            "request_id": request["request_id"],
+            "trace_id": request.get("trace_id"),
+            "latency_ms": request.get("latency_ms"),
+            "forced": request.get("forced"),
+        }
+        for request in document["requests"]
+        for row in range(request["rows"])
     ]
     columns = {"missing": [()] * len(names), "given": [()] * len(names), **document["columns"]}
+    if "newest_event" in columns:
+        columns["newest_event"] = [None if each is None else int(each) for each in columns["newest_event"]]
+    for vector, places in zip(columns["features"], columns.pop("infinite", ()), strict=False):
+        for place, sign in places or ():  # JSON spells infinity as null, as it does NaN
+            vector[place] = math.inf * sign
     sources = ["model" if each is None else "fallback" for each in columns.get("fallback", [None] * len(names))]
     rows = zip(names, sources, *columns.values(), strict=True)
     return [

@@ -16,7 +16,7 @@ from heliostat.features.definitions import Entity, EventSource, FeatureRef, Feat
 from heliostat.features.offline import compute_features
 from heliostat.online.backfill import BucketRings, RingPlan
 from heliostat.online.retrieval import FeatureBatch, FeatureReader
-from heliostat.online.tiles import RingLimits
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import ID_HASH, TIMESTAMP, hash64
 from heliostat.storage.online_store import OnlineKeys
 
@@ -151,6 +151,29 @@ def test_absent_and_null_are_told_apart() -> None:
         [False, True, False],
     ]
     assert batch.missing(3) == ["recent__last"]
+
+
+@pytest.mark.parametrize("view", [recent, always, by_shop])
+def test_the_newest_tile_of_an_entity_is_told_and_no_event_is_more_than_it_younger(view: FeatureView) -> None:
+    asked = reader(view["n"])
+    found = read(asked) if view is not by_shop else asked.decode([None] * 4, as_of_us=NOW_US)
+    if view is by_shop:
+        assert np.isnan(found.newest_us).all()
+        return
+    newest_us = {
+        user_id: NOW_US - int(before_h * 3_600_000_000) for user_id, before_h in ((1, 0.5), (2, 480), (3, 5))
+    }
+    tile_us = ring_layout(view, LIMITS).group_of("n").hop_us
+    for row, event_us in enumerate(newest_us.values()):
+        assert found.newest_us[row] == event_us // tile_us * tile_us or np.isnan(found.newest_us[row])
+    assert not np.isnan(found.newest_us[[0, 2]]).any()
+    assert np.isnan(found.newest_us[3])
+
+
+def test_of_several_views_the_one_with_the_newest_tile_counts() -> None:
+    both = read(reader(recent["n"], always["n"])).newest_us
+    each = [read(reader(view["n"])).newest_us for view in (recent, always)]
+    np.testing.assert_array_equal(both, np.fmax(*each))
 
 
 def test_an_absent_view_reads_as_no_events_at_all() -> None:

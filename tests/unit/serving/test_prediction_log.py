@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 
 import numpy as np
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from heliostat.errors import PredictionLogError
 from heliostat.serving.answers import PredictAnswer, Predictions
 from heliostat.serving.prediction_log import PredictionLog, log_record
 from heliostat.storage.streams import rows_from
+from heliostat.tracing import Trace
 from tests.unit.serving.collaborators import Stream
 
 PREDICTIONS = Predictions(
@@ -58,6 +62,44 @@ def test_a_record_without_anything_out_of_the_ordinary_says_so_by_saying_nothing
     (row,) = rows_from("predictions", [((1, 0), record)])["churn"][1].to_pylist()
     assert (row["missing"], row["given"], row["source"]) == ([], [], "model")
     assert (row["fallback"], row["inputs"]) == (None, None)
+
+
+def test_a_row_says_whose_trace_it_is_how_old_the_request_was_and_how_fresh_its_features() -> None:
+    traces = [Trace("a" * 32, begun_s=time.perf_counter() - 0.02), None]
+    newest_us = np.array([5_000_000.0, math.nan, 7_000_001.0])
+    record = log_record(ANSWERS, PREDICTIONS, ENTITIES, at_us=1, newest_us=newest_us, traces=traces)
+    first, second, third = rows_from("predictions", [((1, 0), record)])["churn"][1].to_pylist()
+    assert [row["trace_id"] for row in (first, second, third)] == ["a" * 32, "a" * 32, None]
+    assert 20 <= first["latency_ms"] == second["latency_ms"] < 5_000
+    assert third["latency_ms"] is None
+    assert (first["newest_event"].timestamp(), second["newest_event"]) == (5.0, None)
+    assert third["newest_event"].timestamp() == 7.000001
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_infinite_values_come_back_and_stay_apart_from_nulls(ragged: bool) -> None:
+    vectors = [[math.inf, math.nan], [1.0, 2.0], [-math.inf, math.inf]]
+    rows = Predictions([0.5] * 3, [1] * 3, [None] * 3, np.array(vectors), [()] * 3, ["control"] * 3, [()] * 3)
+    if ragged:
+        rows.vectors = [np.array(vectors[0]), np.array([1.0]), np.array(vectors[2])]
+    record = log_record([PredictAnswer("r", "churn", 1, 1, (7, 8, 9), rows)], rows, ENTITIES, at_us=1)
+    first, second, third = (
+        row["features"] for row in rows_from("predictions", [((1, 0), record)])["churn"][1].to_pylist()
+    )
+    assert (first, third) == ([math.inf, None], [-math.inf, math.inf])
+    assert second == ([1.0] if ragged else [1.0, 2.0])
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=20))
+def test_every_float_comes_back_bit_for_bit_but_that_there_is_one_nan(vector: list[float]) -> None:
+    values = np.array([vector])
+    rows = Predictions([0.1], [1], [None], values, [()], ["control"], [()])
+    record = log_record([PredictAnswer("r", "churn", 1, 1, (7,), rows)], rows, ["7"], at_us=1)
+    lists = rows_from("predictions", [((1, 0), record)])["churn"][1].column("features").combine_chunks()
+    found = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+    numbers = ~np.isnan(values[0])
+    np.testing.assert_array_equal(found.view(np.int64)[numbers], values[0].view(np.int64)[numbers])
+    assert np.isnan(found[~numbers]).all()
 
 
 def test_what_cant_be_logged_isnt_given_out_unless_that_is_allowed() -> None:

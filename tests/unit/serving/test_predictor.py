@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
+from heliostat.clock import US_PER_DAY
 from heliostat.errors import (
     DeadlineError,
     OnlineStoreUnavailableError,
@@ -20,6 +21,7 @@ from heliostat.experiments.assignment import RoutingDocument
 from heliostat.serving.answers import Explanation, PredictAnswer
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.stages import ScoreQuery
+from heliostat.tracing import CURRENT, Trace
 from tests.unit.serving.collaborators import NAMES, House, request, split, trained
 
 
@@ -156,8 +158,11 @@ def test_the_log_says_which_rung_of_the_fallback_answered() -> None:
 
 def test_the_log_has_what_the_model_saw_before_the_answer_leaves() -> None:
     house = House()
+    token = CURRENT.set(Trace("a" * 32))
     answer = asyncio.run(house.predictor.predict(request(1, 404)))
+    CURRENT.reset(token)
     first, second = house.stream.entries()
+    assert 0 < first.pop("latency_ms") < 5_000
     assert first == {
         "prediction_id": answer.entities[0].prediction_id,
         "request_id": answer.request_id,
@@ -174,10 +179,13 @@ def test_the_log_has_what_the_model_saw_before_the_answer_leaves() -> None:
         "fallback": None,
         "given": [],
         "inputs": None,
-        **dict.fromkeys(("trace_id", "newest_event", "latency_ms", "forced")),
+        "trace_id": "a" * 32,
+        "newest_event": datetime.fromtimestamp((house.clock.now_us() - US_PER_DAY) / 1e6, UTC).replace(hour=0),
+        "forced": None,
     }
     assert second["features"] == [0.0, 0.0, None, 0.0]
     assert second["missing"] == ["usage__mean"]
+    assert second["newest_event"] is None
 
 
 def test_prediction_ids_are_never_used_twice() -> None:
