@@ -17,8 +17,18 @@ from redis.retry import Retry
 
 from heliostat.errors import OnlineStoreUnavailableError
 from heliostat.settings import Settings
+from heliostat.storage.quick_reads import AsyncQuickReads, QuickReads
 
 _FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
+
+
+# A connection that the server has closed is opened once more; a timeout isn't waited for twice.
+def _once_more() -> Retry:
+    return Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+
+
+def _once_more_async() -> AsyncRetry:
+    return AsyncRetry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ class OnlineConfig:
         prefix: What every key begins with.
         cluster: Whether the address is a Redis Cluster's.
         timeout_s: For connecting and for every answer.
-        max_connections: Of one process.
+        max_connections: Of one process, for reads; and as many again for all else.
     """
 
     url: str = field(repr=False)  # may hold a password
@@ -138,16 +148,28 @@ class OnlineConfig:
 
     def connect(self) -> Any:  # noqa: ANN401 - redis.Redis or RedisCluster, which share no type
         """A blocking client; nothing is sent before its first command, except to a cluster."""
-        # A connection that the server has closed is opened once more; a timeout isn't waited for twice.
-        retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
         kind = redis.RedisCluster if self.cluster else redis.Redis
-        return kind.from_url(self.url, retry=retry, **self._options())
+        return kind.from_url(self.url, retry=_once_more(), **self._options())
 
     def connect_async(self) -> Any:  # noqa: ANN401 - as above
         """An asyncio client, for the loop that uses it first."""
-        retry = AsyncRetry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
         kind = redis.asyncio.RedisCluster if self.cluster else redis.asyncio.Redis
-        return kind.from_url(self.url, retry=retry, **self._options())
+        return kind.from_url(self.url, retry=_once_more_async(), **self._options())
+
+    def reads(self) -> QuickReads | None:
+        """Connections for reads alone; a cluster's client has to know where each key is, so it has none."""
+        if self.cluster:
+            return None
+        return QuickReads(redis.ConnectionPool.from_url(self.url, retry=_once_more(), **self._options()))
+
+    def reads_async(self) -> AsyncQuickReads | None:
+        """The same for asyncio, for the loop that uses them first."""
+        if self.cluster:
+            return None
+        # One timer a read, instead of one for each thing that a connection waits for.
+        options = self._options() | {"socket_timeout": None}
+        pool = redis.asyncio.ConnectionPool.from_url(self.url, retry=_once_more_async(), **options)
+        return AsyncQuickReads(pool, self.timeout_s)
 
     def _options(self) -> dict[str, Any]:
         return {

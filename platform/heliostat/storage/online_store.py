@@ -15,9 +15,6 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-import hiredis
-import redis
-import redis.asyncio
 import redis.exceptions
 
 from heliostat.errors import MaterializationConflictError
@@ -102,6 +99,7 @@ class OnlineStore:
         self.keys = config.keys
         with self.config.reported():
             self.client = config.connect()
+            self._reads = config.reads()
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -123,24 +121,10 @@ class OnlineStore:
         if not keys:
             return []
         with self.config.reported():
-            values: list[bytes | None] = self.client.mget_nonatomic(keys) if self.config.cluster else self._mget(keys)
+            values: list[bytes | None] = (
+                self.client.mget_nonatomic(keys) if self._reads is None else self._reads.mget(keys)
+            )
             return values
-
-    def _mget(self, keys: Sequence[str]) -> list[bytes | None]:
-        # The client's command layer takes as long for 100 keys as the server does; a read is all that waits for it.
-        packed = hiredis.pack_command(("MGET", *keys))  # type: ignore[arg-type]  # its stub knows pairs only
-        pool = self.client.connection_pool
-        connection = pool.get_connection()
-
-        def answer() -> Any:  # noqa: ANN401 - whatever the server says
-            connection.send_packed_command([packed])
-            return connection.read_response()
-
-        try:
-            values: list[bytes | None] = connection.retry.call_with_retry(answer, lambda _: connection.disconnect())
-            return values
-        finally:
-            pool.release(connection)
 
     def put_many(self, documents: Mapping[str, bytes], *, ttl_s: float | None = None) -> None:
         """Set small documents by key.
@@ -274,6 +258,8 @@ class OnlineStore:
     def close(self) -> None:
         """Close all connections."""
         self.client.close()
+        if self._reads is not None:
+            self._reads.close()
 
     def __enter__(self) -> Self:
         return self
@@ -295,6 +281,7 @@ class AsyncOnlineStore:
         self.config = config
         self.keys = config.keys
         self.client = config.connect_async()
+        self._reads = config.reads_async()
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -307,7 +294,7 @@ class AsyncOnlineStore:
             return []
         with self.config.reported():
             values: list[bytes | None] = await (
-                self.client.mget_nonatomic(keys) if self.config.cluster else self.client.mget(keys)
+                self.client.mget_nonatomic(keys) if self._reads is None else self._reads.mget(keys)
             )
             return values
 
@@ -356,6 +343,8 @@ class AsyncOnlineStore:
     async def aclose(self) -> None:
         """Close all connections."""
         await self.client.aclose()
+        if self._reads is not None:
+            await self._reads.aclose()
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,0 +1,112 @@
+"""The one command that requests wait for, on connections that are kept for it.
+
+A client's command layer, its pool and its timers take longer than the server does for a read:
+150 of 170 µs in asyncio, 30 of 70 µs in a thread, of 100 keys. Here a command is packed at
+once, sent on a connection that nobody else uses, and its reply is read by the client's own
+parser; the client still connects, authenticates and encrypts. Reads alone: they may be
+repeated, so that a connection which the server has closed meanwhile is found out by using it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import hiredis
+import redis
+import redis.asyncio
+import redis.exceptions
+
+
+def _mget(keys: Sequence[str]) -> list[bytes]:
+    return [hiredis.pack_command(("MGET", *keys))]  # type: ignore[arg-type]  # its stub knows pairs only
+
+
+class QuickReads:
+    """Reads, blocking. Safe to share between threads, and by processes that fork.
+
+    Args:
+        pool: Gives connections, and is used by nobody else.
+    """
+
+    def __init__(self, pool: redis.ConnectionPool) -> None:
+        self._pool = pool
+        self._idle: deque[Any] = deque()
+        self._process = os.getpid()
+
+    def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        """The values of keys, None where there is none.
+
+        Raises:
+            redis.RedisError: If the server doesn't answer; a lost connection is opened once more.
+        """
+        if self._process != os.getpid():  # the parent's connections are still the parent's
+            self._idle, self._process = deque(), os.getpid()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._pool.get_connection()
+        packed = _mget(keys)
+        try:
+            try:
+                connection.send_packed_command(packed)
+                values: list[bytes | None] = connection.read_response()
+            except redis.ConnectionError:
+                connection.disconnect()
+                connection.send_packed_command(packed)
+                values = connection.read_response()
+            return values
+        finally:  # after an error it's disconnected, and connects again when it's used
+            if connection.should_reconnect():  # says the server, or an error in between
+                connection.disconnect()
+            self._idle.append(connection)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._pool.disconnect()
+
+
+class AsyncQuickReads:
+    """The same for asyncio, on one loop.
+
+    Args:
+        pool: Gives connections without a timeout of their own, and is used by nobody else.
+        timeout_s: For an answer.
+    """
+
+    def __init__(self, pool: redis.asyncio.ConnectionPool, timeout_s: float) -> None:
+        self._pool: Any = pool
+        self._timeout_s = timeout_s
+        self._idle: deque[Any] = deque()
+
+    async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        """As `QuickReads.mget`."""
+        packed = _mget(keys)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._answer(packed)
+        except TimeoutError:
+            raise redis.exceptions.TimeoutError(f"no answer within {self._timeout_s:g} s") from None
+
+    async def _answer(self, packed: Sequence[bytes]) -> list[bytes | None]:
+        connection = self._idle.pop() if self._idle else await self._pool.get_connection()
+        try:
+            try:
+                await connection.send_packed_command(packed)
+                values: list[bytes | None] = await connection.read_response()
+            except redis.ConnectionError:
+                await connection.disconnect(nowait=True)
+                await connection.send_packed_command(packed)
+                values = await connection.read_response()
+            return values
+        finally:  # after an error, or when nobody waits any more, it's disconnected
+            if connection.should_reconnect():
+                await connection.disconnect(nowait=True)
+            self._idle.append(connection)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._pool.disconnect()
