@@ -19,7 +19,7 @@ import uvicorn
 
 from deployments.gateway import build_app
 from deployments.stages import gateway_parts
-from heliostat.client import Client, Sent
+from heliostat.client import AsyncClient, Client, Sent
 from heliostat.errors import GatewayError, GatewayUnreachableError
 from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.settings import IngestionSettings, Settings, load_settings
@@ -253,6 +253,84 @@ def test_a_gateway_that_never_answers_is_reported_with_what_to_do() -> None:
     assert "safe" in str(gone.value)
 
 
+@pytest.mark.usefixtures("model")
+def test_predictions_are_explained_and_what_became_of_them_is_reported(client: Client, settings: Settings) -> None:
+    answer = client.predict([7, 8], model="churn", features=[{"count_30d": 2}, None], explain=True)
+    for each in answer.entities:
+        told = each.explanation
+        assert told is not None
+        assert sum(told.contributions.values()) + told.base_value == pytest.approx(told.raw_score, abs=1e-9)
+        assert (told.scale, each.unexplained, each.fallback) == ("log-odds", None, None)
+    assert client.predict([7]).entities[0].explanation is None
+    client.batch_actuals = 2
+    happened = [{"prediction_id": each.prediction_id, "value": 1} for each in answer.entities]
+    assert client.actuals([*happened, {"entity_id": 9, "as_of": "1998-04-01", "value": True}], model="churn") == 3
+    with Workspace.open(settings) as workspace:
+        assert len(workspace.streams.read(workspace.streams.record_stream("actuals"))) == 3
+
+
+@pytest.mark.usefixtures("model")
+def test_models_say_who_serves_whom_and_a_version_what_it_is(client: Client, settings: Settings) -> None:
+    with Workspace.open(settings) as workspace:
+        register(workspace, 2)
+        workspace.rollout.start_split("churn", experiment="both", control=1, challenger=2, weight=0.25, coverage=0.8)
+    (model,) = client.models()
+    assert (model.name, model.versions, model.inputs, model.shadow) == ("churn", (1, 2), {}, ())
+    assert model.serving == pytest.approx({1: 0.8, 2: 0.2})
+    assert client.model("churn").version == 2
+    assert client.model("churn", 2).features == client.model("churn").features != ()
+
+
+@pytest.mark.usefixtures("model")
+def test_the_asynchronous_client_says_and_hears_the_same(gateway: Gateway, client: Client) -> None:
+    async def scenario() -> None:
+        url = f"http://127.0.0.1:{gateway.port}/"
+        async with AsyncClient(url, timeout_s=20.0, pause_s=0.01, connections=4) as other:
+            events = [purchase(number, number % 5, "1998-06-20") for number in range(100)]
+            events[64] = {**events[64], "customer_id": None}
+            sent = await other.send("purchases", events)
+            assert (sent.accepted, [each.position for each in sent.rejected]) == (99, [64])
+            assert other.batch_events <= 40
+            many = await asyncio.gather(*(other.predict([number % 5]) for number in range(40)))
+            expected = client.predict([0, 1, 2, 3, 4]).values
+            assert [each.values[0] for each in many] == expected * 8
+            assert (await other.features("recent_purchases", 3)).values["count_30d"] == 20.0
+            assert await other.models() == client.models()
+            assert await other.model("churn", 1) == client.model("churn", 1)
+            assert await other.actuals({"prediction_id": many[0].entities[0].prediction_id, "value": 0}) == 1
+            with pytest.raises(GatewayError, match="churn") as unknown:
+                await other.predict([1], model="churm")
+            assert (unknown.value.code, unknown.value.status) == ("unknown_model", 404)
+
+    asyncio.run(scenario())
+
+
+def test_the_asynchronous_client_repeats_events_whose_answer_was_lost_and_no_prediction(gateway: Gateway) -> None:
+    async def scenario() -> None:
+        wire = Wire(gateway.port, 2)
+        async with AsyncClient(wire.url, timeout_s=20.0, pause_s=0.01) as client:
+            sent = await client.send("purchases", [purchase(number, number, "1998-06-20") for number in range(20)])
+            assert (sent.accepted, sent.duplicates, sent.requests, wire.lost) == (0, 20, 3, 2)
+        wire.close()
+        wire = Wire(gateway.port, 1)
+        async with AsyncClient(wire.url, timeout_s=20.0, pause_s=0.01) as client:
+            for call in (client.predict([1]), client.actuals({"prediction_id": "a", "value": 1})):
+                wire._left = 1
+                with pytest.raises(GatewayUnreachableError, match="in 1 tries"):
+                    await call
+        wire.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_is_sent_with_each_request_and_shown_in_no_text(kind: type[Client | AsyncClient]) -> None:
+    client = kind("http://127.0.0.1:1", api_key="hs_secret")
+    assert client._http.headers["Authorization"] == "Bearer hs_secret"
+    assert "hs_secret" not in repr(client) + str(client)
+    assert "Authorization" not in kind("http://127.0.0.1:1")._http.headers
+
+
 def test_a_store_that_is_away_is_waited_for(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     away = settings.model_copy(update={"online": settings.online.model_copy(update={"url": "redis://127.0.0.1:1/0"})})
     with Gateway(away) as gateway, Client(f"http://127.0.0.1:{gateway.port}", tries=3, pause_s=0.01) as client:
@@ -277,6 +355,16 @@ def test_the_pages_example_runs_and_says_what_it_shows(gateway: Gateway, capsys:
     first, values = capsys.readouterr().out.splitlines()
     assert first == "1 customer_id is missing"
     assert "1.0" in values
+
+
+@pytest.mark.usefixtures("model")
+def test_the_interfaces_pages_example_runs(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "interfaces.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{gateway.port}"), {})  # noqa: S102 - the page
+    *predictions, models = capsys.readouterr().out.splitlines()
+    assert [each.split()[0] + each.split()[-1] for each in predictions] == ["7log-odds", "8log-odds"]
+    assert models == "['churn'] candidate"
 
 
 def test_the_pages_settings_are_understood(tmp_path: Path) -> None:
