@@ -32,6 +32,7 @@ _REASONS = {
     401: "No API key, or none that is valid",
     403: "The API key doesn't allow this; or, without keys, the request isn't the machine's own",
     404: "There is no such model, view, source or version, or nothing serves",
+    408: "The body didn't arrive in time",
     409: "Another version answers",
     413: "The body, or what it asks for, is too large",
     422: "A field, or a part of the path, is wrong",
@@ -44,7 +45,7 @@ _SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-_READ = (400, 413, 422, 503)
+_READ = (400, 408, 413, 422, 503)
 
 
 class _Route(NamedTuple):
@@ -144,7 +145,7 @@ def _inference_routes(inference: OpenInference, model: ModelSpec | None) -> list
         "outputs": [{"name": "prediction", "datatype": "FP64", "shape": [1], "data": [0.25]}],
     }
     at = f"{PREFIX}/models/{{name}}"
-    asking = (400, 404, 413, 503, 504)
+    asking = (400, 404, 408, 413, 503, 504)
     asked = _infer_schema(model)
     not_ready = ((503, "V2ModelReady"),)
     return [

@@ -119,7 +119,7 @@ class Api:
     async def answer_predict(self, scope: Scope, receive: Receive, model: str | None = None) -> Response:
         """As `predict`, for whoever has no request object."""
         begin = time.perf_counter()
-        body = await read_body(scope, receive, self._limits.max_body_bytes)
+        body = await read_body(scope, receive, self._limits.max_body_bytes, limit_s=self._limits.body_timeout_s)
         asked = parse_predict(
             body,
             self._parts.definitions,
@@ -215,7 +215,9 @@ class Api:
         return json_response({"accepted": len(records)})
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request.scope, request.receive, self._limits.max_body_bytes)
+        return await read_body(
+            request.scope, request.receive, self._limits.max_body_bytes, limit_s=self._limits.body_timeout_s
+        )
 
     async def features(self, view: str, entity: str) -> Response:
         """The online features of one entity, as a request at this instant would see them."""

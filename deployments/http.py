@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-from heliostat.errors import BodyTooLargeError, HeliostatError
+from heliostat.errors import BodyTooLargeError, HeliostatError, SlowBodyError
 from heliostat.serving.answers import PredictAnswer
 
 _logger = logging.getLogger("heliostat.gateway")
@@ -48,16 +49,25 @@ def json_response(document: Any, status: int = 200, headers: dict[str, str] | No
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """A request's body, given up as soon as it is larger than allowed, whatever its headers say.
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int, *, limit_s: float) -> bytes:
+    """A request's body, given up as soon as it is larger than allowed, whatever its headers say, or late.
 
     Raises:
         BodyTooLargeError: If it is larger than the limit.
+        SlowBodyError: If it isn't there in time.
         ClientDisconnect: If the client has gone.
     """
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
             raise BodyTooLargeError(limit_bytes)
+    try:
+        async with asyncio.timeout(limit_s):
+            return await _received(receive, limit_bytes)
+    except TimeoutError:
+        raise SlowBodyError(limit_s) from None
+
+
+async def _received(receive: Receive, limit_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size, more = 0, True
     while more:

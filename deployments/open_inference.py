@@ -148,7 +148,7 @@ class OpenInference:
         if encoding != "identity":
             raise InvalidFieldError("header 'Content-Encoding'", f"is {encoding!r}", "a body that isn't compressed")
         limits = self._parts.settings.serving
-        body = await read_body(request.scope, request.receive, limits.max_body_bytes)
+        body = await read_body(request.scope, request.receive, limits.max_body_bytes, limit_s=limits.body_timeout_s)
         asked = parse_infer(body, _header_length(request), spec)
         predict = parse_predict(
             asked.body,

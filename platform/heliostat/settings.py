@@ -204,6 +204,7 @@ class ServingSettings(_Section):
     deadline_ms: Annotated[float, Field(gt=0)] = 1000.0
     batch_max_entities: Annotated[int, Field(ge=1)] = 2048
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_048_576
+    body_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     max_entities_per_request: Annotated[int, Field(ge=1)] = 1_000
     when_log_fails: Literal["reject", "answer"] = "reject"
     log: Literal["durable", "async"] = "durable"

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, S
 from heliostat.storage.streams import rows_from
 from heliostat.telemetry import METRICS
 from heliostat.workspace import Workspace
+from tests.slow_clients import SlowClients
 
 
 class Tally:
@@ -399,6 +401,20 @@ def test_too_large_a_body_is_refused_while_it_arrives_whatever_its_header_says(s
     shop.run(scenario, serving=shop.serving(max_body_bytes=2_000))
 
 
+def test_a_body_that_doesnt_arrive_is_given_up_and_its_sender_is_told(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        async def stalled() -> AsyncIterator[bytes]:
+            yield b'{"entity_ids"'
+            await asyncio.sleep(30)
+
+        for path in ("/predict", "/events", "/v2/models/churn/infer"):
+            reply = await client.post(path, content=stalled())
+            assert reply.status_code == 408, reply.text
+            assert "serving.body_timeout_s" in reply.text
+
+    shop.run(scenario, serving=shop.serving(body_timeout_s=0.05))
+
+
 def test_without_the_store_there_is_503_and_when_to_try_again(shop: Shop) -> None:
     async def scenario(client: Client) -> None:
         for path, body in [
@@ -528,6 +544,30 @@ def test_on_serve_clients_who_hang_up_leave_everybody_else_served(fused_url: str
 
             await asyncio.gather(*(rude(n % 20 / 1_000) for n in range(100)), ask(), ask())
             assert (await client.get("/readyz")).json() == {"status": "ready"}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow  # a slow client takes its time
+def test_on_serve_a_thousand_slow_clients_stall_nobody_else(fused_url: str) -> None:
+    async def scenario() -> None:
+        them = SlowClients(fused_url, expected=1_000)
+        kinds = [*[them.sender] * 600, *[them.reader] * 300, *[them.silent] * 100]
+        slow = [asyncio.create_task(kind()) for kind in kinds]
+        await them.connected.wait()
+        async with Client(base_url=fused_url, timeout=20) as client:
+
+            async def ask() -> None:
+                for number in range(40):
+                    reply = await client.post("/predict", json={"entity_ids": [number]})
+                    assert reply.status_code == 200, reply.text
+                    assert reply.json()["entities"][0]["source"] == "model"
+
+            await asyncio.gather(*(ask() for _ in range(8)))
+            waiting = sum(not each.done() for each in slow)
+            told = Counter(await asyncio.gather(*slow))
+        assert waiting > 100, "the others were to be answered while the slow ones were still at it"
+        assert told == {"200": 900, "408": 100}
 
     asyncio.run(scenario())
 

@@ -14,7 +14,7 @@
     ├── TrainingFailedError        a search or a fit broke down on the cluster (errors/data.py)
     ├── RequestError               a request that can't be read (errors/requests.py)
     │   ├── BodyTooLargeError  TooManyEventsError  MalformedBodyError  InvalidFieldError
-    │   └── UnknownOverrideError  MissingInputError  VersionNotServingError
+    │   └── UnknownOverrideError  MissingInputError  VersionNotServingError  SlowBodyError
     ├── ServingError               the service can't answer now (errors/requests.py)
     │   ├── OverloadedError  ShuttingDownError  DeadlineError  UnservableModelError
     │   └── StaleVersionError  PredictionLogError  DeploymentFailedError  BatchResultError
@@ -107,6 +107,7 @@ from heliostat.errors.requests import (
     RequestError,
     ServingError,
     ShuttingDownError,
+    SlowBodyError,
     StaleVersionError,
     TooManyEventsError,
     UnknownOverrideError,
@@ -212,6 +213,7 @@ __all__ = [
     "SettingsError",
     "ShuttingDownError",
     "SignatureMismatchError",
+    "SlowBodyError",
     "SpineError",
     "StaleProgressError",
     "StaleVersionError",

@@ -28,6 +28,22 @@ class BodyTooLargeError(RequestError):
         )
 
 
+class SlowBodyError(RequestError):
+    """A request's body didn't arrive in time."""
+
+    http_status = 408
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self.limit_s = limit_s
+
+    def __str__(self) -> str:
+        return (
+            f"the body didn't arrive within {self.limit_s:g} s; send it at once, or in smaller requests, "
+            "or raise serving.body_timeout_s"
+        )
+
+
 class TooManyEventsError(RequestError):
     """A request carries more events than it may."""
 
