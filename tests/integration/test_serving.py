@@ -671,3 +671,12 @@ def test_the_serving_benchmark_runs_and_both_servers_say_the_same() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "req/s ratio" in done.stdout
     assert "Failed requests: Heliostat 0, plain 0." in done.stdout
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_runs() -> None:
+    command = [sys.executable, "benchmarks/memory.py", "--smoke"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2,000 requests" in done.stdout
+    assert "bytes behind" in done.stdout

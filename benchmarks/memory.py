@@ -1,0 +1,158 @@
+"""Does a gateway's memory stay flat? A million requests, and what its replica holds after each part of them.
+
+    python benchmarks/memory.py                      # a million requests; writes benchmarks/results/memory.{md,json}
+    python benchmarks/memory.py --requests 300000    # fewer
+    python benchmarks/memory.py --smoke              # seconds: does it run
+
+The fused graph on Ray Serve, as in `benchmarks/serving.py`, every prediction in the durable log. After each part the
+log's stream is emptied, as the sink would, so that the online store's memory doesn't grow with it either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.peers import ROOT, Report, facts
+from benchmarks.serving import graph, prepare
+from heliostat.settings import ClockSettings, RaySettings, ServingSettings, Settings
+from heliostat.storage.embedded import EmbeddedServer
+from heliostat.workspace import Workspace
+
+CUSTOMERS = 2_000
+CONCURRENCY = 64
+PARTS = 20
+_MIB = 2**20
+_LONGEST_PART_S = 60.0
+
+
+def replica_pid() -> int:
+    """The process of the gateway's replica.
+
+    Raises:
+        SystemExit: If this program started none, or several.
+    """
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::ServeReplica:") and b":Gateway" in title and _is_ours(int(entry.name)):
+            found.append(int(entry.name))
+    if len(found) != 1:
+        raise SystemExit(f"there are {len(found)} gateways; memory is told of one alone")
+    return found[0]
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether this process started it, or started who did."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return False
+
+
+def held_bytes(pid: int) -> tuple[int, int]:
+    """What a process holds: resident in all, and that part of it which is no file."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    resident, anonymous = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+    return resident, anonymous
+
+
+def send(url: str, requests: int, seed: int) -> int:
+    """Send requests; how many were answered with 200.
+
+    Raises:
+        SystemExit: If one wasn't.
+    """
+    options = {"entities": 1, "population": CUSTOMERS, "concurrency": CONCURRENCY, "seed": seed, "most": requests}
+    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), f"{url}/predict"]
+    command += ["--seconds", str(_LONGEST_PART_S)]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_LONGEST_PART_S + 60)
+    found = json.loads(done.stdout) if done.returncode == 0 else {"failed": 1, "first_failure": done.stderr}
+    if found["failed"]:
+        raise SystemExit(f"{found['failed']} requests failed, the first: {found['first_failure']}")
+    return int(found["requests"])
+
+
+def measure(workspace: Workspace, url: str, requests: int) -> list[tuple[int, int, int]]:
+    """After each part: requests so far, and what the replica holds, in bytes."""
+    stream = workspace.streams.record_stream("predictions")
+    sent = 0
+    pid = replica_pid()
+    found = [(0, *held_bytes(pid))]
+    for part in range(PARTS):
+        sent += send(url, requests // PARTS, part)
+        workspace.online.client.xtrim(stream, maxlen=0, approximate=False)
+        found.append((sent, *held_bytes(pid)))
+        print(f"{sent:,} requests: {found[-1][1] / _MIB:.1f} MiB", flush=True)
+    if replica_pid() != pid:
+        raise SystemExit("the replica was replaced while it was looked at")
+    return found
+
+
+def report(found: list[tuple[int, int, int]]) -> Report:
+    """The table, and how much a request left behind once the first fifth had warmed everything up."""
+    settled = found[len(found) // 5 :]
+    sent, _, anonymous = (np.array(column, dtype=np.float64) for column in zip(*settled, strict=True))
+    slope = np.polyfit(sent, anonymous, 1)[0]
+    return Report(
+        title="Memory of a gateway's replica over many requests",
+        columns=["requests", "resident MiB", "of it no file MiB"],
+        rows=[(sent, resident / _MIB, anonymous / _MIB) for sent, resident, anonymous in found],
+        notes=(
+            f"A request left {slope:.1f} bytes behind, by a straight line through all parts but the first fifth.",
+            f"One entity of {CUSTOMERS} a request, {CONCURRENCY} connections, every prediction in the durable log.",
+            "The log's stream is emptied after each part, as the sink would. No request failed.",
+        ),
+        facts=facts("ray", "lightgbm", "redis"),
+    )
+
+
+def main() -> int:
+    """Run as a program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="as small as it gets, nothing written")
+    parser.add_argument("--requests", type=int, default=1_000_000, help="how many")
+    given = parser.parse_args()
+    home = Path(tempfile.mkdtemp(prefix="hs-bench-"))
+    settings = Settings(
+        project="bench",
+        home=home,
+        clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
+        ray=RaySettings(object_store_bytes=200_000_000),
+        serving=ServingSettings(port=0),
+    )
+    os.chdir(ROOT)  # where the definitions are imported from, here and in the replicas
+    try:
+        with Workspace.open(settings) as workspace:
+            prepare(workspace, CUSTOMERS)
+            with graph(workspace) as url:
+                found = report(measure(workspace, url, 2_000 if given.smoke else given.requests))
+    finally:
+        EmbeddedServer.stop(home)
+        shutil.rmtree(home, ignore_errors=True)
+    print(found.markdown())
+    if not given.smoke:
+        print(f"written to {found.write('memory').relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
