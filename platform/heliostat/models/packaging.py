@@ -319,7 +319,7 @@ class LoadedModel:
         return scores if self.package.calibration is None else self.package.calibration(scores)
 
     def contributions(self, matrix: FloatArray) -> FloatArray:
-        """What each feature adds to the raw score (`ModelPackage.raw_scale`). Several times as slow as `predict`.
+        """What features add to the raw score (`ModelPackage.raw_scale`): ten to fifty times as slow as `predict`.
 
         Args:
             matrix: As for `predict`.
