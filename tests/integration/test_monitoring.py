@@ -120,25 +120,23 @@ def _serve(
     """Predictions of the production version, as the sink leaves them in the log."""
     n = len(vectors)
     scores = workspace.models.load("churn").predict(vectors)
+    columns = {
+        "prediction_id": [uuid.uuid4().hex for _ in range(n)],
+        "request_id": ["r"] * n,
+        "model": ["churn"] * n,
+        "revision": pa.array([revision] * n, pa.int64()),
+        "at": pa.array([at_us] * n, pa.int64()).cast(TIMESTAMP),
+        "entity": [str(key) for key in keys],
+        "variant": list(variants or ["control"] * n),
+        "version": pa.array(list(versions or [1] * n), pa.int64()),
+        "score": scores,
+        "features": [[None if np.isnan(x) else x for x in row] for row in vectors],
+        "missing": [[]] * n,
+        "source": ["model"] * n,
+        "given": [list(given)] * n,
+    }
     rows = pa.table(
-        {
-            "prediction_id": [uuid.uuid4().hex for _ in range(n)],
-            "request_id": ["r"] * n,
-            "model": ["churn"] * n,
-            "revision": pa.array([revision] * n, pa.int64()),
-            "at": pa.array([at_us] * n, pa.int64()).cast(TIMESTAMP),
-            "entity": [str(key) for key in keys],
-            "variant": list(variants or ["control"] * n),
-            "version": pa.array(list(versions or [1] * n), pa.int64()),
-            "score": scores,
-            "features": [[None if np.isnan(x) else x for x in row] for row in vectors],
-            "missing": [[]] * n,
-            "source": ["model"] * n,
-            "fallback": pa.nulls(n, pa.string()),
-            "given": [list(given)] * n,
-            "inputs": pa.nulls(n, pa.string()),
-        },
-        schema=PREDICTIONS,
+        {field.name: columns.get(field.name, pa.nulls(n, field.type)) for field in PREDICTIONS}, schema=PREDICTIONS
     )
     workspace.offline_store.append_stream("predictions", "churn", rows, Progress(before={}, after={}))
 

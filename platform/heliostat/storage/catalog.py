@@ -14,6 +14,8 @@ there is no second copy that could disagree with its history.
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,7 @@ from heliostat.storage.catalog_tables import (
 _Row = TypeVar("_Row")
 
 _BUSY_TIMEOUT_S: Final = 30
+_TRY_AGAIN_S = 0.01
 _CODES_AT_ONCE: Final = 500
 _CONNECT_TIMEOUT_S: Final = 10
 _WRITER_LOCK: Final = 0x48454C494F  # "HELIO": the advisory lock that makes a PostgreSQL catalog single-writer.
@@ -379,8 +382,21 @@ def _engine_for(url: URL) -> Engine:
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - sqlite3's own connection
     connection.isolation_level = None  # the driver must not begin transactions by itself: _begin_sqlite does
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+    _use_wal(connection)
+    for pragma in ("synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _use_wal(connection: Any) -> None:  # noqa: ANN401 - as above
+    """Set the journal's mode, once for a file: SQLite waits for nobody there, so who comes second tries again."""
+    limit = time.monotonic() + _BUSY_TIMEOUT_S
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(_TRY_AGAIN_S)
 
 
 def _begin_sqlite(connection: Connection) -> None:
