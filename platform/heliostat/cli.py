@@ -22,6 +22,7 @@ from heliostat.online.costs import backfill_costs
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingLimits
 from heliostat.rebuild import rebuild, shown
+from heliostat.replay import replay
 from heliostat.shell import (
     ALARM,
     ConfigOption,
@@ -371,6 +372,24 @@ def predict(
         for each, score in zip(document["entities"], document["predictions"], strict=True)
     ]
     print_table(f"{document['latency_ms']:.1f} ms", ("entity", "prediction", "variant", "version", "missing"), rows)
+
+
+@app.command("replay-prediction")
+def replay_prediction(
+    prediction_id: Annotated[str, typer.Argument(help="The `prediction_id` of an answer.")],
+    model: Annotated[str | None, typer.Option("--model", help="Look only for predictions of this model.")] = None,
+    config: ConfigOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Make a logged prediction once more from its row, and say whether it is the same; exit code 1 if not."""
+    with Workspace.open(shell_settings(config, home)) as workspace:
+        replayed = replay(workspace, prediction_id, model=model)
+    if as_json:
+        print_json(replayed.to_document())
+    else:
+        console.print("\n".join(replayed.lines()), highlight=False, markup=False, soft_wrap=True)
+    return 0 if replayed.same else 1
 
 
 if __name__ == "__main__":

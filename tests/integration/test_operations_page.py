@@ -50,5 +50,6 @@ def test_every_command_runs(
     # The churn example has lifetime features, and so refuses to lose its history.
     refused = codes.pop("heliostat prune")
     assert (refused, "still needed" in said.err) == (5, True)
+    assert codes.pop("heliostat replay-prediction PREDICTION_ID") == 4  # nobody has made it
     assert set(codes.values()) == {0}, (codes, said.err)
     assert {"heliostat forget customer 4711", "heliostat prune --keep 400d --force"} <= codes.keys()

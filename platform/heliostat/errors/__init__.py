@@ -25,7 +25,7 @@
     ├── UnprotectedIngressError    an ingress would be open to everybody (errors/access.py)
     ├── NotFoundError              the thing asked for doesn't exist (errors/states.py)
     │   ├── UnknownModelError  UnknownVersionError  UnknownAliasError  UnknownEntityError
-    │   └── UnknownTableError  UnknownKeyError
+    │   └── UnknownTableError  UnknownKeyError  UnknownPredictionError
     ├── ConflictError              somebody else was first, or a rule forbids it (errors/states.py)
     │   ├── PromotionConflictError  CategoryCollisionError  GateFailedError  ViewInUseError
     │   ├── RollbackError  RolloutError  MaterializationConflictError  StaleProgressError
@@ -129,6 +129,7 @@ from heliostat.errors.states import (
     UnknownAliasError,
     UnknownEntityError,
     UnknownModelError,
+    UnknownPredictionError,
     UnknownTableError,
     UnknownVersionError,
     ViewInUseError,
@@ -233,6 +234,7 @@ __all__ = [
     "UnknownKeyError",
     "UnknownModelError",
     "UnknownOverrideError",
+    "UnknownPredictionError",
     "UnknownSettingError",
     "UnknownSourceError",
     "UnknownTableError",

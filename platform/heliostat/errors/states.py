@@ -70,6 +70,20 @@ class UnknownTableError(NotFoundError):
         return f"the offline store has no {self.table}; it has: {listed(self.known)}"
 
 
+class UnknownPredictionError(NotFoundError):
+    """A prediction was asked for that isn't in the log."""
+
+    def __init__(self, prediction_id: str, models: tuple[str, ...]) -> None:
+        super().__init__(prediction_id, models)
+        self.prediction_id, self.models = prediction_id, models
+
+    def __str__(self) -> str:
+        return (
+            f"no prediction {self.prediction_id!r} waits in the stream or is in the tables of {listed(self.models)}; "
+            "take the `prediction_id` of an answer that says `logged`"
+        )
+
+
 class ConflictError(HeliostatError):
     """Somebody else was first, or a rule forbids it now."""
 
