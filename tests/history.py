@@ -14,7 +14,7 @@ from heliostat.online.live import remember_ms
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import ID_HASH, hash64, times_us
 from heliostat.storage.online_store import OnlineStore
-from heliostat.storage.ring_writes import EntityWrite, RingCounts, RingLayouts
+from heliostat.storage.ring_writes import EntityRings, RingCounts, RingLayouts
 
 
 class History:
@@ -46,7 +46,7 @@ class History:
         log = log.append_column(ID_HASH, pa.array(hash64(log[self._source.event_id]).view(np.int64)))
         recent = pa.array(times_us(log[self._source.event_time]) >= plan.open_us)
         buckets = self._entity.buckets(self._entity.encode(log), n_buckets)
-        self._writes: list[list[EntityWrite]] = [[] for _ in range(n_buckets)]
+        self._writes: list[list[EntityRings]] = [[] for _ in range(n_buckets)]
         for bucket in np.unique(buckets).tolist():
             own = pa.array(buckets == bucket)
             rings = BucketRings.of(plan, bucket, log.filter(own), log.filter(pc.and_(own, recent)))
@@ -57,8 +57,5 @@ class History:
         calls = []
         for bucket, writes in enumerate(self._writes):
             lease = self._store.begin_bucket(self._source.name, self._entity.name, bucket)
-            calls += self._layouts.calls(lease, writes)
-        counts = RingCounts()
-        for codes in self._store.write_rings(calls):
-            counts += RingCounts.of(codes)
-        return counts
+            calls += [call for each in writes for call in self._layouts.calls(lease, each)]
+        return sum((counts for counts, _ in self._store.write_rings(calls)), RingCounts())

@@ -39,7 +39,7 @@ def rings_of(
         for group in layout.groups:
             tiles = tile_states(group, codes[order], times[order], ties[order], inputs)
             packed = pack_rings(group, tiles, len(texts), as_of_us=as_of_us, limits=limits)
-            for text, bucket, ring in zip(texts, buckets.tolist(), packed.to_bytes(), strict=True):
+            for text, bucket, ring in zip(texts, buckets.tolist(), packed.to_bytes().split(), strict=True):
                 if ring:
                     found[keys.ring(view.ref, group.name, text, bucket)] = ring
     return found

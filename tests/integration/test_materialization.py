@@ -24,13 +24,16 @@ from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.offline import compute_features
 from heliostat.ingestion.intake import Intake
 from heliostat.ingestion.sink import Sink
+from heliostat.online import bucket_history
 from heliostat.online.bucket_rings import BucketJob, BucketTask, RateLimit
 from heliostat.online.materialize import Materialization, Step, materialize
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP, times_us
 from heliostat.settings import Settings
+from heliostat.storage import event_log
 from heliostat.storage.event_log import EventLog
+from heliostat.storage.log_version import LogVersion
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineStore
 from heliostat.storage.stream_tail import StreamTail, advance
@@ -210,6 +213,33 @@ def test_a_view_that_is_added_gets_what_live_events_did_before_it_was(world: Wor
     world.live(sales(range(50, 60)))
     world.materialize()
     world.check(SPENDING, TRAFFIC, ADDED)
+
+
+def test_a_long_history_is_read_without_ids_where_none_are_needed_and_gives_the_same_rings(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.views = (*VIEWS, ADDED)
+    world.bulk([*sales(range(300)), sale(300, 5, -30_000_000)])
+    read: list[tuple[bool, int | None]] = []
+
+    class Watched(LogVersion):
+        def read(self, buckets: Any, *, columns: Any, min_time_us: int | None, **options: Any) -> pa.Table:
+            read.append(("event_id" in columns, min_time_us))
+            return super().read(buckets, columns=columns, min_time_us=min_time_us, **options)
+
+    monkeypatch.setattr(event_log, "LogVersion", Watched)
+    world.materialize()
+    together = world.rings()
+    assert [ids for ids, _ in read] == [True] * 2 * N_BUCKETS
+    world.lose()
+    read.clear()
+    monkeypatch.setattr(bucket_history, "_READ_TOGETHER", 0)
+    world.materialize()
+    assert [ids for ids, _ in read] == [True, False] * 2 * N_BUCKETS
+    assert None not in {first_us for ids, first_us in read if ids}, "no ids of all of the past"
+    assert world.rings() == together
+    world.clock.advance(60_000_000)
+    world.check()
 
 
 def test_of_two_materializations_of_a_bucket_the_one_that_began_first_gives_up(world: World) -> None:

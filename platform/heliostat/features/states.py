@@ -104,13 +104,13 @@ def of_events(state: State, given: InputValues, times_us: IntArray, ties: IntArr
         Shape ``(n, width)``; empty where the event isn't used.
     """
     n, used = len(times_us), given.used
+    if state.bins is None and state.width == 1:
+        return np.where(used, _contribution(state, given, times_us), state.empty[0])[:, None]
+    if state.op == "moments":
+        return moments.moments_of(given.values + 0.0, used)
     rows = np.tile(state.empty, (n, 1))
     if state.bins is not None:
         rows[np.flatnonzero(used), state.bins.of(given.values[used])] = 1.0
-    elif state.op == "moments":
-        rows = moments.moments_of(given.values + 0.0, used)
-    elif state.width == 1:
-        rows[used, 0] = _contribution(state, given, times_us)[used]
     else:
         rows[used] = np.column_stack([times_us, ties, given.values + 0.0])[used]
     return rows

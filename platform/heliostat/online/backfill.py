@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +30,7 @@ from heliostat.online.tiles import (
 )
 from heliostat.schema import ID_HASH, hash64, tie48, times_us
 from heliostat.storage.online_store import OnlineKeys
-from heliostat.storage.ring_writes import EntityWrite
+from heliostat.storage.ring_writes import EntityRings, RingBytes
 
 _RINGS_AT_ONCE_BYTES = 8 * 2**20
 _EVENTS_AT_ONCE = 250_000
@@ -129,23 +128,22 @@ class BucketRings:
         codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         return cls(plan, bucket, texts, present, _SortedEvents.of(plan, events, codes), seen)
 
-    def writes(self) -> Iterator[EntityWrite]:
-        """Each entity's rings, some entities' at a time; fills in ``present``."""
+    def writes(self) -> Iterator[EntityRings]:
+        """All entities' rings, some entities' at a time; fills in ``present``."""
         groups, tag = self.plan.groups, f"{{b{self.bucket}}}:"
         prefixes = [prefix + tag for prefix in self.plan.prefixes]
         ring_bytes = sum(group.most_bytes for group in groups)
         at_once = max(1, _RINGS_AT_ONCE_BYTES // ring_bytes)
         for first, last in self._events.chunks(len(self.texts), at_once):
-            chunk = self._events.of_entities(first, last)
-            texts = self.texts[first:last]
-            rings = [
-                zip([prefix + text for text in texts], repeat(at), self._rings(at, group, chunk, first, last))
-                for at, (prefix, group) in enumerate(zip(prefixes, groups, strict=True))
-            ]
-            for entity, (text, *each) in enumerate(zip(texts, *rings, strict=True), first):
-                yield EntityWrite(entity, each, self._recent.get(text, ()))
+            chunk, texts = self._events.of_entities(first, last), self.texts[first:last]
+            yield EntityRings(
+                first,
+                [[prefix + text for text in texts] for prefix in prefixes],
+                [self._rings(at, group, chunk, first, last) for at, group in enumerate(groups)],
+                {place: self._recent[text] for place, text in enumerate(texts) if text in self._recent},
+            )
 
-    def _rings(self, at: int, group: RingGroup, chunk: _SortedEvents, first: int, last: int) -> list[bytes]:
+    def _rings(self, at: int, group: RingGroup, chunk: _SortedEvents, first: int, last: int) -> RingBytes:
         tiles = tile_states(group, chunk.codes, chunk.times_us, chunk.ties, chunk.inputs)
         if not group.life and len(tiles.tiles):
             newest = max(self.plan.as_of_us // group.hop_us, int(tiles.tiles.max()))
@@ -154,11 +152,10 @@ class BucketRings:
         here = tiles.codes[begins]
         own = TileStates(np.cumsum(begins) - 1, tiles.tiles, tiles.slots)
         packed = pack_rings(group, own, len(here), as_of_us=self.plan.as_of_us, limits=self.plan.limits)
-        rings = [b""] * (last - first)
-        for code, ring in zip(here.tolist(), packed.to_bytes(), strict=True):
-            rings[code] = ring
+        sizes = np.zeros(last - first, dtype=np.int64)
+        data, sizes[here] = packed.to_bytes()
         self.present[at][first + here] = True
-        return rings
+        return RingBytes(data, sizes)
 
     def hashes(self, group: int) -> NDArray[np.uint64]:
         """Of the keys of entities with an event in a group's reach, once `writes` is through; shape ``(n,)``."""

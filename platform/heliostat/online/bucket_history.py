@@ -14,6 +14,7 @@ from heliostat.errors import StreamEntryError
 from heliostat.features.offline import earliest_us, needed_columns, unique_events
 from heliostat.online.backfill import RingPlan
 from heliostat.schema import ID_HASH, INGESTED, TIMESTAMP, hash64, times_us
+from heliostat.storage.event_files import cut
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineStore
@@ -21,6 +22,7 @@ from heliostat.storage.stream_tail import StreamTail
 from heliostat.storage.streams import events_from
 
 _LONGEST_TAIL = 100_000
+_READ_TOGETHER = 500_000  # of more events, ids aren't read but of those that need them
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,7 @@ class BucketHistory:
 
     Attributes:
         bucket: Which bucket.
-        events: Distinct events in reach of the views: their columns, and ``_id_hash``.
+        events: Distinct events in reach of the views: their columns, as the files have them, and ``_id_hash``.
         recent: Of those in open tiles: key columns and id.
         version: The event log's version that was read.
         covers: Whether all is in it that live events have done before it was read.
@@ -66,8 +68,8 @@ class BucketHistory:
         recent = new.filter(pa.array(times_us(new.column(source.event_time)) >= plan.open_us))
         return replace(
             self,
-            events=pa.concat_tables([self.events, new.select(self.events.column_names)]),
-            recent=pa.concat_tables([self.recent, recent.select(self.recent.column_names)]),
+            events=_joined(self.events, new),
+            recent=_joined(self.recent, recent),
             fresh=entity.encode(new),
         )
 
@@ -97,7 +99,7 @@ class HistoryReader:
         Raises:
             StorageError: If the log can't be read or the server doesn't answer.
         """
-        plan, source, entity = self.plan, self.plan.views[0].source, self.plan.views[0].entity
+        source, entity = self.plan.views[0].source, self.plan.views[0].entity
         tail = None
         if self.present:
             # An event's stream is in the bucket of the source's first entity.
@@ -107,30 +109,38 @@ class HistoryReader:
             self._tail = StreamTail(self.store, streams, most=_LONGEST_TAIL)
             tail = self.tail_events()
         log = self.event_log.opened(source, entity)
-        names = needed_columns(plan.views)
-        short = tuple(dict.fromkeys((*entity.key_columns, source.event_id)))
-        until_us = plan.as_of_us + (plan.limits.future_tolerance_us if self.present else 0)
-        first_us = earliest_us(plan.views, np.array([plan.as_of_us]))
-        events = self._events(log, [*names, ID_HASH], first_us, until_us)
-        if self.present:
-            # What was ingested while this runs may be later than what the instant allowed for.
-            every = tuple(dict.fromkeys((*names, *short, ID_HASH, INGESTED)))
-            recent = self._events(log, every, plan.open_us, None)
-            later = pc.greater_equal(recent.column(source.event_time), pa.scalar(until_us, TIMESTAMP))
-            known = pc.greater(recent.column(INGESTED), plan.as_of_us)
-            beyond = recent.filter(pc.and_(later, known))
-            events = pa.concat_tables([events, beyond.select(events.column_names)])
-            recent = recent.filter(pc.or_(pc.invert(later), known)).select(short)
-        else:
-            recent = self._events(log, short, plan.open_us, until_us)
+        events, recent = self._read(log)
         none = entity.encode(recent.slice(0, 0))
         history = BucketHistory(self.bucket, events, recent, log.version, tail is not None, none, self)
         return history if tail is None else history._with(tail)
 
+    def _read(self, log: LogVersion) -> tuple[pa.Table, pa.Table]:
+        """Events in reach, and those in open tiles; from one look at the files where that is little."""
+        plan, source, entity = self.plan, self.plan.views[0].source, self.plan.views[0].entity
+        until_us = plan.as_of_us + (plan.limits.future_tolerance_us if self.present else 0)
+        first_us, open_us = earliest_us(plan.views, np.array([plan.as_of_us])), plan.open_us
+        columns = (*needed_columns(plan.views), ID_HASH)
+        short = tuple(dict.fromkeys((*entity.key_columns, source.event_id)))
+        every = tuple(dict.fromkeys((*columns, *short, INGESTED)))
+        older = first_us is None or first_us < open_us
+        rows = log.statistics([self.bucket], min_time_us=first_us).rows
+        together = older and rows <= _READ_TOGETHER
+        # What was ingested while this runs may be later than what the instant allowed for.
+        found = self._events(log, every, first_us if together else open_us, None if self.present else until_us)
+        later = pc.greater_equal(found.column(source.event_time), pa.scalar(until_us, TIMESTAMP))
+        if self.present and pc.any(later).as_py():
+            found = found.filter(pc.or_(pc.invert(later), pc.greater(found.column(INGESTED), plan.as_of_us)))
+        events = cut(found, source.event_time, first_us, None).select(columns)
+        recent = cut(found, source.event_time, open_us, None).select(short)
+        if older and not together:
+            events = pa.concat_tables([self._events(log, columns, first_us, open_us), events])
+        return events, recent
+
     def _events(
         self, log: LogVersion, columns: Sequence[str], first_us: int | None, until_us: int | None
     ) -> pa.Table:
-        return log.read([self.bucket], columns=columns, min_time_us=first_us, max_time_us=until_us)
+        found = log.read([self.bucket], columns=columns, min_time_us=first_us, max_time_us=until_us, raw=True)
+        return cut(found, self.plan.views[0].source.event_time, first_us, until_us)
 
     def tail_events(self) -> pa.Table | None:
         """The bucket's events that came into the streams since the last call; None if that can't be told."""
@@ -151,3 +161,8 @@ class HistoryReader:
         found = unique_events(source, found)
         hashes = hash64(found.column(source.event_id)).view(np.int64) if found.num_rows else np.empty(0, np.int64)
         return found.append_column(ID_HASH, pa.array(hashes))
+
+
+def _joined(rows: pa.Table, more: pa.Table) -> pa.Table:
+    """Rows of files, and plain ones."""
+    return pa.concat_tables([rows, more.select(rows.column_names).cast(rows.schema)])

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -28,7 +28,7 @@ from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
-from heliostat.storage.ring_writes import BUSY, BucketLease, RingCall, RingCounts, RingLayouts
+from heliostat.storage.ring_writes import BucketLease, RingCall, RingCounts, RingLayouts, RingOutcome
 
 _CALLS_AT_ONCE = 8
 _BATCHES_UNDER_WAY = 4
@@ -280,19 +280,19 @@ class BucketTask:
         """Send rings, several batches under way at a time."""
         tally, started_s = _Tally(), time.monotonic()
         layouts = RingLayouts(rings.plan.described, covers, remember_ms(self.limits))
-        under_way: deque[tuple[list[RingCall], Future[list[Sequence[int]]]]] = deque()
+        under_way: deque[Future[list[RingOutcome]]] = deque()
         with ThreadPoolExecutor(1) as pool:
-            for batch in _batches(layouts.calls(lease, rings.writes())):
-                tally.entities += sum(len(set(call.entities)) for call in batch)
+            for batch in _batches(call for each in rings.writes() for call in layouts.calls(lease, each)):
+                tally.entities += sum(call.n_entities for call in batch)
                 tally.n_bytes += sum(call.n_bytes for call in batch)
-                under_way.append((batch, pool.submit(store.write_rings, batch)))
+                under_way.append(pool.submit(store.write_rings, batch))
                 if len(under_way) > _BATCHES_UNDER_WAY:
-                    _absorb(tally, *under_way.popleft())
+                    _absorb(tally, under_way.popleft())
                 wait_s = self.rate.seconds(tally.entities, tally.n_bytes) - (time.monotonic() - started_s)
                 if wait_s > 0:
                     time.sleep(wait_s)
             while under_way:
-                _absorb(tally, *under_way.popleft())
+                _absorb(tally, under_way.popleft())
         return tally
 
     def _remember(self, job: BucketJob, full: bool, left: tuple[str, ...], store: OnlineStore) -> None:
@@ -315,12 +315,10 @@ def _batches(calls: Iterable[RingCall]) -> Iterator[list[RingCall]]:
         yield batch
 
 
-def _absorb(tally: _Tally, batch: list[RingCall], written: Future[list[Sequence[int]]]) -> None:
-    for call, codes in zip(batch, written.result(), strict=True):
-        counts = RingCounts.of(codes)
-        tally.rings += RingCounts(counts.written, counts.unchanged, counts.ahead, 0, counts.cleared)
-        if counts.busy:
-            tally.busy.update(whose for whose, code in zip(call.entities, codes, strict=True) if code == BUSY)
+def _absorb(tally: _Tally, written: Future[list[RingOutcome]]) -> None:
+    for counts, busy in written.result():
+        tally.rings += replace(counts, busy=0)  # those that stay so are counted at the end
+        tally.busy.update(busy)
 
 
 JOB_SCHEMA = pa.schema(

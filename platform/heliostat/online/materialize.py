@@ -43,7 +43,7 @@ from heliostat.schema import TIMESTAMP, hash64
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.log_version import NO_VERSION
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
-from heliostat.storage.ring_writes import BucketLease, EntityWrite, RingCounts, RingLayouts
+from heliostat.storage.ring_writes import BucketLease, EntityRings, RingBytes, RingCounts, RingLayouts
 from heliostat.storage.table_changes import TableChanges, table_changes
 
 
@@ -338,16 +338,16 @@ class _Run:
             for group in range(len(plan.groups))
         ]
         source, entity = self.task.views[0].source, self.task.views[0].entity
-        layouts = RingLayouts(plan.described, True, remember_ms(self.task.limits))
+        layouts = [RingLayouts((each,), True, remember_ms(self.task.limits)) for each in plan.described]
         for view in views:
             for keys in store.scan(_rings_of(store, view)):
                 doomed, outdated = _unknown_rings(plan, keys, known, set(by_bucket))
                 swept += RingCounts(cleared=store.remove(outdated))
-                for bucket, writes in doomed.items():
+                for (bucket, group), rings in doomed.items():
                     done = by_bucket[bucket]
                     lease = BucketLease(store.keys.fence(source.name, entity.name, bucket), done.token, done.epoch)
-                    for codes in store.write_rings(list(layouts.calls(lease, writes))):
-                        counts = RingCounts.of(codes)
+                    nothing = EntityRings(0, [rings], [RingBytes.none(len(rings))], {})
+                    for counts, _ in store.write_rings(list(layouts[group].calls(lease, nothing))):
                         swept += RingCounts(written=counts.written, cleared=counts.cleared)
         return swept
 
@@ -359,8 +359,8 @@ def _rings_of(store: OnlineStore, view: FeatureView) -> str:
 
 def _unknown_rings(
     plan: RingPlan, keys: Sequence[str], known: Sequence[NDArray[np.uint64]], buckets: AbstractSet[int]
-) -> tuple[dict[int, list[EntityWrite]], list[str]]:
-    """Of some rings' keys: by bucket, those of entities without events; and those of layouts that are no more.
+) -> tuple[dict[tuple[int, int], list[str]], list[str]]:
+    """Of some rings' keys: by bucket and group, those of entities without events; and those of no known layout.
 
     Args:
         plan: Says which layouts there are.
@@ -369,7 +369,7 @@ def _unknown_rings(
         buckets: Those that all of this is known of.
     """
     every, outdated = pa.array(keys, pa.string()), np.ones(len(keys), dtype=np.bool_)
-    doomed: dict[int, list[EntityWrite]] = {}
+    doomed: dict[tuple[int, int], list[str]] = {}
     for group, present in enumerate(known):
         places, in_bucket, texts = rings_among(plan, group, every)
         outdated[places] = False
@@ -377,6 +377,5 @@ def _unknown_rings(
         missing = np.searchsorted(present, hashes, "right") == np.searchsorted(present, hashes, "left")
         missing &= np.isin(in_bucket, list(buckets))
         for at in np.flatnonzero(missing).tolist():
-            write = EntityWrite(0, ((keys[places[at]], group, b""),))
-            doomed.setdefault(int(in_bucket[at]), []).append(write)
+            doomed.setdefault((int(in_bucket[at]), group), []).append(keys[places[at]])
     return doomed, [keys[at] for at in np.flatnonzero(outdated).tolist()]

@@ -37,6 +37,7 @@ from heliostat.features.states import merged_runs, of_events, of_runs
 from heliostat.features.windows import ring_slots, tile_of
 from heliostat.settings import IngestionSettings
 from heliostat.storage.ring_scripts import RingDescriptor
+from heliostat.storage.ring_writes import RingBytes
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -270,6 +271,8 @@ class TileStates:
     def between(self, first: int, last: int) -> TileStates:
         """Those with ``first ≤ tile ≤ last``."""
         inside = (self.tiles >= first) & (self.tiles <= last)
+        if inside.all():
+            return self
         return TileStates(self.codes[inside], self.tiles[inside], self.slots[inside])
 
     def of_entities(self, first: int, last: int) -> TileStates:
@@ -338,11 +341,11 @@ class Rings:
     slots: FloatArray
     counts: IntArray
 
-    def to_bytes(self) -> list[bytes]:
-        """Each ring as the store keeps it."""
-        data, slot_bytes = self.slots.astype(F8, copy=False).tobytes(), self.slots.shape[1] * F8.itemsize
-        ends = (np.add.accumulate(self.counts) * slot_bytes).tolist()
-        return [data[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    def to_bytes(self) -> RingBytes:
+        """As the store keeps them."""
+        return RingBytes(
+            self.slots.astype(F8, copy=False).tobytes(), self.counts * (self.slots.shape[1] * F8.itemsize)
+        )
 
 
 def pack_rings(group: RingGroup, tiles: TileStates, n_entities: int, *, as_of_us: int, limits: RingLimits) -> Rings:

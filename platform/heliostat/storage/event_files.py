@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.schema import BUCKET, TIMESTAMP
+from heliostat.schema import BUCKET, TIMESTAMP, times_us
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,30 @@ def paths_of(files: pa.Table) -> list[str]:
     """The files' paths, in an order that doesn't change."""
     paths: list[str] = sorted(files.column("path").to_pylist())
     return paths
+
+
+def cut(rows: pa.Table, event_time: str, min_time_us: int | None, max_time_us: int | None) -> pa.Table:
+    """The rows between the bounds; a part of the same memory where they are neighbours, as in a file.
+
+    Args:
+        rows: With event times, none of them null.
+        event_time: Their column.
+        min_time_us: Only events at or after this instant.
+        max_time_us: Only events before this instant.
+    """
+    if rows.num_rows == 0 or (min_time_us is None and max_time_us is None):
+        return rows
+    times = times_us(rows.column(event_time))
+    inside = np.ones(len(times), dtype=np.bool_)
+    if min_time_us is not None:
+        inside &= times >= min_time_us
+    if max_time_us is not None:
+        inside &= times < max_time_us
+    n = int(np.count_nonzero(inside))
+    first = int(inside.argmax())
+    if n == 0 or inside[first : first + n].all():
+        return rows.slice(first, n)
+    return rows.filter(pa.array(inside))
 
 
 def between(event_time: str, min_time_us: int | None, max_time_us: int | None) -> pc.Expression | None:

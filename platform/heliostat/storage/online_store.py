@@ -23,7 +23,7 @@ from heliostat.storage.event_updates import OUTCOMES, EventCall, EventOutcome, E
 from heliostat.storage.online_config import OnlineConfig as OnlineConfig
 from heliostat.storage.online_config import OnlineKeys as OnlineKeys
 from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RINGS, Script
-from heliostat.storage.ring_writes import SUPERSEDED, BucketLease, RingCall
+from heliostat.storage.ring_writes import SUPERSEDED, BucketLease, RingCall, RingOutcome
 
 _Command: TypeAlias = tuple[Any, ...]
 
@@ -176,11 +176,11 @@ class OnlineStore:
         self._pipeline([("SET", fence, token)])
         return BucketLease(fence, int(token), int(token))
 
-    def write_rings(self, calls: Sequence[RingCall]) -> list[Sequence[int]]:
+    def write_rings(self, calls: Sequence[RingCall]) -> list[RingOutcome]:
         """Bring rings from history beside those that live events made; twice is as good as once.
 
         Returns:
-            What became of each call's rings, as `WRITE_RINGS` answers.
+            What became of each call's rings.
 
         Raises:
             MaterializationConflictError: If another materialization of the bucket has begun meanwhile.
@@ -189,7 +189,7 @@ class OnlineStore:
         replies = self._run(WRITE_RINGS, ((call.keys, call.arguments) for call in calls))
         if SUPERSEDED in replies:
             raise MaterializationConflictError(calls[replies.index(SUPERSEDED)].keys[0])
-        return replies
+        return [call.outcome(reply) for call, reply in zip(calls, replies, strict=True)]
 
     def scan(self, prefix: str) -> Iterator[list[str]]:
         """All keys that begin with a prefix, some at a time; one may come twice.

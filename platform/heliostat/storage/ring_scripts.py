@@ -274,28 +274,40 @@ return outcomes
 )
 
 # Rings of entities of one bucket, from history. Each entity is atomic, with the memory of its recent
-# events' ids. KEYS: the fence; then, for each entity: its rings, its seen keys. ARGV: the token that the
-# fence must hold, the epoch, whether history covers all that live events had done before that began ('1'
-# or '0'), life of seen keys in ms, number of ring layouts, for each its descriptor and the first tile that
-# is still open to late events; then, for each entity: number of rings, number of seen keys, and for each
-# ring its layout's number and its bytes ('': no events).
+# events' ids. Entities come as columns: each has a ring of each layout. KEYS: the fence; the rings of the
+# first layout, an entity's after the other; those of the second one, …; then entity by entity their seen
+# keys. ARGV: the token that the fence must hold, the epoch, whether history covers all that live events had
+# done before that began ('1' or '0'), life of seen keys in ms, number of layouts, for each its descriptor and
+# the first tile that is still open to late events; the number of entities; each one's number of seen keys (I4
+# each, or '' if there are none at all); the size of each ring in the order of their keys (I4 each, 0: no
+# events); then for each layout the bytes of its rings, one behind the other.
 # Tiles before the first open one come from history. An open tile of live events comes from it as well if
 # it covers them; else it stays, with all open tiles of the entity, and no id is remembered. Where history
 # doesn't cover, what live events or a later history made stays.
-# Answers -1 if the fence holds another token; else a number a ring: 0 unchanged, 1 written, 2 left alone
-# since its base is ahead, 3 has open tiles that history doesn't cover yet, 4 cleared, 5 isn't there.
+# Answers -1 if the fence holds another token, and 1 if none of the rings was there, so that those with events
+# are now; else a number a ring, in their order: 0 unchanged, 1 written, 2 left alone since its base is ahead,
+# 3 has open tiles that history doesn't cover yet, 4 cleared, 5 isn't there.
 WRITE_RINGS: Final = Script(
     _COMMON
     + """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+local keys, given = KEYS, ARGV
+if redis.call('GET', keys[1]) ~= given[1] then
   return -1
 end
-local epoch, covers, remember, layouts = tonumber(ARGV[2]) % 65536, ARGV[3] == '1', ARGV[4], {}
-local argument, key, codes, expires = 6, 2, {}, false
-for i = 1, tonumber(ARGV[5]) do
-  local _, slot_bytes, expire_ms, life, _, empty = describe(ARGV[argument])
-  layouts[i] = {slot_bytes, expire_ms, life and empty or '', tonumber(ARGV[argument + 1])}
-  argument, expires = argument + 2, expires or expire_ms > 0
+local epoch, covers, remember, n_layouts = tonumber(given[2]) % 65536, given[3] == '1', given[4], tonumber(given[5])
+local layouts, head, codes = {}, 5, {}
+for i = 1, n_layouts do
+  local _, slot_bytes, expire_ms, life, _, empty = describe(given[head + 1])
+  layouts[i], head = {slot_bytes, expire_ms, life and empty or '', tonumber(given[head + 2])}, head + 2
+end
+local n_entities, seen_counts, sizes, given_rings = tonumber(given[head + 1]), given[head + 2], given[head + 3], {}
+for i = 1, n_layouts do
+  local data, at, before = given[head + 3 + i], 1, (i - 1) * n_entities
+  local each = {struct.unpack('<' .. string.rep('I4', n_entities), sizes, 4 * before + 1)}
+  for entity = 1, n_entities do
+    local to = at + each[entity]
+    given_rings[before + entity], at = sub(data, at, to - 1), to
+  end
 end
 
 -- Offset of the first slot from `first_live` on; searched from the end, where there are few.
@@ -363,56 +375,47 @@ local function put(ring_key, layout, held, ring, cleared)
   return 0
 end
 
--- Whether none of some entities' rings was there; if so, those with events are now. From the argument
--- and the key where the first of them begins.
-local function added(argument, key, last)
-  local rings, absent, seen, expiring, found = {}, {}, {}, {}, {}
-  while argument <= last do
-    local n_rings, n_seen = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
-    for i = 1, n_rings do
-      local ring_key, ring = KEYS[key + i - 1], ARGV[argument + 2 * i + 1]
+-- Whether none of some entities' rings was there; if so, those with events are now.
+local function added(first, last)
+  local rings, absent, n, n_absent = {}, {}, 0, 0
+  for before = 0, (n_layouts - 1) * n_entities, n_entities do
+    for at = before + first, before + last do
+      local ring = given_rings[at]
       if ring == '' then
-        absent[#absent + 1], found[#found + 1] = ring_key, 5
+        n_absent = n_absent + 1
+        absent[n_absent] = keys[at + 1]
       else
-        rings[#rings + 1], rings[#rings + 2], found[#found + 1] = ring_key, ring, 1
-        if expires then
-          expiring[#expiring + 1], expiring[#expiring + 2] = ring_key, ARGV[argument + 2 * i]
+        rings[n + 1], rings[n + 2] = keys[at + 1], ring
+        n = n + 2
+      end
+    end
+  end
+  if n_absent > 0 and redis.call('EXISTS', unpack(absent)) > 0 then
+    return false
+  end
+  if n > 0 and redis.call('MSETNX', unpack(rings)) == 0 then
+    return false
+  end
+  for i = 1, n_layouts do
+    local expire_ms, before = layouts[i][2], (i - 1) * n_entities
+    if expire_ms > 0 then
+      for at = before + first, before + last do
+        if given_rings[at] ~= '' then
+          redis.call('PEXPIRE', keys[at + 1], string.format('%.0f', expire_ms))
         end
       end
     end
-    for i = 0, n_seen - 1 do
-      seen[#seen + 1] = KEYS[key + n_rings + i]
-    end
-    key, argument = key + n_rings + n_seen, argument + 2 + 2 * n_rings
-  end
-  if #absent > 0 and redis.call('EXISTS', unpack(absent)) > 0 then
-    return false
-  end
-  if #rings > 0 and redis.call('MSETNX', unpack(rings)) == 0 then
-    return false
-  end
-  for i = 1, #expiring, 2 do
-    local expire_ms = layouts[tonumber(expiring[i + 1])][2]
-    if expire_ms > 0 then
-      redis.call('PEXPIRE', expiring[i], string.format('%.0f', expire_ms))
-    end
-  end
-  for i = 1, #seen do
-    redis.call('SET', seen[i], '', 'NX', 'PX', remember)
-  end
-  for i = 1, #found do
-    codes[#codes + 1] = found[i]
   end
   return true
 end
 
--- Brings them beside what is there; whether live events' open tiles stayed.
-local function replaced(n_rings)
+-- Brings an entity's beside what is there; whether live events' open tiles stayed.
+local function replaced(entity)
   local held, fresh, rings, ahead, any_live, any_busy = {}, {}, {}, {}, false, false
-  for i = 1, n_rings do
-    local layout = layouts[tonumber(ARGV[argument + 2 * i])]
-    local found, given = redis.call('GET', KEYS[key + i - 1]), ARGV[argument + 2 * i + 1]
-    fresh[i] = given == '' and layout[3] or given
+  for i = 1, n_layouts do
+    local layout, at = layouts[i], (i - 1) * n_entities + entity
+    local found, ring = redis.call('GET', keys[at + 1]), given_rings[at]
+    fresh[i] = ring == '' and layout[3] or ring
     held[i] = found and #found > 0 and #found % layout[1] == 0 and found
     if not held[i] or held[i] == fresh[i] then
       rings[i] = fresh[i]
@@ -422,30 +425,39 @@ local function replaced(n_rings)
       any_live, any_busy = any_live or live, any_busy or busy
     end
   end
-  for i = 1, n_rings do
-    local layout, code = layouts[tonumber(ARGV[argument + 2 * i])], 2
+  for i = 1, n_layouts do
+    local layout, at, code = layouts[i], (i - 1) * n_entities + entity, 2
     if any_busy and not ahead[i] then
       rings[i] = composed(layout, held[i] or layout[3], fresh[i], true)
     end
     if not ahead[i] then
-      code = put(KEYS[key + i - 1], layout, held[i], rings[i], ARGV[argument + 2 * i + 1] == '')
+      code = put(keys[at + 1], layout, held[i], rings[i], given_rings[at] == '')
     end
-    codes[#codes + 1] = any_busy and 3 or code
+    codes[at] = any_busy and 3 or code
   end
   return any_live or any_busy
 end
 
-if added(argument, key, #ARGV) then
-  return codes
-end
-while argument <= #ARGV do
-  local n_rings, n_seen = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
-  if not added(argument, key, argument) and not replaced(n_rings) then
-    for i = 0, n_seen - 1 do
-      redis.call('SET', KEYS[key + n_rings + i], '', 'NX', 'PX', remember)
-    end
+local function remembered(first, last)
+  for at = first, last do
+    redis.call('SET', keys[at], '', 'NX', 'PX', remember)
   end
-  key, argument = key + n_rings + n_seen, argument + 2 + 2 * n_rings
+end
+
+local seen = 2 + n_layouts * n_entities
+if added(1, n_entities) then
+  remembered(seen, #keys)
+  return 1
+end
+for at = 1, n_layouts * n_entities do
+  codes[at] = given_rings[at] == '' and 5 or 1
+end
+for entity = 1, n_entities do
+  local n_seen = seen_counts == '' and 0 or struct.unpack('<I4', seen_counts, 4 * entity - 3)
+  if added(entity, entity) or not replaced(entity) then
+    remembered(seen, seen + n_seen - 1)
+  end
+  seen = seen + n_seen
 end
 return codes
 """

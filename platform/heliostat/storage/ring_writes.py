@@ -6,9 +6,15 @@ what they have in common (the layouts, the script's own start) is paid for once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
 
 SUPERSEDED: Final = -1
 """What the script answers a materialization of a bucket that another one has taken over."""
@@ -19,6 +25,8 @@ UNCHANGED, WRITTEN, AHEAD, BUSY, CLEARED = range(5)
 _RINGS_A_CALL = 128
 _KEYS_A_CALL = 1024
 _BYTES_A_CALL = 256 * 1024
+
+_U4 = np.dtype("<u4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +71,55 @@ class BucketLease:
     epoch: int
 
 
-class EntityWrite(NamedTuple):
-    """All rings of one entity, as the event log has them.
+class RingBytes(NamedTuple):
+    """Rings of ``n`` entities, one behind the other.
 
     Attributes:
-        entity: Which one, as the writer counts them.
-        rings: Key, number of the layout, and bytes; no bytes: no event is in its reach.
-        seen_keys: Of its events in open tiles: a repetition that is sent live is a duplicate then.
+        data: The bytes of all of them.
+        sizes: How many of them each has, shape ``(n,)``; 0: no event is in its reach.
     """
 
-    entity: int
-    rings: Sequence[tuple[str, int, bytes]]
-    seen_keys: Sequence[str] = ()
+    data: bytes
+    sizes: IntArray
+
+    @classmethod
+    def none(cls, n_entities: int) -> RingBytes:
+        """Of entities without events."""
+        return cls(b"", np.zeros(n_entities, dtype=np.int64))
+
+    def split(self) -> list[bytes]:
+        """Each ring."""
+        ends = np.add.accumulate(self.sizes).tolist()
+        return [self.data[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+class EntityRings(NamedTuple):
+    """All rings of some entities of one bucket, as the event log has them, in columns.
+
+    Attributes:
+        first: The number of the first entity, as the writer counts them; the others follow.
+        keys: For each layout, each entity's key.
+        rings: For each layout, each entity's ring.
+        seen_keys: By place among the entities, of events in open tiles: a repetition that is sent live is a
+            duplicate then.
+    """
+
+    first: int
+    keys: Sequence[Sequence[str]]
+    rings: Sequence[RingBytes]
+    seen_keys: Mapping[int, Sequence[str]]
+
+
+class RingOutcome(NamedTuple):
+    """What became of a call's rings.
+
+    Attributes:
+        counts: Of all of them.
+        busy: Entities that live events kept busy, as the writer counts them.
+    """
+
+    counts: RingCounts
+    busy: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +129,28 @@ class RingCall:
     Attributes:
         keys: All keys, in the order the script takes them.
         arguments: All arguments.
-        entities: Whose each ring is: one reply each.
+        first: The number of the first entity.
+        n_entities: How many there are.
         n_bytes: Of all rings.
+        n_written: Rings that have bytes.
     """
 
     keys: tuple[str, ...]
     arguments: tuple[bytes | int, ...]
-    entities: tuple[int, ...]
+    first: int
+    n_entities: int
     n_bytes: int
+    n_written: int
+
+    def outcome(self, reply: int | Sequence[int]) -> RingOutcome:
+        """What the script's answer means; not `SUPERSEDED`."""
+        if isinstance(reply, int):
+            return RingOutcome(RingCounts(written=self.n_written))
+        counts = RingCounts.of(reply)
+        if not counts.busy:
+            return RingOutcome(counts)
+        busy = {self.first + at % self.n_entities for at, code in enumerate(reply) if code == BUSY}
+        return RingOutcome(counts, tuple(sorted(busy)))
 
 
 @dataclass(frozen=True)
@@ -108,26 +167,49 @@ class RingLayouts:
     covers: bool
     remember_ms: int
 
-    def calls(self, lease: BucketLease, entities: Iterable[EntityWrite]) -> Iterator[RingCall]:
+    def calls(self, lease: BucketLease, entities: EntityRings) -> Iterator[RingCall]:
         """The calls that write entities of one bucket, in their order.
 
         Args:
             lease: Of the bucket.
-            entities: Any number of them; layouts are numbered from 0.
+            entities: Any number of them.
         """
         described = [part for group in self.groups for part in group]
-        head = [lease.token, lease.epoch, int(self.covers), self.remember_ms, len(self.groups), *described]
-        keys, arguments, whose, n_bytes = [lease.fence_key], list[bytes | int](head), list[int](), 0
-        for each in entities:
-            arguments += (len(each.rings), len(each.seen_keys))
-            for key, layout, ring in each.rings:
-                keys.append(key)
-                arguments += (layout + 1, ring)
-                whose.append(each.entity)
-                n_bytes += len(ring)
-            keys += each.seen_keys
-            if len(whose) >= _RINGS_A_CALL or n_bytes >= _BYTES_A_CALL or len(keys) >= _KEYS_A_CALL:
-                yield RingCall(tuple(keys), tuple(arguments), tuple(whose), n_bytes)
-                keys, arguments, whose, n_bytes = [lease.fence_key], list[bytes | int](head), [], 0
-        if whose:
-            yield RingCall(tuple(keys), tuple(arguments), tuple(whose), n_bytes)
+        head = (lease.token, lease.epoch, int(self.covers), self.remember_ms, len(self.groups), *described)
+        n_entities, n_layouts = len(entities.keys[0]), len(self.groups)
+        sizes = np.stack([each.sizes for each in entities.rings])
+        offsets = np.zeros((n_layouts, n_entities + 1), dtype=np.int64)
+        np.cumsum(sizes, axis=1, out=offsets[:, 1:])
+        n_seen = np.zeros(n_entities + 1, dtype=np.int64)
+        for at, seen in entities.seen_keys.items():
+            n_seen[at + 1] = len(seen)
+        bytes_before, seen_before = offsets.sum(axis=0), np.cumsum(n_seen)
+        at_once = max(1, _RINGS_A_CALL // n_layouts)
+        waiting = [(first, min(first + at_once, n_entities)) for first in range(0, n_entities, at_once)][::-1]
+        while waiting:
+            first, last = waiting.pop()
+            n_bytes = int(bytes_before[last] - bytes_before[first])
+            n_keys = (last - first) * n_layouts + int(seen_before[last] - seen_before[first])
+            if last - first > 1 and (n_bytes > _BYTES_A_CALL or n_keys > _KEYS_A_CALL):
+                middle = (first + last) // 2
+                waiting += [(middle, last), (first, middle)]
+                continue
+            some_seen = seen_before[last] > seen_before[first]
+            counts = n_seen[first + 1 : last + 1].astype(_U4).tobytes() if some_seen else b""
+            seen_keys = [entities.seen_keys.get(at, ()) for at in range(first, last)] if some_seen else []
+            own = sizes[:, first:last]
+            rings = [
+                each.data[begin[first] : begin[last]] for each, begin in zip(entities.rings, offsets, strict=True)
+            ]
+            yield RingCall(
+                keys=(
+                    lease.fence_key,
+                    *chain.from_iterable(column[first:last] for column in entities.keys),
+                    *chain.from_iterable(seen_keys),
+                ),
+                arguments=(*head, last - first, counts, own.astype(_U4).tobytes(), *rings),
+                first=entities.first + first,
+                n_entities=last - first,
+                n_bytes=n_bytes,
+                n_written=int(np.count_nonzero(own)),
+            )

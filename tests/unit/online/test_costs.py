@@ -95,11 +95,12 @@ def test_the_rings_bytes_are_at_least_those_that_a_materialization_writes(log: E
     (cost,) = _costs(log, RECENT)
     plan = RingPlan((RECENT,), KEYS, NOW_US, LIMITS)
     rings = [
-        ring
+        (key, at, ring)
         for bucket in log.buckets
         for events in [log.read_bucket(SALES, USER, bucket, min_time_us=NOW_US - 8 * US_PER_DAY)]
         for write in BucketRings.of(plan, bucket, events, events.slice(0, 0)).writes()
-        for ring in write.rings
+        for at, column in enumerate(write.keys)
+        for key, ring in zip(column, write.rings[at].split(), strict=True)
     ]
     written = sum(len(key) + len(ring) for key, _, ring in rings)
     slots = sum(len(ring) // group.slot_bytes for _, at, ring in rings for group in [plan.groups[at]])

@@ -104,7 +104,8 @@ def stored(views: Sequence[FeatureView], events: pa.Table = EVENTS) -> Mapping[s
         key: ring
         for bucket, each in enumerate(own)
         for write in BucketRings.of(plan, bucket, each, each).writes()
-        for key, _, ring in write.rings
+        for column, rings in zip(write.keys, write.rings, strict=True)
+        for key, ring in zip(column, rings.split(), strict=True)
         if ring
     }
 

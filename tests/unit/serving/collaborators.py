@@ -106,7 +106,7 @@ def rings_of(table: pa.Table) -> dict[str, bytes]:
     for group in layout.groups:
         tiles = tile_states(group, codes[order].astype(np.int64), times[order], ties[order], inputs)
         packed = pack_rings(group, tiles, len(texts), as_of_us=NOW_US, limits=LIMITS)
-        for text, bucket, ring in zip(texts, buckets, packed.to_bytes(), strict=True):
+        for text, bucket, ring in zip(texts, buckets, packed.to_bytes().split(), strict=True):
             rings[KEYS.ring(USAGE.ref, group.name, str(text), int(bucket))] = ring
     return rings
 
