@@ -140,8 +140,11 @@ def feast_run(program: Program, place: Place) -> float:
     return float(program.ask(do="materialize", views=[VIEW.name], **span)["seconds"])
 
 
-def check(place: Place, program: Program | None) -> None:
+def check(place: Place, program: Program | None) -> int:
     """Refuse to compare contenders that bring different values online.
+
+    Returns:
+        How many rings Heliostat writes.
 
     Raises:
         SystemExit: If they do, or ours differ from those that were computed offline.
@@ -152,6 +155,7 @@ def check(place: Place, program: Program | None) -> None:
     heliostat_run(place, on_ray=False)
     reader = FeatureReader(list(VIEW), keys=place.online.keys, n_buckets=N_BUCKETS, limits=LIMITS)
     with OnlineStore(place.online) as store:
+        rings = sum(len(keys) for keys in store.scan(f"{store.keys.root}:r:"))
         answers = {"Heliostat": reader.read(store, activities.user.texts(ids), as_of_us=NOW_US)[0].matrix}
     if program is not None:
         feast_run(program, place)
@@ -161,6 +165,7 @@ def check(place: Place, program: Program | None) -> None:
     for name, answer in answers.items():
         if not np.isclose(answer, offline, rtol=TOLERANCE, atol=0.0, equal_nan=True).all():
             raise SystemExit(f"{name} brings other values online than the features have")
+    return rings
 
 
 @dataclass
@@ -171,12 +176,14 @@ class Outcome:
         turns: What each contender needed, by name.
         used_bytes: What the server's data take afterwards, by contender.
         entities: How many users have activities.
+        rings: How many of them in the windows.
         version: Feast's.
     """
 
     turns: dict[str, Turns] = field(default_factory=dict)
     used_bytes: dict[str, int] = field(default_factory=dict)
     entities: int = 0
+    rings: int = 0
     version: str = "skipped"
 
 
@@ -198,7 +205,7 @@ def run(plan: Plan, folder: Path, skip: Sequence[str]) -> Outcome:
             program = stack.enter_context(Program.started(python, "feast_store.py", *options, name="Feast"))
             outcome.version = str(program.greeting["version"])
             program.ask(do="apply", views={VIEW.name: {"file": str(place.values), "features": VIEW.feature_names}})
-        check(place, program)
+        outcome.rings = check(place, program)
         settings = Settings(home=folder / "home", ray=RaySettings(object_store_bytes=_OBJECT_STORE_BYTES))
         stack.enter_context(cluster.connect(settings))
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -247,6 +254,7 @@ def report(plan: Plan, outcome: Outcome) -> Report:
         notes=(
             f"Heliostat: {plan.events:,} raw activities from the event log -> daily tiles of 30 days, ten features.",
             "Feast: a Parquet file with ten values an entity, computed beforehand; that isn't timed.",
+            f"{outcome.rings:,} users have activities in the windows, and a ring; Feast writes a row for the others too.",
             "Same server over TCP, with its append-only file, emptied before each run, so all is written.",
             f"Medians of {plan.runs} runs in turns, warmed up.",
             "Peak memory: of all of a contender's processes together; Ray, idle, holds most of a GiB.",
