@@ -254,7 +254,7 @@ def report(plan: Plan, outcome: Outcome) -> Report:
         notes=(
             f"Heliostat: {plan.events:,} raw activities from the event log -> daily tiles of 30 days, ten features.",
             "Feast: a Parquet file with ten values an entity, computed beforehand; that isn't timed.",
-            f"{outcome.rings:,} users have activities in the windows, and a ring; Feast writes a row for the others too.",
+            f"{outcome.rings:,} users have activities in the windows, and a ring; Feast writes a row for others too.",
             "Same server over TCP, with its append-only file, emptied before each run, so all is written.",
             f"Medians of {plan.runs} runs in turns, warmed up.",
             "Peak memory: of all of a contender's processes together; Ray, idle, holds most of a GiB.",
