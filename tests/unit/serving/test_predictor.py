@@ -417,17 +417,21 @@ def test_an_emptied_store_is_answered_by_the_catalogs_route() -> None:
 
 
 def test_a_request_whose_turn_doesnt_come_in_time_is_refused_and_those_after_it_are_served() -> None:
-    house = House(deadline_ms=300, when_log_fails="answer")
+    house = House(deadline_ms=1_000, when_log_fails="answer")
 
     async def scenario() -> None:
         await house.predictor.predict(request(1))
         house.stream.gate = asyncio.Event()
+        (queue,) = house.predictor._queues.values()
         stuck = []
-        for _ in range(3):  # two calls under way, and one request that waits for its turn
+        for calls in (1, 2, 3, 4, 4):  # as many as there may be are under way, and one request waits for its turn
             stuck.append(asyncio.create_task(house.predictor.predict(request(1))))
             await settle()
+            while queue.in_flight < calls:  # noqa: ASYNC110 - only time brings another one
+                await asyncio.sleep(0.001)
+        assert queue.waiting == 1
         answers = await asyncio.gather(*stuck, return_exceptions=True)
-        assert isinstance(answers[2], DeadlineError)
+        assert isinstance(answers[4], DeadlineError)
         house.stream.gate.set()
         assert (await house.predictor.predict(request(1))).version == 1
 
