@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import documentation
 from deployments.access import AccessControl
-from deployments.http import Meter, answer_to, install_error_handlers, json_response, read_body
+from deployments.http import RETRY_AFTER, Meter, answer_to, install_error_handlers, json_response, read_body
 from deployments.open_inference import OpenInference
 from heliostat.clock import Clock, format_instant
 from heliostat.errors import HeliostatError, StorageError, TooManyEventsError
@@ -35,6 +35,7 @@ from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.models.registry import ModelRegistry, ModelVersion
 from heliostat.serving.access import KeyRing, caller_of
 from heliostat.serving.access import Scope as AccessScope
+from heliostat.serving.answers import PredictAnswer
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.requests import parse_actuals, parse_events, parse_predict
@@ -119,7 +120,11 @@ class Api:
     async def answer_predict(self, scope: Scope, receive: Receive, model: str | None = None) -> Response:
         """As `predict`, for whoever has no request object."""
         begin = time.perf_counter()
-        body = await read_body(scope, receive, self._limits.max_body_bytes, limit_s=self._limits.body_timeout_s)
+        answer = await self.predictions(await self.body(scope, receive), model)
+        return json_response(answer.document((time.perf_counter() - begin) * 1e3))
+
+    async def predictions(self, body: bytes, model: str | None) -> PredictAnswer:
+        """What the body of a prediction request asks for, counted; ``model`` is the path's."""
         asked = parse_predict(
             body,
             self._parts.definitions,
@@ -129,7 +134,7 @@ class Api:
         )
         answer = await self._parts.predictor.predict(asked)
         self._parts.meter.predicted(answer)
-        return json_response(answer.document((time.perf_counter() - begin) * 1e3))
+        return answer
 
     def overridable_of(self, spec: ModelSpec) -> frozenset[str]:
         """The features that a request for a model may give."""
@@ -140,7 +145,7 @@ class Api:
 
     async def events(self, request: Request) -> Response:
         """Take events in; the online features of their entities change at once. Wrong ones don't stop the others."""
-        source, events = parse_events(await self._body(request))
+        source, events = parse_events(await self.body(request.scope, request.receive))
         limit = self._parts.settings.ingestion.max_events_per_request
         if len(events) > limit:
             raise TooManyEventsError(len(events), limit)
@@ -196,7 +201,7 @@ class Api:
 
     async def actuals(self, request: Request) -> Response:
         """Report what became of predictions."""
-        body = await self._body(request)
+        body = await self.body(request.scope, request.receive)
         limit = self._limits.max_entities_per_request
         actuals = parse_actuals(body, self._parts.definitions, max_actuals=limit)
         now_us = self._parts.clock.now_us()
@@ -214,10 +219,9 @@ class Api:
         await self._parts.streams.append("actuals", records)
         return json_response({"accepted": len(records)})
 
-    async def _body(self, request: Request) -> bytes:
-        return await read_body(
-            request.scope, request.receive, self._limits.max_body_bytes, limit_s=self._limits.body_timeout_s
-        )
+    async def body(self, scope: Scope, receive: Receive) -> bytes:
+        """A request's body, within the settings' limits."""
+        return await read_body(scope, receive, self._limits.max_body_bytes, limit_s=self._limits.body_timeout_s)
 
     async def features(self, view: str, entity: str) -> Response:
         """The online features of one entity, as a request at this instant would see them."""
@@ -291,7 +295,7 @@ class Api:
         problems = await self.problems()
         if problems:
             told = {"problems": problems} if caller_of(request.scope).may(AccessScope.READ) else {}
-            return json_response({"status": "not ready", **told}, 503, {"Retry-After": "1"})
+            return json_response({"status": "not ready", **told}, 503, RETRY_AFTER)
         return json_response({"status": "ready"})
 
     async def problems(self) -> dict[str, str]:
@@ -382,7 +386,7 @@ def build_app(parts: Parts) -> ASGIApp:
         await parts.close()
 
     api = Api(parts)
-    inference = OpenInference(parts, overridable=api.overridable_of, problems=api.problems)
+    inference = OpenInference(parts, api)
     app = FastAPI(title="Heliostat", description=documentation.DESCRIPTION, version="1", lifespan=lifespan)
     documentation.add_routes(app, api, inference, parts.definitions)
     install_error_handlers(app)

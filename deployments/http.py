@@ -23,6 +23,9 @@ _logger = logging.getLogger("heliostat.gateway")
 RETRY_AFTER_S = 1
 """When a client that was told 503 may try again, seconds."""
 
+RETRY_AFTER = {"Retry-After": str(RETRY_AFTER_S)}
+"""The header that says so."""
+
 _KEPT_HEADERS = ("allow", "retry-after", "www-authenticate")
 
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
@@ -102,7 +105,7 @@ def answer_to(error: Exception) -> Response:
     if isinstance(error, HeliostatError):
         if error.http_status >= 500:
             _logger.warning("answered %d: %s", error.http_status, error)
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else None
+        headers = RETRY_AFTER if error.http_status == 503 else None
         return json_response(error_document(error), error.http_status, headers)
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it; the meter counts it

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.metadata
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
-from deployments.http import answer_to, as_protocol_has_it, json_response, read_body
+from deployments.http import RETRY_AFTER, answer_to, as_protocol_has_it, json_response
 from heliostat.errors import (
     HeliostatError,
     InvalidFieldError,
@@ -32,10 +32,9 @@ from heliostat.serving.open_inference import (
     parse_infer,
     server_document,
 )
-from heliostat.serving.requests import parse_predict
 
 if TYPE_CHECKING:
-    from deployments.gateway import Parts
+    from deployments.gateway import Api, Parts
 
 PREFIX = "/v2"
 
@@ -63,18 +62,11 @@ class OpenInference:
 
     Args:
         parts: What the gateway works with.
-        overridable: The features that a request for a model may give.
-        problems: Why requests can't be answered the normal way, by part.
+        api: Does what other routes do as well: bodies, predictions, readiness.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        *,
-        overridable: Callable[[ModelSpec], Collection[str]],
-        problems: Callable[[], Awaitable[Mapping[str, str]]],
-    ) -> None:
-        self._parts, self._overridable, self._problems = parts, overridable, problems
+    def __init__(self, parts: Parts, api: Api) -> None:
+        self._parts, self._api = parts, api
         self._server = server_document(importlib.metadata.version("heliostat"))
 
     async def server(self) -> Response:
@@ -87,10 +79,8 @@ class OpenInference:
 
     async def ready(self) -> Response:
         """Whether all models can be asked."""
-        problems = await self._problems()
-        return json_response(
-            {"ready": not problems}, 503 if problems else 200, {"Retry-After": "1"} if problems else None
-        )
+        problems = await self._api.problems()
+        return json_response({"ready": not problems}, 503 if problems else 200, RETRY_AFTER if problems else None)
 
     @_answered
     async def model(self, name: str) -> Response:
@@ -105,7 +95,7 @@ class OpenInference:
     async def _describe(self, name: str, version: str | None) -> Response:
         spec = self._parts.definitions.model(name)
         versions = await self._serving(spec, version)
-        return json_response(model_document(spec, versions, sorted(self._overridable(spec))))
+        return json_response(model_document(spec, versions, sorted(self._api.overridable_of(spec))))
 
     @_answered
     async def model_ready(self, name: str) -> Response:
@@ -147,18 +137,9 @@ class OpenInference:
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise InvalidFieldError("header 'Content-Encoding'", f"is {encoding!r}", "a body that isn't compressed")
-        limits = self._parts.settings.serving
-        body = await read_body(request.scope, request.receive, limits.max_body_bytes, limit_s=limits.body_timeout_s)
+        body = await self._api.body(request.scope, request.receive)
         asked = parse_infer(body, _header_length(request), spec)
-        predict = parse_predict(
-            asked.body,
-            self._parts.definitions,
-            overridable=self._overridable,
-            max_entities=limits.max_entities_per_request,
-            model=spec.name,
-        )
-        answer = await self._parts.predictor.predict(predict)
-        self._parts.meter.predicted(answer)
+        answer = await self._api.predictions(asked.body, spec.name)
         others = {str(each) for each in answer.predictions.versions} - {version}
         if version is not None and others:  # promoted meanwhile, or a fallback: not what was asked for
             raise VersionNotServingError(spec.name, version, tuple(sorted(others)))
