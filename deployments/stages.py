@@ -6,7 +6,6 @@ own event loop.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -19,8 +18,7 @@ from deployments.gateway import Parts
 from deployments.http import Meter
 from heliostat.errors import HeliostatError, StaleVersionError
 from heliostat.ingestion.intake import Intake
-from heliostat.models.packaging import ModelPackage
-from heliostat.models.profile import Profile
+from heliostat.models.profile import mean_prediction
 from heliostat.models.rows import version_features
 from heliostat.online.tiles import RingLimits
 from heliostat.serving.access import KeyRing
@@ -88,18 +86,13 @@ def version_facts(workspace: Workspace) -> Callable[[str, int], VersionFacts]:
         package = workspace.models.package(model, version)
         return VersionFacts(
             found.signature.names,
-            _mean_prediction(package),
+            mean_prediction(package.profile),
             stale,
             workspace.definitions.lookup_names(found.pinned_names),
             package.raw_scale,
         )
 
     return read
-
-
-def _mean_prediction(package: ModelPackage) -> float | None:
-    scores = None if package.profile is None else Profile.from_document(package.profile).prediction
-    return None if scores is None or not math.isfinite(scores.mean) else scores.mean
 
 
 def key_ring(workspace: Workspace) -> KeyRing | None:

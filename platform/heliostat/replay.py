@@ -21,13 +21,13 @@ from heliostat.clock import format_instant
 from heliostat.errors import HeliostatError, OnlineStoreUnavailableError, UnknownPredictionError
 from heliostat.features.definitions import FeatureRef, request_types
 from heliostat.models.packaging import LoadedModel
-from heliostat.models.profile import Profile
+from heliostat.models.profile import mean_prediction
 from heliostat.models.rows import version_features
 from heliostat.monitoring.parity import Match, Recompute, Served, compare, given_rows, recompute_from_log
 from heliostat.monitoring.served import ServedRows
 from heliostat.schema import times_us
 from heliostat.storage.offline_store import PREDICTIONS
-from heliostat.storage.streams import rows_from
+from heliostat.storage.streams import request_of, rows_from
 from heliostat.workspace import Workspace
 
 FloatArray = NDArray[np.float64]
@@ -231,7 +231,7 @@ def _found(workspace: Workspace, prediction_id: str, model: str | None) -> tuple
 
 
 def _in_stream(workspace: Workspace, prediction_id: str, model: str | None) -> tuple[str, pa.Table] | None:
-    request = prediction_id.rpartition("-")[0].encode()
+    request = request_of(prediction_id).encode()
     streams = workspace.streams
     stream, after = streams.record_stream("predictions"), None
     while entries := streams.read(stream, after=after, count=_ENTRIES_AT_ONCE):
@@ -251,11 +251,10 @@ def _in_stream(workspace: Workspace, prediction_id: str, model: str | None) -> t
 
 
 def _prior(workspace: Workspace, model: str, version: int) -> tuple[float | None, str]:
-    document = workspace.models.package(model, version).profile
-    found = None if document is None else Profile.from_document(document).prediction
-    if found is None:
+    mean = mean_prediction(workspace.models.package(model, version).profile)
+    if mean is None:
         return None, "no model was asked, and the version's mean prediction in training isn't known"
-    return found.mean, "no model was asked: the version's mean prediction in training"
+    return mean, "no model was asked: the version's mean prediction in training"
 
 
 def _batch(workspace: Workspace, model: str, version: int, row: pa.Table) -> tuple[float | None, str]:

@@ -326,6 +326,19 @@ class Profile:
         )
 
 
+def mean_prediction(document: Mapping[str, Any] | None) -> float | None:
+    """The mean prediction in training, of a profile as a JSON object: what answers when no version can.
+
+    Args:
+        document: The package's profile, or None.
+
+    Returns:
+        None if it has none that is finite.
+    """
+    scores = None if document is None else Profile.from_document(document).prediction
+    return None if scores is None or not math.isfinite(scores.mean) else scores.mean
+
+
 def _check_shapes(matrix: FloatArray, names: tuple[str, ...], predictions: FloatArray | None) -> None:
     if matrix.ndim != 2 or matrix.shape[1] != len(names) or len(set(names)) != len(names):
         problem = f"a matrix of shape {matrix.shape} doesn't hold the {len(names)} features {', '.join(names)}"

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from heliostat.storage.streams import prediction_ids
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -105,7 +107,7 @@ class EntityAnswer(NamedTuple):
     @property
     def source(self) -> str:
         """``model`` or ``fallback``."""
-        return source_of(self.fallback)
+        return "model" if self.fallback is None else "fallback"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +192,3 @@ class PredictAnswer:
             "logged": self.logged,
             "entities": entities,
         }
-
-
-def source_of(fallback: str | None) -> str:
-    """``model`` or ``fallback``."""
-    return "model" if fallback is None else "fallback"
-
-
-def prediction_ids(request_id: str, n: int) -> list[str]:
-    """The names of a request's predictions in the prediction log."""
-    return [f"{request_id}-{row}" for row in range(n)]

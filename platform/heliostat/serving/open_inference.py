@@ -21,7 +21,8 @@ import orjson
 
 from heliostat.errors import InvalidFieldError, MalformedBodyError
 from heliostat.models.definitions import ModelSpec
-from heliostat.serving.answers import PredictAnswer, prediction_ids
+from heliostat.serving.answers import PredictAnswer
+from heliostat.storage.streams import prediction_ids
 
 ENTITY: Final = "entity_id"
 """The tensor that says whose prediction is asked for."""

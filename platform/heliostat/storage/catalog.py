@@ -53,7 +53,7 @@ from heliostat.storage.catalog_tables import (
 _Row = TypeVar("_Row")
 
 _BUSY_TIMEOUT_S: Final = 30
-_TRY_AGAIN_S = 0.01
+_TRY_AGAIN_S: Final = 0.01
 _CODES_AT_ONCE: Final = 500
 _CONNECT_TIMEOUT_S: Final = 10
 _WRITER_LOCK: Final = 0x48454C494F  # "HELIO": the advisory lock that makes a PostgreSQL catalog single-writer.

@@ -348,6 +348,16 @@ def actual_record(
     )
 
 
+def prediction_ids(request_id: str, n: int) -> list[str]:
+    """The names of a request's predictions: records say only the request's, and answers use the same."""
+    return [f"{request_id}-{row}" for row in range(n)]
+
+
+def request_of(prediction_id: str) -> str:
+    """The name of a prediction's request; the reverse of `prediction_ids`."""
+    return prediction_id.rpartition("-")[0]
+
+
 def rows_from(
     name: StreamName, entries: Sequence[tuple[StreamId, bytes]]
 ) -> dict[str, tuple[list[StreamId], pa.Table]]:
@@ -384,14 +394,14 @@ def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{**each, **shared, "request_id": document.get("request_id")} for each in document["entries"]]
     names = [
         {
-            "prediction_id": f"{request['request_id']}-{row}",
+            "prediction_id": prediction_id,
             "request_id": request["request_id"],
             "trace_id": request.get("trace_id"),
             "latency_ms": request.get("latency_ms"),
             "forced": request.get("forced"),
         }
         for request in document["requests"]
-        for row in range(request["rows"])
+        for prediction_id in prediction_ids(request["request_id"], request["rows"])
     ]
     columns = {"missing": [()] * len(names), "given": [()] * len(names), **document["columns"]}
     if "newest_event" in columns:
