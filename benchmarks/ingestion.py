@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,15 +32,15 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import load
 from benchmarks.peers import ROOT, PeakMemory, Report, facts
-from benchmarks.serving import graph
+from benchmarks.serving import graph, project
 from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.ingestion.checking import EventCheck
 from heliostat.ingestion.files import read_ahead, read_batches
 from heliostat.ingestion.intake import Intake
 from heliostat.schema import TIMESTAMP
-from heliostat.settings import ClockSettings, RaySettings, ServingSettings, Settings
-from heliostat.storage.embedded import EmbeddedServer
+from heliostat.settings import Settings
 from heliostat.workspace import Workspace
 
 SOURCE, VIEW = "purchases", "recent_purchases"
@@ -163,13 +162,7 @@ def over_http(url: str, events: Events, plan: Plan, folder: Path) -> Iterator[li
 
 
 def _load(url: str, bodies: Path, concurrency: int, seconds: float) -> dict[str, float]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), url, "--bodies", str(bodies)]
-    command += ["--concurrency", str(concurrency), "--seconds", str(seconds)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 60)
-    found: dict[str, float] = json.loads(done.stdout) if done.returncode == 0 else {"failed": 1}
-    if found["failed"]:
-        raise SystemExit(f"requests failed: {done.stdout}{done.stderr}")
-    return found
+    return load.all_of(load.run(url, seconds=seconds, bodies=bodies, concurrency=concurrency))
 
 
 def check_visible(url: str, now_us: int) -> None:
@@ -325,20 +318,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of a run")
     given = parser.parse_args()
     plan = SMOKE if given.smoke else Plan(seconds=given.seconds, bulk_events=given.bulk_events)
-    home = Path(tempfile.mkdtemp(prefix="hs-bench-"))
-    settings = Settings(
-        project="bench",
-        home=home,
-        clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-        ray=RaySettings(object_store_bytes=200_000_000),
-        serving=ServingSettings(port=0),
-    )
-    os.chdir(ROOT)  # where the definitions are imported from, here and in the replicas
-    try:
+    with project() as settings:
         found = measure(settings, plan)
-    finally:
-        EmbeddedServer.stop(home)
-        shutil.rmtree(home, ignore_errors=True)
     print(found.markdown())
     if not given.smoke:
         print(f"written to {found.write('ingestion').relative_to(ROOT)}")

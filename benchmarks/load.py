@@ -14,10 +14,12 @@ import asyncio
 import contextlib
 import json
 import random
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -134,6 +136,40 @@ async def _read_answer(reader: asyncio.StreamReader) -> tuple[str, bool]:
     return status, "connection: close" in head
 
 
+def run(url: str, *, seconds: float, **options: object) -> dict[str, Any]:
+    """This program in a process of its own.
+
+    Args:
+        url: What is asked.
+        seconds: How long.
+        options: Its others, by name.
+
+    Returns:
+        The figures of `Outcome.summary`.
+
+    Raises:
+        SystemExit: If no request succeeded.
+    """
+    command = [sys.executable, __file__, url]
+    command += [part for name, value in {"seconds": seconds, **options}.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 60)
+    if done.returncode:
+        raise SystemExit(f"no request succeeded: {done.stdout}{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def all_of(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a run, refused unless every request succeeded.
+
+    Raises:
+        SystemExit: If one didn't.
+    """
+    if found["failed"]:
+        raise SystemExit(f"{found['failed']} requests failed, the first: {found['first_failure']}")
+    return found
+
+
 def main() -> int:
     """Run as a program; exit code 1 if no request succeeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,8 +189,8 @@ def main() -> int:
     else:
         asked = given.bodies.read_bytes().splitlines()
         most = min(given.most, len(asked))
-    run = generate(given.url, asked, concurrency=given.concurrency, seconds=given.seconds, most=most)
-    outcome = asyncio.run(run)
+    sending = generate(given.url, asked, concurrency=given.concurrency, seconds=given.seconds, most=most)
+    outcome = asyncio.run(sending)
     print(json.dumps(outcome.summary()))
     return 0 if outcome.requests else 1
 

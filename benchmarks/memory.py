@@ -11,22 +11,17 @@ log's stream is emptied, as the sink would, so that the online store's memory do
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import load
 from benchmarks.peers import ROOT, Report, facts
-from benchmarks.serving import graph, prepare
-from heliostat.settings import ClockSettings, RaySettings, ServingSettings, Settings
-from heliostat.storage.embedded import EmbeddedServer
+from benchmarks.serving import graph, prepare, project
 from heliostat.workspace import Workspace
 
 CUSTOMERS = 2_000
@@ -80,15 +75,16 @@ def send(url: str, requests: int, seed: int) -> int:
     Raises:
         SystemExit: If one wasn't.
     """
-    options = {"entities": 1, "population": CUSTOMERS, "concurrency": CONCURRENCY, "seed": seed, "most": requests}
-    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), f"{url}/predict"]
-    command += ["--seconds", str(_LONGEST_PART_S)]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_LONGEST_PART_S + 60)
-    found = json.loads(done.stdout) if done.returncode == 0 else {"failed": 1, "first_failure": done.stderr}
-    if found["failed"]:
-        raise SystemExit(f"{found['failed']} requests failed, the first: {found['first_failure']}")
-    return int(found["requests"])
+    found = load.run(
+        f"{url}/predict",
+        seconds=_LONGEST_PART_S,
+        entities=1,
+        population=CUSTOMERS,
+        concurrency=CONCURRENCY,
+        seed=seed,
+        most=requests,
+    )
+    return int(load.all_of(found)["requests"])
 
 
 def measure(workspace: Workspace, url: str, requests: int) -> list[tuple[int, int, int]]:
@@ -131,23 +127,10 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="as small as it gets, nothing written")
     parser.add_argument("--requests", type=int, default=1_000_000, help="how many")
     given = parser.parse_args()
-    home = Path(tempfile.mkdtemp(prefix="hs-bench-"))
-    settings = Settings(
-        project="bench",
-        home=home,
-        clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-        ray=RaySettings(object_store_bytes=200_000_000),
-        serving=ServingSettings(port=0),
-    )
-    os.chdir(ROOT)  # where the definitions are imported from, here and in the replicas
-    try:
-        with Workspace.open(settings) as workspace:
-            prepare(workspace, CUSTOMERS)
-            with graph(workspace) as url:
-                found = report(measure(workspace, url, 2_000 if given.smoke else given.requests))
-    finally:
-        EmbeddedServer.stop(home)
-        shutil.rmtree(home, ignore_errors=True)
+    with project() as settings, Workspace.open(settings) as workspace:
+        prepare(workspace, CUSTOMERS)
+        with graph(workspace) as url:
+            found = report(measure(workspace, url, 2_000 if given.smoke else given.requests))
     print(found.markdown())
     if not given.smoke:
         print(f"written to {found.write('memory').relative_to(ROOT)}")

@@ -33,6 +33,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import load
 from benchmarks.peers import ROOT, Report, facts, python_of
 from heliostat import cluster
 from heliostat.clock import US_PER_DAY, format_instant
@@ -89,6 +90,24 @@ class Cell:
         self.p50_ms.append(found["p50_ms"])
         self.p99_ms.append(found["p99_ms"])
         self.failed += int(found["failed"])
+
+
+@contextlib.contextmanager
+def project() -> Iterator[Settings]:
+    """Settings of a project that is there while the block runs: churn, at one instant, any free port."""
+    home = Path(tempfile.mkdtemp(prefix="hs-bench-"))
+    os.chdir(ROOT)  # where the definitions are imported from, here and in the replicas
+    try:
+        yield Settings(
+            project="bench",
+            home=home,
+            clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
+            ray=RaySettings(object_store_bytes=200_000_000),
+            serving=ServingSettings(port=0),
+        )
+    finally:
+        EmbeddedServer.stop(home)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 # ── The same data for both ──────────────────────────────────────────────────────────
@@ -201,23 +220,6 @@ def check_agreement(ours: str, plain: str, customers: int) -> None:
         raise SystemExit(f"the servers disagree by up to {np.abs(left - right).max():.3g}")
 
 
-def load(url: str, *, entities: int, customers: int, concurrency: int, seconds: float, seed: int) -> dict[str, float]:
-    """One run of the load generator, in a process of its own.
-
-    Raises:
-        SystemExit: If no request succeeded.
-    """
-    options = {"entities": entities, "population": customers, "concurrency": concurrency}
-    options |= {"seconds": seconds, "seed": seed}  # type: ignore[dict-item] # all are written as text
-    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), f"{url}/predict"]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 60)
-    if done.returncode:
-        raise SystemExit(f"no request succeeded: {done.stdout}{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
-
-
 def measure(ours: str, plain: str, plan: Plan) -> dict[tuple[int, int], dict[str, Cell]]:
     """All cells; in each the contenders take turns."""
     cells: dict[tuple[int, int], dict[str, Cell]] = {}
@@ -227,12 +229,12 @@ def measure(ours: str, plain: str, plan: Plan) -> dict[tuple[int, int], dict[str
             for turn in range(-1, plan.rounds):  # the first turn warms up
                 for name, url in (("heliostat", ours), ("plain", plain)):
                     seconds = plan.seconds if turn >= 0 else min(plan.seconds, 0.5)
-                    found = load(
-                        url,
-                        entities=entities,
-                        customers=plan.customers,
-                        concurrency=concurrency,
+                    found = load.run(
+                        f"{url}/predict",
                         seconds=seconds,
+                        entities=entities,
+                        population=plan.customers,
+                        concurrency=concurrency,
                         seed=turn,
                     )
                     if turn >= 0:
@@ -284,24 +286,11 @@ def main() -> int:
     plan = SMOKE if given.smoke else Plan(seconds=given.seconds, rounds=given.rounds)
     same = [f"{name}=={importlib.metadata.version(name)}" for name in PEER_PACKAGES]
     python = Path(sys.executable) if given.smoke else python_of("plain-server", same)
-    home = Path(tempfile.mkdtemp(prefix="hs-bench-"))
-    settings = Settings(
-        project="bench",
-        home=home,
-        clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-        ray=RaySettings(object_store_bytes=200_000_000),
-        serving=ServingSettings(port=0),
-    )
-    os.chdir(ROOT)  # where the definitions are imported from, here and in the replicas
-    try:
-        with Workspace.open(settings) as workspace:
-            prepare(workspace, plan.customers)
-            with peer(workspace, python) as plain, graph(workspace) as ours:
-                check_agreement(ours, plain, plan.customers)
-                found = report(measure(ours, plain, plan), plan)
-    finally:
-        EmbeddedServer.stop(home)
-        shutil.rmtree(home, ignore_errors=True)
+    with project() as settings, Workspace.open(settings) as workspace:
+        prepare(workspace, plan.customers)
+        with peer(workspace, python) as plain, graph(workspace) as ours:
+            check_agreement(ours, plain, plan.customers)
+            found = report(measure(ours, plain, plan), plan)
     print(found.markdown())
     if not given.smoke:
         print(f"written to {found.write('serving').relative_to(ROOT)}")
