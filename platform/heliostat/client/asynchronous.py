@@ -11,34 +11,25 @@ from typing import Any, Self
 import httpx
 
 from heliostat.client.answers import Features, Model, ModelVersion, Predictions, Sent
-from heliostat.client.calls import AnswerT, ByEntity, Call, Calls, EntityId, Pause, headers
+from heliostat.client.calls import AnswerT, ByEntity, Call, EntityId, Gateway, Pause, headers
 
 
 @dataclass
-class AsyncClient:
+class AsyncClient(Gateway):
     """A gateway, as `heliostat.client.Client`; any number of calls may be under way on one event loop.
 
     Use it as a context manager, or `close` it. Arguments, answers and errors are those of `Client`.
 
-    Args:
+    Args are those of `Gateway`, and:
         connections: Open to the gateway at once, at most; further calls wait for one.
         transport: How requests travel; None: over the network.
     """
 
-    url: str
-    api_key: str | None = field(default=None, repr=False, kw_only=True)
-    timeout_s: float = 5.0
-    tries: int = 5
-    pause_s: float = 0.1
-    batch_events: int = 500
-    batch_bytes: int = 900_000
-    batch_actuals: int = 1_000
     connections: int = 100
     transport: httpx.AsyncBaseTransport | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.url = self.url.rstrip("/")
-        self._calls = Calls(self.url, tries=self.tries, pause_s=self.pause_s)
+        super().__post_init__()
         self._http = httpx.AsyncClient(
             # A call that waits for a connection isn't late: it hasn't begun.
             timeout=httpx.Timeout(self.timeout_s, pool=None),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -55,13 +55,13 @@ class Calls:
     """What can be said to one gateway.
 
     Args:
-        url: ``http://host:port``, or below a path.
-        tries: How often a request is sent at most.
-        pause_s: Before the second try, seconds; doubled for each one after it, or what the gateway says.
+        url: Without a slash at its end.
+        tries: See `Gateway`.
+        pause_s: See `Gateway`.
     """
 
     def __init__(self, url: str, *, tries: int, pause_s: float) -> None:
-        self._url, self._tries, self._pause_s = url.rstrip("/"), tries, pause_s
+        self._url, self._tries, self._pause_s = url, tries, pause_s
 
     def send(
         self, source: str, events: Mapping[str, Any] | Iterable[Mapping[str, Any]], most: int, most_bytes: int
@@ -173,6 +173,35 @@ class Calls:
         if refusal is not None:
             raise refusal
         raise GatewayUnreachableError(request, self._url, self._tries, reason)
+
+
+@dataclass
+class Gateway:
+    """Where a gateway is, and how it is asked: what both clients are told.
+
+    Args:
+        url: ``http://host:port``, or below a path.
+        api_key: Sent with each request; None: the gateway asks for none. It is in no text of this object.
+        timeout_s: A try's, seconds.
+        tries: How often a request is sent at most.
+        pause_s: Before the second try, seconds; doubled for each one after it, or what the gateway says.
+        batch_events: Events a request; halved where the gateway takes fewer.
+        batch_bytes: Bytes a request, about.
+        batch_actuals: Actuals a request.
+    """
+
+    url: str
+    api_key: str | None = field(default=None, repr=False, kw_only=True)
+    timeout_s: float = 5.0
+    tries: int = 5
+    pause_s: float = 0.1
+    batch_events: int = 500
+    batch_bytes: int = 900_000
+    batch_actuals: int = 1_000
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
+        self._calls = Calls(self.url, tries=self.tries, pause_s=self.pause_s)
 
 
 def headers(api_key: str | None) -> dict[str, str]:

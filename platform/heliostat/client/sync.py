@@ -11,42 +11,25 @@ from typing import Any, Self
 import httpx
 
 from heliostat.client.answers import Features, Model, ModelVersion, Predictions, Sent
-from heliostat.client.calls import AnswerT, ByEntity, Call, Calls, EntityId, Pause, headers
+from heliostat.client.calls import AnswerT, ByEntity, Call, EntityId, Gateway, Pause, headers
 
 
 @dataclass
-class Client:
+class Client(Gateway):
     """A gateway. Safe to share between threads; use it as a context manager, or `close` it.
 
     What can be repeated safely is repeated after a timeout, a broken connection or a 503: events, since
     their ids tell them apart, and reads. Predictions and actuals are sent again only if the gateway said
     that it didn't take the request, since each one is logged.
 
-    Args:
-        url: ``http://host:port``, or below a path.
-        api_key: Sent with each request; None: the gateway asks for none. It is in no text of this object.
-        timeout_s: A try's, seconds.
-        tries: How often a request is sent at most.
-        pause_s: Before the second try, seconds; doubled for each one after it, or what the gateway says.
-        batch_events: Events a request; halved where the gateway takes fewer.
-        batch_bytes: Bytes a request, about.
-        batch_actuals: Actuals a request.
+    Args are those of `Gateway`, and:
         transport: How requests travel; None: over the network.
     """
 
-    url: str
-    api_key: str | None = field(default=None, repr=False, kw_only=True)
-    timeout_s: float = 5.0
-    tries: int = 5
-    pause_s: float = 0.1
-    batch_events: int = 500
-    batch_bytes: int = 900_000
-    batch_actuals: int = 1_000
     transport: httpx.BaseTransport | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.url = self.url.rstrip("/")
-        self._calls = Calls(self.url, tries=self.tries, pause_s=self.pause_s)
+        super().__post_init__()
         self._http = httpx.Client(timeout=self.timeout_s, transport=self.transport, headers=headers(self.api_key))
         self._waiting = threading.Event()
 
