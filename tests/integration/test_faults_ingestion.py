@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.streams import Streams
+from tests.sinks import kill, start_sink
 
 NOW_US = parse_instant_us("2020-06-01T12:00:00")
 ROOT = Path(__file__).parents[2]
@@ -182,28 +181,12 @@ def drain_for_ever(document: str) -> None:
     shop.sink.run_forever(0.001, threading.Event())
 
 
-def start_sink(settings: Settings) -> BaseProcess:
-    """A sink that runs at once: it is forked off a process that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=drain_for_ever, args=(settings.model_dump_json(),), daemon=True)
-    process.start()
-    return process
-
-
-def kill(process: BaseProcess) -> None:
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 def test_a_sink_that_is_killed_at_twenty_random_instants_loses_nothing_and_applies_nothing_twice(shop: Shop) -> None:
     instants = random.Random(20)
     first = 0
     for _ in range(20):
-        process = start_sink(shop.settings)
+        process = start_sink(drain_for_ever, shop.settings)
         end_s = time.monotonic() + instants.uniform(0.02, 0.8)
         while time.monotonic() < end_s:
             shop.submit(sales(first, 25))
@@ -217,7 +200,7 @@ def test_a_second_sink_says_so_waits_and_takes_over_when_the_first_is_killed(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
     shop.submit(sales(0, 50))
-    first = start_sink(shop.settings)
+    first = start_sink(drain_for_ever, shop.settings)
     _until(lambda: shop.waiting == 0)
     stop = threading.Event()
     with caplog.at_level(logging.INFO, "heliostat.ingestion.sink"):

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
-import os
 import random
-import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 
 import httpx
 import pytest
@@ -24,6 +20,7 @@ from heliostat.settings import OnlineSettings, Settings
 from heliostat.telemetry import _TextFormatter
 from heliostat.workspace import Workspace
 from tests.integration.test_serving import NOWHERE, Client, Shop, Tally, purchase
+from tests.sinks import kill, start_sink
 
 END_US = parse_instant_us("1998-07-02")
 
@@ -95,20 +92,6 @@ def drain_for_ever(document: str) -> None:
         Sink.of(workspace).run_forever(0.001, threading.Event())
 
 
-def start_sink(settings: Settings) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=drain_for_ever, args=(settings.model_dump_json(),), daemon=True)
-    process.start()
-    return process
-
-
-def kill(process: BaseProcess) -> None:
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-
-
 @pytest.mark.parametrize("log", ["durable", "async"])
 def test_each_answered_prediction_is_in_the_table_once_though_connections_are_cut_and_sinks_killed(
     shop: Shop, valkey: str, log: str
@@ -137,7 +120,7 @@ def test_each_answered_prediction_is_in_the_table_once_though_connections_are_cu
             async def sinks() -> None:
                 pauses = random.Random(3)
                 for _ in range(3):
-                    sink = await asyncio.to_thread(start_sink, workspace.settings)
+                    sink = await asyncio.to_thread(start_sink, drain_for_ever, workspace.settings)
                     await asyncio.sleep(pauses.uniform(0.3, 0.9))
                     await asyncio.to_thread(kill, sink)
 
