@@ -132,7 +132,8 @@ class ColumnProfile:
         known = values[~np.isnan(values)]
         places = np.searchsorted(np.asarray(bins.edges, dtype=np.float64), known, side="right")
         finite = known[np.isfinite(known)]
-        with np.errstate(over="ignore"):
+        # Near the largest float, sums of parts may be infinite, and the sum of those no number: it isn't known then.
+        with np.errstate(over="ignore", invalid="ignore"):
             distances = finite - bins.center
             total, total_squares = float(distances.sum()), float((distances * distances).sum())
         return cls(
