@@ -87,13 +87,17 @@ class AccessControl:
         keys: Knows the API keys; None: there are none, and only this machine's own requests are answered.
         meter: Counts what is refused; the application counts the rest.
 
+    Attributes:
+        routes: All that it serves.
+
     Raises:
         RuntimeError: If a route isn't in `ROUTES`.
     """
 
     def __init__(self, app: ASGIApp, routes: Iterable[Any], keys: KeyRing | None, meter: Meter) -> None:
         self._app, self._keys, self._meter = app, keys, meter
-        self._exact, self._patterns = _rules(list(routes))
+        self.routes = tuple(routes)
+        self._exact, self._patterns = _rules(self.routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request if it is allowed; refuse it otherwise, without a look at its body."""
@@ -146,7 +150,9 @@ class AccessControl:
         self._meter.answered(rule.path, response.status_code, (time.perf_counter() - begin) * 1e3)
 
 
-def _rules(routes: list[Any]) -> tuple[dict[tuple[str, str], _Rule], dict[str, list[tuple[re.Pattern[str], _Rule]]]]:
+def _rules(
+    routes: Iterable[Any],
+) -> tuple[dict[tuple[str, str], _Rule], dict[str, list[tuple[re.Pattern[str], _Rule]]]]:
     """What the routes need: by method and path, and by method and the application's own patterns in its order."""
     patterns: dict[str, list[tuple[re.Pattern[str], _Rule]]] = {}
     for route in routes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections import Counter
@@ -45,6 +46,8 @@ from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams, actual_record
 from heliostat.tracing import CURRENT, Trace
 from heliostat.tracing import HEADER as TRACE_HEADER
+
+_logger = logging.getLogger("heliostat.gateway")
 
 _READY_FOR_S = 1.0
 # Checking events is work for the processor: predictions get their turn between two parts of a large request.
@@ -302,22 +305,25 @@ class Api:
         """Why requests can't be answered the normal way, by part; looked for once a second at most."""
         async with self._checking:
             if time.monotonic() > self._checked_at + _READY_FOR_S:
-                self._problems = await self._look_for_problems()
+                found = await self._look_for_problems()
+                for name in found.keys() - self._problems.keys():
+                    _logger.warning("not ready: %s: %s", name, found[name])
+                self._problems = {name: error.public_text for name, error in found.items()}
                 self._checked_at = time.monotonic()
         return self._problems
 
-    async def _look_for_problems(self) -> dict[str, str]:
-        problems: dict[str, str] = {}
+    async def _look_for_problems(self) -> dict[str, HeliostatError]:
+        problems: dict[str, HeliostatError] = {}
         try:
             await self._parts.store.ping()
         except HeliostatError as error:
-            problems["online_store"] = str(error)
+            problems["online_store"] = error
         for model in self._parts.definitions.models:
             try:
                 if await asyncio.to_thread(self._parts.route, model) is not None:
                     await self._parts.predictor.warm_up(model)
             except HeliostatError as error:
-                problems[f"model {model}"] = str(error)
+                problems[f"model {model}"] = error
         return problems
 
 

@@ -92,7 +92,9 @@ def error_code(error: HeliostatError) -> str:
 
 def error_document(error: HeliostatError) -> dict[str, Any]:
     """An error as clients see it: its code, what happened, and what exists or what to do."""
-    document: dict[str, Any] = {"error": error_code(error), "message": str(error)}
+    document: dict[str, Any] = {"error": error_code(error), "message": error.public_text}
+    if error.http_status >= 500:
+        return document
     for name in ("known", "fix", "expected"):
         value = getattr(error, name, None)
         if value is not None:

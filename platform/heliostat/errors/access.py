@@ -74,6 +74,11 @@ class KeysUnavailableError(StorageError):
         super().__init__(hold_s)
         self.hold_s = hold_s
 
+    @property
+    def public_text(self) -> str:
+        """All of it."""
+        return str(self)
+
     def __str__(self) -> str:
         return (
             f"API keys can't be checked: the catalog hasn't answered for {self.hold_s:.0f} s (serving.keys_hold_s); "

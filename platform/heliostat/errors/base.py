@@ -15,3 +15,12 @@ class HeliostatError(Exception):
 
     http_status: ClassVar[int] = 500
     exit_code: ClassVar[int] = 1
+
+    @property
+    def public_text(self) -> str:
+        """What an HTTP client is told: what is wrong with its request, and nothing of the inside.
+
+        Where the fault is the service's own, the text names addresses, folders and what a driver said; that is
+        for the log.
+        """
+        return str(self) if self.http_status < 500 else "something in the service is wrong; its log says what"

@@ -21,6 +21,11 @@ class MissingFileError(DataError):
         super().__init__(path, hint)
         self.path, self.hint = path, hint
 
+    @property
+    def public_text(self) -> str:
+        """Without the path."""
+        return "a file that this needs is missing; the service's log says which"
+
     def __str__(self) -> str:
         return f"{self.path!r} doesn't exist; {self.hint}"
 

@@ -134,6 +134,11 @@ class ServingError(HeliostatError):
     http_status = 503
     exit_code = 6
 
+    @property
+    def public_text(self) -> str:
+        """All of it, except where a reason comes from the inside."""
+        return str(self)
+
 
 class OverloadedError(ServingError):
     """More requests wait than are allowed to."""
@@ -176,6 +181,11 @@ class UnservableModelError(ServingError):
         super().__init__(model, version, reason)
         self.model, self.version, self.reason = model, version, reason
 
+    @property
+    def public_text(self) -> str:
+        """Without the reason."""
+        return f"version {self.version} of model {self.model!r} can't be served, and no other is known"
+
     def __str__(self) -> str:
         return (
             f"version {self.version} of model {self.model!r} can't be served ({self.reason}) and no other is known; "
@@ -204,6 +214,11 @@ class PredictionLogError(ServingError):
         super().__init__(reason)
         self.reason = reason
 
+    @property
+    def public_text(self) -> str:
+        """Without the reason."""
+        return "the prediction log can't be written, and predictions aren't given out without it; try again"
+
     def __str__(self) -> str:
         return (
             f"the prediction log can't be written ({self.reason}); repair the online store, "
@@ -217,6 +232,11 @@ class DeploymentFailedError(ServingError):
     def __init__(self, application: str, reason: str) -> None:
         super().__init__(application, reason)
         self.application, self.reason = application, reason
+
+    @property
+    def public_text(self) -> str:
+        """Without the reason."""
+        return f"application {self.application!r} doesn't come up"
 
     def __str__(self) -> str:
         return f"application {self.application!r} doesn't come up: {self.reason}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from heliostat.errors.base import HeliostatError, listed
 
 
@@ -10,10 +12,18 @@ class StorageError(HeliostatError):
 
     http_status = 503
     exit_code = 6
+    told: ClassVar[str] = "a store that this needs can't be used now"
+
+    @property
+    def public_text(self) -> str:
+        """Which kind of store; where it is and what it said is for the log."""
+        return f"{self.told}; try again, the service's log says more"
 
 
 class OnlineStoreUnavailableError(StorageError):
     """The online store doesn't answer."""
+
+    told = "the online store doesn't answer"
 
     def __init__(self, url: str, reason: str) -> None:
         super().__init__(url, reason)
@@ -28,6 +38,8 @@ class OnlineStoreUnavailableError(StorageError):
 
 class RingCorruptError(StorageError):
     """What the online store holds under a ring's key isn't such a ring."""
+
+    told = "the online store holds something unexpected"
 
     def __init__(self, view: str, group: str, found_bytes: tuple[int, ...], slot_bytes: int) -> None:
         super().__init__(view, group, found_bytes, slot_bytes)
@@ -44,6 +56,8 @@ class RingCorruptError(StorageError):
 class CatalogUnavailableError(StorageError):
     """The catalog's database doesn't answer."""
 
+    told = "the catalog doesn't answer"
+
     def __init__(self, url: str, reason: str) -> None:
         super().__init__(url, reason)
         self.url, self.reason = url, reason
@@ -54,6 +68,8 @@ class CatalogUnavailableError(StorageError):
 
 class CatalogSchemaError(StorageError):
     """The catalog's tables were made by another release."""
+
+    told = "the catalog is of another release"
 
     def __init__(self, url: str, found: int, expected: int) -> None:
         super().__init__(url, found, expected)
@@ -69,6 +85,8 @@ class CatalogSchemaError(StorageError):
 class ArtifactStoreError(StorageError):
     """The artifact store can't be read or written."""
 
+    told = "the artifact store can't be used"
+
     def __init__(self, root: str, reason: str) -> None:
         super().__init__(root, reason)
         self.root, self.reason = root, reason
@@ -79,6 +97,8 @@ class ArtifactStoreError(StorageError):
 
 class ArtifactMissingError(StorageError):
     """An artifact isn't in the store."""
+
+    told = "a model's artifact is missing"
 
     def __init__(self, digest: str, root: str) -> None:
         super().__init__(digest, root)
@@ -93,6 +113,8 @@ class ArtifactMissingError(StorageError):
 
 class ArtifactCorruptError(StorageError):
     """An artifact's bytes aren't those that were stored."""
+
+    told = "a model's artifact can't be trusted"
 
     def __init__(self, digest: str, root: str, problem: str) -> None:
         super().__init__(digest, root, problem)
