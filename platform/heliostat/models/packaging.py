@@ -252,7 +252,7 @@ class ModelPackage:
         _check_format(package, PACKAGE_FILE)
         calibration = package["calibration"]
         return cls(
-            booster_text=files[MODEL_FILE].decode(),
+            booster_text=_to_text(MODEL_FILE, files[MODEL_FILE]),
             signature=Signature.from_document(_from_json(SIGNATURE_FILE, files[SIGNATURE_FILE])),
             objective=package["objective"],
             profile=_from_json(PROFILE_FILE, files[PROFILE_FILE]) if PROFILE_FILE in files else None,
@@ -355,6 +355,13 @@ def _check_format(document: Document, file: str) -> None:
 
 def _to_json(document: Document) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _to_text(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidPackageError(name, f"it is no text: {error.reason}") from error
 
 
 def _from_json(name: str, content: bytes) -> dict[str, Any]:

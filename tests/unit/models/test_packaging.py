@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import pickle
 import threading
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import lightgbm as lgb
 import numpy as np
@@ -228,6 +231,31 @@ def test_a_missing_file_is_told(package: ModelPackage, name: str) -> None:
 def test_a_file_of_another_format_is_told(package: ModelPackage, name: str, content: bytes) -> None:
     with pytest.raises(InvalidPackageError, match=name):
         ModelPackage.from_files({**package.to_files(), name: content})
+
+
+class _Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("name", [MODEL_FILE, SIGNATURE_FILE, PACKAGE_FILE, PROFILE_FILE])
+def test_a_pickle_in_a_package_is_refused_and_never_run(
+    package: ModelPackage, name: str, protocol: int, tmp_path: Path
+) -> None:
+    trap = pickle.dumps(_Trap(tmp_path / "ran"), protocol)
+    with pytest.raises(InvalidPackageError, match=name.partition(".")[0]):
+        ModelPackage.from_files({**package.to_files(), name: trap}).load()
+    beside = ModelPackage.from_files({**package.to_files(), "model.pkl": trap})
+    assert beside.load().predict(_matrix(2)).shape == (2,)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(trap)
+    assert (tmp_path / "ran").exists(), "it would have"
 
 
 def test_features_of_another_type_are_told(package: ModelPackage) -> None:
