@@ -72,7 +72,7 @@ class Guarded:
         admin = self.keys["admin"]
         self.headers: dict[str, dict[str, str]] = {
             "no key": {},
-            "empty key": {"Authorization": "Bearer "},
+            "empty key": {"X-API-Key": ""},
             "basic": {"Authorization": f"Basic {admin}"},
             "unknown key": {"Authorization": f"Bearer hsk_{'0' * 12}_{'x' * 43}"},
             "wrong secret": {"X-API-Key": admin[:-1] + ("a" if admin[-1] != "a" else "b")},
