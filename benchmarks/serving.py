@@ -2,11 +2,14 @@
 
     python benchmarks/serving.py            # two minutes; writes benchmarks/results/serving.{md,json}
     python benchmarks/serving.py --smoke    # seconds: does it run, do both say the same
+    python benchmarks/serving.py --entities 1 --concurrency 16 --skip distributed   # a part; nothing is written
 
 Heliostat: the fused graph on Ray Serve behind HAProxy: rings merged at the request's instant,
 A/B assignment, LightGBM, every prediction durable in the log before its answer. Peer:
 `benchmarks/plain_server.py`, FastAPI and LightGBM on ready-made vectors, one HMGET an entity.
-Same machine, same Valkey server, same model, same load generator; they take turns.
+Same machine, same Valkey server, same model, same load generator; they take turns. A split of two versions
+is running. Beside them a bare FastAPI route on the same Serve that returns a constant; then the distributed
+placement of the same graph, in the same run; and first what the load generator itself can send at most.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -63,6 +66,7 @@ class Plan:
         concurrency: Connections, one cell each.
         seconds: A run.
         rounds: Runs of each contender in each cell.
+        skip: Contenders that are left out.
     """
 
     customers: int = 2_000
@@ -70,9 +74,24 @@ class Plan:
     concurrency: tuple[int, ...] = (1, 16, 64)
     seconds: float = 2.0
     rounds: int = 3
+    skip: frozenset[str] = frozenset()
 
 
+PARTS = ("plain", "bare", "distributed", "ceiling")
 SMOKE = Plan(customers=50, entities=(1, 5), concurrency=(1, 4), seconds=0.3, rounds=1)
+
+# Of the peer's requests/s, by peer, entities and concurrency.
+GOALS: Mapping[tuple[str, int, int], float] = {
+    ("plain", 1, 16): 1.0,
+    ("plain", 1, 64): 1.3,
+    ("plain", 100, 1): 6.0,
+    ("plain", 100, 16): 6.0,
+    ("plain", 100, 64): 12.0,
+    ("bare", 1, 16): 0.75,
+    ("bare", 100, 16): 0.75,
+}
+DISTRIBUTED_GOAL, DISTRIBUTED_AT = 0.5, 64
+"""Of the fused placement's requests/s, at this concurrency."""
 
 
 @dataclass
@@ -143,7 +162,12 @@ def prepare(workspace: Workspace, customers: int) -> None:
         limits=RingLimits.of(settings.ingestion),
     )
     batch, _ = reader.read(workspace.online, [str(each) for each in range(1, customers + 1)], as_of_us=now_us)
-    _register(workspace, batch.matrix)
+    control, challenger = (_register(workspace, batch.matrix, seed) for seed in (7, 8))
+    workspace.rollout.serve(MODEL, control, reason="benchmark")
+    workspace.rollout.start_split(MODEL, experiment="benchmark", control=control, challenger=challenger, weight=0.5)
+    home = workspace.settings.home
+    (home / "model.txt").write_text(workspace.models.package(MODEL, control).booster_text)
+    (home / "features.json").write_text(json.dumps(list(spec.feature_names)))
     with workspace.online.client.pipeline(transaction=False) as pipeline:
         for customer, vector in enumerate(batch.matrix.tolist(), start=1):
             values = {name: repr(value) for name, value in zip(batch.names, vector, strict=True) if value == value}
@@ -151,35 +175,32 @@ def prepare(workspace: Workspace, customers: int) -> None:
         pipeline.execute()
 
 
-def _register(workspace: Workspace, matrix: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> None:
+def _register(workspace: Workspace, matrix: np.ndarray[tuple[int, int], np.dtype[np.float64]], seed: int) -> int:
     spec = workspace.definitions.model(MODEL)
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     names = list(spec.feature_names)
     labels = (rng.random(len(matrix)) < 1 / (1 + matrix[:, 0])).astype(float)
-    parameters = {"objective": "binary", "num_leaves": 15, "min_data_in_leaf": 5, "verbosity": -1, "seed": 7}
+    parameters = {"objective": "binary", "num_leaves": 15, "min_data_in_leaf": 5, "verbosity": -1, "seed": seed}
     data = lightgbm.Dataset(matrix, labels, feature_name=names, params={"verbosity": -1})
     booster = lightgbm.train(parameters, data, num_boost_round=TREES)
     package = ModelPackage(booster.model_to_string(), Signature.of(spec), spec.objective)
-    version = workspace.models.register(spec, package, lineage={}).version
-    workspace.rollout.serve(MODEL, version, reason="benchmark")
-    (workspace.settings.home / "model.txt").write_text(package.booster_text)
-    (workspace.settings.home / "features.json").write_text(json.dumps(names))
+    return workspace.models.register(spec, package, lineage={}).version
 
 
 # ── The contenders ──────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
-def peer(workspace: Workspace, python: Path) -> Iterator[str]:
-    """The plain server while the block runs; gives its address."""
-    home = workspace.settings.home
+def program(*command: str) -> Iterator[str]:
+    """A server of this folder while the block runs, on a free port; gives its address.
+
+    Raises:
+        SystemExit: If it doesn't come up.
+    """
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = [str(python), str(ROOT / "benchmarks" / "plain_server.py")]
-    options = ["--redis", str(workspace.settings.online.url), "--prefix", PEER_PREFIX, "--port", str(port)]
-    files = ["--model", str(home / "model.txt"), "--features", str(home / "features.json")]
-    process = subprocess.Popen([*program, *options, *files])
+    process = subprocess.Popen([*command, "--port", str(port)])
     try:
         limit = time.monotonic() + 60
         while time.monotonic() < limit and process.poll() is None:
@@ -187,10 +208,39 @@ def peer(workspace: Workspace, python: Path) -> Iterator[str]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
+        else:
+            raise SystemExit(f"{' '.join(command)} doesn't answer")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(timeout=20)
+
+
+@contextlib.contextmanager
+def peer(workspace: Workspace, python: Path) -> Iterator[str]:
+    """The plain server while the block runs; gives its address."""
+    home = workspace.settings.home
+    options = ["--redis", str(workspace.settings.online.url), "--prefix", PEER_PREFIX]
+    files = ["--model", str(home / "model.txt"), "--features", str(home / "features.json")]
+    with program(str(python), str(ROOT / "benchmarks" / "plain_server.py"), *options, *files) as url:
+        yield url
+
+
+def ceiling(plan: Plan) -> dict[tuple[int, int], float]:
+    """What the load generator sends at most, requests/s, by entities and concurrency."""
+    with program(sys.executable, str(ROOT / "benchmarks" / "constant_server.py")) as url:
+        return {
+            (entities, concurrency): load.run(
+                f"{url}/predict",
+                seconds=min(plan.seconds, 1.0),
+                entities=entities,
+                population=plan.customers,
+                concurrency=concurrency,
+                seed=0,
+            )["requests_per_s"]
+            for entities in plan.entities
+            for concurrency in plan.concurrency
+        }
 
 
 @contextlib.contextmanager
@@ -208,26 +258,37 @@ def graph(workspace: Workspace) -> Iterator[str]:
 
 
 def check_agreement(ours: str, plain: str, customers: int) -> None:
-    """Refuse to compare servers that say different things.
+    """Refuse to compare servers that say different things of those whom the same version serves.
 
     Raises:
-        SystemExit: If they do.
+        SystemExit: If they do, or if nobody is served by the other version.
     """
     asked = {"entity_ids": list(range(1, min(customers, 500) + 1))}
     answers = [httpx.post(f"{url}/predict", json=asked, timeout=30).json() for url in (ours, plain)]
     left, right = (np.array(each["predictions"]) for each in answers)
-    if not np.array_equal(left, right):
-        raise SystemExit(f"the servers disagree by up to {np.abs(left - right).max():.3g}")
+    same = np.array([each["variant"] == "control" for each in answers[0]["entities"]])
+    if same.all() or not same.any():
+        raise SystemExit("no split is running")
+    if not np.array_equal(left[same], right[same]):
+        raise SystemExit(f"the servers disagree by up to {np.abs(left - right)[same].max():.3g}")
 
 
-def measure(ours: str, plain: str, plan: Plan) -> dict[tuple[int, int], dict[str, Cell]]:
-    """All cells; in each the contenders take turns."""
-    cells: dict[tuple[int, int], dict[str, Cell]] = {}
+Cells = dict[tuple[int, int], dict[str, Cell]]
+
+
+def measure(contenders: Mapping[str, str], plan: Plan) -> Cells:
+    """All cells; in each the contenders take turns.
+
+    Args:
+        contenders: Address by name.
+        plan: How much.
+    """
+    cells: Cells = {}
     for entities in plan.entities:
         for concurrency in plan.concurrency:
-            cell = cells[entities, concurrency] = {"heliostat": Cell(), "plain": Cell()}
+            cell = cells[entities, concurrency] = {name: Cell() for name in contenders}
             for turn in range(-1, plan.rounds):  # the first turn warms up
-                for name, url in (("heliostat", ours), ("plain", plain)):
+                for name, url in contenders.items():
                     seconds = plan.seconds if turn >= 0 else min(plan.seconds, 0.5)
                     found = load.run(
                         f"{url}/predict",
@@ -244,16 +305,48 @@ def measure(ours: str, plain: str, plan: Plan) -> dict[tuple[int, int], dict[str
     return cells
 
 
-def report(cells: dict[tuple[int, int], dict[str, Cell]], plan: Plan) -> Report:
-    """The table: medians, and the ratio of the medians."""
+def goals(cells: Cells) -> Iterator[str]:
+    """What was wanted, and whether it was reached, a line each."""
+    for (entities, concurrency), cell in cells.items():
+        ours = {name: statistics.median(each.requests_per_s) for name, each in cell.items()}
+        wanted = {name: GOALS[name, entities, concurrency] for name in cell if (name, entities, concurrency) in GOALS}
+        pairs = [(ours["heliostat"] / ours[name], goal, f"of {name}'s requests/s") for name, goal in wanted.items()]
+        if "distributed" in cell and concurrency == DISTRIBUTED_AT:
+            share = ours["distributed"] / ours["heliostat"]
+            pairs.append((share, DISTRIBUTED_GOAL, "of the fused placement's requests/s, distributed"))
+        for ratio, goal, what in pairs:
+            reached = "reached" if ratio >= goal else "NOT reached"
+            yield f"{entities} entities at {concurrency}: {ratio:.2f} {what}, goal {goal:g}: {reached}."
+        if "plain" in cell and concurrency > 1:
+            left, right = (statistics.median(cell[name].p99_ms) for name in ("heliostat", "plain"))
+            reached = "reached" if left < right else "NOT reached"
+            yield f"{entities} entities at {concurrency}: p99 {left:.1f} ms, below plain's {right:.1f}: {reached}."
+
+
+def report(cells: Cells, most: Mapping[tuple[int, int], float], plan: Plan) -> Report:
+    """The table: medians, and the ratio of the medians; others than plain in the notes."""
     rows: list[list[object]] = []
+    notes: list[str] = []
     for (entities, concurrency), cell in cells.items():
         row: list[object] = [entities, concurrency]
         for name in ("requests_per_s", "p50_ms", "p99_ms"):
-            ours, plain = (statistics.median(getattr(cell[each], name)) for each in ("heliostat", "plain"))
+            ours = statistics.median(getattr(cell["heliostat"], name))
+            plain = statistics.median(getattr(cell["plain"], name)) if "plain" in cell else float("nan")
             row += [ours, plain, ours / plain]
         rows.append(row)
-    failed = {name: sum(cell[name].failed for cell in cells.values()) for name in ("heliostat", "plain")}
+        told = [
+            f"{name} {statistics.median(cell[name].requests_per_s):,.0f} requests/s,"
+            f" p99 {statistics.median(cell[name].p99_ms):.1f} ms"
+            for name in ("bare", "distributed")
+            if name in cell
+        ]
+        if (entities, concurrency) in most:
+            told.append(f"the load generator against a constant {most[entities, concurrency]:,.0f} requests/s")
+        if told:
+            notes.append(f"{entities} entities at {concurrency}: {'; '.join(told)}.")
+    names = dict.fromkeys(name for cell in cells.values() for name in cell)
+    failed = {name: sum(cell[name].failed for cell in cells.values()) for name in names}
+    told_failed = ", ".join(f"{'Heliostat' if name == 'heliostat' else name} {n}" for name, n in failed.items())
     columns = ["entities", "concurrency"]
     columns += [f"{what} {who}" for what in ("req/s", "p50 ms", "p99 ms") for who in ("Heliostat", "plain", "ratio")]
     return Report(
@@ -264,16 +357,58 @@ def report(cells: dict[tuple[int, int], dict[str, Cell]], plan: Plan) -> Report:
             "ratio: Heliostat over plain; above 1 is better for req/s, below 1 for latencies.",
             f"Medians of {plan.rounds} runs of {plan.seconds:g} s each; the contenders took turns in one run.",
             "Heliostat merges rings at the request's instant, so that an event shows in the next request.",
-            "It also assigns variants, and writes every prediction to a durable log before it answers.",
+            (
+                "It assigns variants, a split of two versions at 0.5 is running, and every prediction is in a durable"
+                " log before its answer leaves."
+            ),
             "Plain reads ready-made vectors, one HMGET an entity in a pipeline, and does nothing else.",
             "Plain is one uvicorn process with uvloop and httptools; Heliostat one replica behind HAProxy.",
-            "Both gave the same predictions, bit by bit, before anything was timed.",
-            f"Failed requests: Heliostat {failed['heliostat']}, plain {failed['plain']}.",
+            (
+                "Bare is a FastAPI route that returns a constant, on the same Serve. Distributed was deployed after"
+                " the others had been measured, so it took no turns with them."
+            ),
+            (
+                "Both gave the same predictions, bit by bit, of those whom the same version serves, before anything"
+                " was timed."
+            ),
+            f"Failed requests: {told_failed}.",
+            *notes,
+            *goals(cells),
         ),
         facts=facts(
             "ray", "fastapi", "redis", "lightgbm", customers=plan.customers, trees=TREES, events=EVENTS_A_CUSTOMER
         ),
     )
+
+
+def run(workspace: Workspace, plan: Plan, python: Path | None) -> Report:
+    """All of it.
+
+    Args:
+        workspace: Empty.
+        plan: How much.
+        python: Of the plain server's environment; None: it is left out.
+    """
+    most = {} if "ceiling" in plan.skip else ceiling(plan)
+    prepare(workspace, plan.customers)
+    with contextlib.ExitStack() as stack:
+        contenders = {"heliostat": stack.enter_context(graph(workspace))}
+        from benchmarks import bare_route  # as in `graph`
+        from deployments import graph as served
+
+        if python is not None:
+            contenders["plain"] = stack.enter_context(peer(workspace, python))
+            check_agreement(contenders["heliostat"], contenders["plain"], plan.customers)
+        if "bare" not in plan.skip:
+            contenders["bare"] = bare_route.deploy(contenders["heliostat"], workspace.settings)
+            stack.callback(bare_route.serve.delete, "bare")
+        cells = measure(contenders, plan)
+        if "distributed" not in plan.skip:
+            serving = workspace.settings.serving.model_copy(update={"placement": "distributed"})
+            spread = served.deploy(workspace.settings.model_copy(update={"serving": serving}))
+            for place, cell in measure({"distributed": spread}, plan).items():
+                cells[place] |= cell
+    return report(cells, most, plan)
 
 
 def main() -> int:
@@ -282,17 +417,32 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="as small as it gets, in this Python, nothing written")
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of a run")
     parser.add_argument("--rounds", type=int, default=Plan.rounds, help="runs of each contender in each cell")
+    parser.add_argument("--entities", type=int, nargs="+", default=Plan.entities, help="a request, one cell each")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=Plan.concurrency, help="connections, likewise")
+    parser.add_argument("--skip", nargs="+", default=(), choices=PARTS, help="what isn't measured")
     given = parser.parse_args()
-    plan = SMOKE if given.smoke else Plan(seconds=given.seconds, rounds=given.rounds)
+    plan = Plan(
+        seconds=given.seconds,
+        rounds=given.rounds,
+        entities=tuple(given.entities),
+        concurrency=tuple(given.concurrency),
+        skip=frozenset(given.skip),
+    )
+    if given.smoke:
+        plan = replace(SMOKE, skip=plan.skip)
+    whole = not given.smoke and (plan.entities, plan.concurrency, plan.skip) == (
+        Plan.entities,
+        Plan.concurrency,
+        Plan.skip,
+    )
     same = [f"{name}=={importlib.metadata.version(name)}" for name in PEER_PACKAGES]
-    python = Path(sys.executable) if given.smoke else python_of("plain-server", same)
+    python: Path | None = None
+    if "plain" not in plan.skip:
+        python = Path(sys.executable) if given.smoke else python_of("plain-server", same)
     with project() as settings, Workspace.open(settings) as workspace:
-        prepare(workspace, plan.customers)
-        with peer(workspace, python) as plain, graph(workspace) as ours:
-            check_agreement(ours, plain, plan.customers)
-            found = report(measure(ours, plain, plan), plan)
+        found = run(workspace, plan, python)
     print(found.markdown())
-    if not given.smoke:
+    if whole:
         print(f"written to {found.write('serving').relative_to(ROOT)}")
     return 0
 
