@@ -174,9 +174,8 @@ def main() -> int:
     """Run as a program; exit code 1 if no request succeeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="http://127.0.0.1:PORT/predict")
-    parser.add_argument(
-        "--bodies", type=Path, help="a file with a body a line, each sent once; instead of --entities"
-    )
+    parser.add_argument("--bodies", type=Path, help="a file with a body a line; instead of --entities")
+    parser.add_argument("--again", type=int, default=1, help="how often each of those bodies is sent at most")
     parser.add_argument("--entities", type=int, default=1, help="entities a request")
     parser.add_argument("--population", type=int, default=2_000, help="entity ids are 1 to this")
     parser.add_argument("--concurrency", type=int, default=16, help="connections")
@@ -188,7 +187,7 @@ def main() -> int:
         asked, most = bodies(given.entities, given.population, seed=given.seed), given.most
     else:
         asked = given.bodies.read_bytes().splitlines()
-        most = min(given.most, len(asked))
+        most = min(given.most, given.again * len(asked))
     sending = generate(given.url, asked, concurrency=given.concurrency, seconds=given.seconds, most=most)
     outcome = asyncio.run(sending)
     print(json.dumps(outcome.summary()))

@@ -11,7 +11,6 @@ log's stream is emptied, as the sink would, so that the online store's memory do
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import load
 from benchmarks.peers import ROOT, Report, facts
+from benchmarks.processes import replica_pid
 from benchmarks.serving import graph, prepare, project
 from heliostat.workspace import Workspace
 
@@ -29,37 +29,6 @@ CONCURRENCY = 64
 PARTS = 20
 _MIB = 2**20
 _LONGEST_PART_S = 60.0
-
-
-def replica_pid() -> int:
-    """The process of the gateway's replica.
-
-    Raises:
-        SystemExit: If this program started none, or several.
-    """
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if title.startswith(b"ray::ServeReplica:") and b":Gateway" in title and _is_ours(int(entry.name)):
-            found.append(int(entry.name))
-    if len(found) != 1:
-        raise SystemExit(f"there are {len(found)} gateways; memory is told of one alone")
-    return found[0]
-
-
-def _is_ours(pid: int) -> bool:
-    """Whether this process started it, or started who did."""
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return False
-    return False
 
 
 def held_bytes(pid: int) -> tuple[int, int]:

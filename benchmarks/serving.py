@@ -42,7 +42,7 @@ from heliostat import cluster
 from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.ingestion.intake import Intake
 from heliostat.models.packaging import ModelPackage, Signature
-from heliostat.online.retrieval import FeatureReader
+from heliostat.online.retrieval import FeatureBatch, FeatureReader
 from heliostat.online.tiles import RingLimits
 from heliostat.settings import ClockSettings, RaySettings, ServingSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
@@ -132,8 +132,12 @@ def project() -> Iterator[Settings]:
 # ── The same data for both ──────────────────────────────────────────────────────────
 
 
-def prepare(workspace: Workspace, customers: int) -> None:
-    """Events of customers ``1 … n`` into the rings, a model, a route; and for the peer the same as hashes."""
+def prepare(workspace: Workspace, customers: int) -> FeatureBatch:
+    """Events of customers ``1 … n`` into the rings, two versions, a split; and for the peer the same as hashes.
+
+    Returns:
+        The customers' features, in order.
+    """
     rng = np.random.default_rng(7)
     now_us = workspace.clock.now_us()
     count = customers * EVENTS_A_CUSTOMER
@@ -173,6 +177,7 @@ def prepare(workspace: Workspace, customers: int) -> None:
             values = {name: repr(value) for name, value in zip(batch.names, vector, strict=True) if value == value}
             pipeline.hset(f"{PEER_PREFIX}{customer}", mapping=values)
         pipeline.execute()
+    return batch
 
 
 def _register(workspace: Workspace, matrix: np.ndarray[tuple[int, int], np.dtype[np.float64]], seed: int) -> int:
