@@ -21,8 +21,10 @@ from benchmarks import (
     online_read,
     peers,
     point_in_time,
+    processes,
     programs,
     ray_data_join,
+    scoring_servers,
 )
 from heliostat.clock import US_PER_DAY
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
@@ -112,7 +114,7 @@ def test_the_benchmark_runs_as_a_program_without_any_peer() -> None:
     assert "| Heliostat " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["duckdb_join.py", "feast_store.py"])
+@pytest.mark.parametrize("name", ["duckdb_join.py", "feast_store.py", "bento_service.py", "mlflow_model.py"])
 def test_a_peers_program_imports_nothing_of_heliostat(name: str) -> None:
     program = (peers.ROOT / "benchmarks" / name).read_text()
     assert "import heliostat" not in program
@@ -216,6 +218,54 @@ def test_materialized_values_are_checked_before_anybody_is_timed(tmp_path: Path)
         pq.write_table(values.set_column(2, "count_30d", pa.array(np.full(entities, 0.5))), place.values)
         with pytest.raises(SystemExit, match="Heliostat brings other values online"):
             materialization.check(place, None)
+
+
+# ── Scoring servers ─────────────────────────────────────────────────────────────────
+
+
+def test_where_heliostat_is_behind_a_scoring_server_is_said() -> None:
+    def costed(requests_per_s: float, p99_ms: float) -> scoring_servers.Costed:
+        return scoring_servers.Costed([requests_per_s], [1.0], [p99_ms], 0, [1.0])
+
+    ours, peers_ = ("Heliostat", "Heliostat, log async", "Heliostat, Open Inference Protocol"), scoring_servers.PEERS
+    ahead = {name: costed(1_000, 20) for name in ours} | {name: costed(900, 30) for name in peers_}
+    assert list(scoring_servers.behind({(1, 16): ahead})) == []
+    mixed = {**ahead, "Heliostat": costed(450, 20), "Heliostat, log async": costed(1_000, 60)}
+    assert list(scoring_servers.behind({(100, 64): mixed})) == [
+        f"{what}, 100 rows at 64: behind {peer}: {how}."
+        for peer in peers_
+        for what, how in (
+            ("Heliostat", "0.50 of its requests/s"),
+            ("Heliostat, log async", "p99 2.00 times its p99"),
+        )
+    ]
+
+
+def test_processor_time_of_a_process_tree_is_counted_while_it_runs() -> None:
+    burns = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint(1, flush=True); sys.stdin.readline()"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burns!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", nested], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        pids = processes.tree(parent.pid)
+        assert pids[0] == parent.pid
+        assert len(pids) == 2
+        assert 0.25 < processes.cpu_s(pids[1:]) < 5
+        assert processes.titled(sys.executable.rpartition("/")[2].encode(), holding=b"process_time")
+        parent.communicate("")
+    assert processes.cpu_s(pids) == 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_beside_scoring_servers_runs() -> None:
+    command = [sys.executable, "benchmarks/scoring_servers.py", "--smoke"]
+    done = subprocess.run(command, cwd=peers.ROOT, check=False, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 2 * 2 * 3
+    assert all(float(row[7]) > 0 and row[8] == "0" for row in rows[1:])
 
 
 # ── The page ────────────────────────────────────────────────────────────────────────

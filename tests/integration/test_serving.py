@@ -262,6 +262,35 @@ def test_features_of_the_request_override_stored_ones(shop: Shop) -> None:
     shop.run(scenario)
 
 
+def test_a_request_that_gives_all_features_is_scored_by_them_and_logged_as_given(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        model = shop.workspace.models.load("churn", 1)
+        names = model.signature.names
+        matrix = np.random.default_rng(3).uniform(0, 8, (3, len(names)))
+        rows = [dict(zip(names, row, strict=True)) for row in matrix.tolist()]
+        whole = {"entity_ids": [7, 8, 9], "features": rows}
+        # Requests that wait together share a batch, whatever they give.
+        answers = await asyncio.gather(
+            client.post("/predict", json=whole),
+            client.post("/predict", json={"entity_ids": [7]}),
+            client.post("/predict", json={"entity_ids": [7], "features": [{names[0]: 3}]}),
+        )
+        alone = (await client.post("/predict", json=whole)).json()
+        given, stored, partly = (each.json() for each in answers)
+        assert given["predictions"] == alone["predictions"] == model.predict(matrix).tolist()
+        assert stored["predictions"] != partly["predictions"]
+        assert {each["source"] for each in given["entities"]} == {"model"}
+        stream = shop.workspace.streams.record_stream("predictions")
+        _, logged = rows_from("predictions", shop.workspace.streams.read(stream))["churn"]
+        told = {row["prediction_id"]: row for row in logged.to_pylist()}
+        for answer in (given, alone):
+            kept = [told[each["prediction_id"]] for each in answer["entities"]]
+            np.testing.assert_array_equal([row["features"] for row in kept], matrix)
+            assert all(row["given"] == sorted(names) for row in kept)
+
+    shop.run(scenario)
+
+
 def test_actuals_are_appended_by_prediction_or_by_entity(shop: Shop) -> None:
     async def scenario(client: Client) -> None:
         answer = (await client.post("/predict", json={"entity_ids": [1]})).json()

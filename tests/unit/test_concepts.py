@@ -56,7 +56,7 @@ def test_the_request_of_the_page_is_one_that_is_taken(example: ModuleType) -> No
     label = Label.any_within("again", example.payments, "7d")
     model = ModelSpec("fraud", example.card, [example.spending, example.account], label)
     asked = parse_predict(
-        orjson.dumps(example.request), Definitions.of([model]), overridable=lambda _: (), max_entities=5
+        orjson.dumps(example.request), Definitions.of([model]), overridable=lambda _: frozenset(), max_entities=5
     )
     assert asked.inputs[0] == {"amount": 120.0}
     assert model.categorical == ("spending__last_country", "account__home")

@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Self, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heliostat.errors import (
     InvalidDefinitionError,
@@ -31,6 +33,9 @@ from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineS
 
 Overrides: TypeAlias = Mapping[str, float | int | bool | None]
 """Features that a request gives itself, by qualified or unambiguous bare name; None is null."""
+
+Given: TypeAlias = tuple[slice | NDArray[np.intp], FloatArray]
+"""Which rows of a column are given, and their values."""
 
 Inputs: TypeAlias = Mapping[str, FloatArray]
 """What a request brings for derived features, shape ``(n,)`` by name; NaN is null."""
@@ -215,7 +220,7 @@ class FeatureReader:
         missing = tuple(name for name in self.request if name not in brought)
         if missing:
             raise MissingInputError(missing, f"the vector of {', '.join(self.views)}", "what was given")
-        given = self._given(overrides)
+        given = self._given(overrides) if overrides else {}
         absent = np.empty((n, len(self._plans)), dtype=np.bool_)
         newest_us = np.full((len(self._plans), n), np.nan)
         columns = [
@@ -235,7 +240,7 @@ class FeatureReader:
         values: Sequence[bytes | None],
         n: int,
         as_of_us: int,
-        given: Mapping[str, list[tuple[int, float]]],
+        given: Mapping[str, Given],
         absent: BoolArray,
         newest_us: FloatArray,
         inputs: Inputs,
@@ -264,14 +269,46 @@ class FeatureReader:
             lengths = tuple(sorted({len(value) for value in values if value is not None}))
             raise RingCorruptError(plan.view.ref, group.name, lengths, group.slot_bytes) from None
 
-    def _given(self, overrides: Sequence[Overrides | None] | None) -> dict[int, dict[str, list[tuple[int, float]]]]:
+    def _given(self, overrides: Sequence[Overrides | None]) -> dict[int, dict[str, Given]]:
         """Rows and values by view and feature."""
-        found: dict[int, dict[str, list[tuple[int, float]]]] = {}
-        for row, features in enumerate(overrides or ()):
-            for name, value in (features or {}).items():
+        found: dict[int, dict[str, Given]] = {}
+        alike = _alike(overrides)
+        if alike is not None:
+            names, values = alike
+            for name, column in zip(names, values.T, strict=True):
                 for position, feature in self._overridden(name):
-                    found.setdefault(position, {}).setdefault(feature, []).append((row, _number(name, value)))
+                    found.setdefault(position, {})[feature] = (slice(None), column)
+            return found
+        single: dict[tuple[int, str], dict[int, float]] = {}
+        for row, features in enumerate(overrides):
+            for name, value in (features or {}).items():
+                for place in self._overridden(name):
+                    single.setdefault(place, {})[row] = _number(name, value)
+        for (position, feature), each in single.items():
+            found.setdefault(position, {})[feature] = (np.array(list(each)), np.array(list(each.values())))
         return found
+
+    def _given_alone(
+        self, entity_texts: EntityTexts, overrides: Sequence[Overrides | None] | None
+    ) -> FeatureBatch | None:
+        """The vectors, where every row gives all that is asked for: then no ring needs to be read.
+
+        None if there is something to read. Whether the store holds a view isn't known then, and not said.
+        """
+        if not overrides or isinstance(entity_texts, Mapping) or len(overrides) != len(entity_texts):
+            return None
+        alike = _alike(overrides)
+        if alike is None or len(alike[0]) < len(self._columns):
+            return None
+        places: dict[tuple[int, str], int] = {}
+        for at, name in enumerate(alike[0]):
+            places.update(dict.fromkeys(self._overridden(name), at))
+        columns = [places[column] for column in self._columns if column in places]
+        if len(columns) < len(self._columns):
+            return None
+        n = len(alike[1])
+        absent = np.zeros((n, len(self._plans)), dtype=np.bool_)
+        return FeatureBatch(self.names, alike[1].take(columns, axis=1), self.views, absent, np.full(n, np.nan))
 
     def _overridden(self, name: str) -> tuple[tuple[int, str], ...]:
         places = self.overridable.get(name)
@@ -291,6 +328,8 @@ class FeatureReader:
     ) -> tuple[FeatureBatch, list[bytes | None]]:
         """Read feature vectors, and other keys with them, in one round trip.
 
+        Where overrides give every row all that is asked for, rings aren't read, and no view is absent.
+
         Args:
             store: Where the rings are.
             entity_texts: Whose vectors.
@@ -305,6 +344,8 @@ class FeatureReader:
         Raises:
             OnlineStoreUnavailableError: If the store doesn't answer.
         """
+        if (batch := self._given_alone(entity_texts, overrides)) is not None:
+            return batch, store.read(also) if also else []
         values = store.read([*also, *self.keys(entity_texts)])
         batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)
         return batch, values[: len(also)]
@@ -320,6 +361,8 @@ class FeatureReader:
         also: Sequence[str] = (),
     ) -> tuple[FeatureBatch, list[bytes | None]]:
         """As `read`, for asyncio."""
+        if (batch := self._given_alone(entity_texts, overrides)) is not None:
+            return batch, await store.read(also) if also else []
         values = await store.read([*also, *self.keys(entity_texts)])
         batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)
         return batch, values[: len(also)]
@@ -333,13 +376,28 @@ def _newest(group: RingGroup, rings: Rings, newest_us: FloatArray) -> None:
         np.multiply(last, group.hop_us, out=newest_us, where=rings.counts > group.life)
 
 
-def _replaced(column: FloatArray, given: Sequence[tuple[int, float]] | None) -> FloatArray:
-    if not given:
+def _replaced(column: FloatArray, given: Given | None) -> FloatArray:
+    if given is None:
         return column
+    rows, values = given
     column = column.copy()  # may be a state that other features share
-    for row, value in given:
-        column[row] = value
+    column[rows] = values
     return column
+
+
+def _alike(overrides: Sequence[Overrides | None]) -> tuple[tuple[str, ...], FloatArray] | None:
+    """Names and values, shape ``(n, n_names)``, if all rows give the same features, as finite floats or NaN.
+
+    None if they don't.
+    """
+    names = tuple(overrides[0] or ())
+    if not names or any(each is None or tuple(each) != names for each in overrides):
+        return None
+    flat = list(chain.from_iterable(each.values() for each in overrides if each is not None))
+    if set(map(type, flat)) != {float}:
+        return None
+    values = np.array(flat).reshape(len(overrides), len(names))
+    return None if np.isinf(values).any() else (names, values)
 
 
 def _number(name: str, value: float | bool | None) -> float:

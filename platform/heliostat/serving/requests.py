@@ -7,7 +7,8 @@ messages can say what exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +77,7 @@ def parse_predict(
     body: bytes,
     definitions: Definitions,
     *,
-    overridable: Callable[[ModelSpec], Collection[str]],
+    overridable: Callable[[ModelSpec], AbstractSet[str]],
     max_entities: int,
     model: str | None = None,
 ) -> PredictRequest:
@@ -305,9 +306,11 @@ def _inputs(given: object, spec: ModelSpec, needed: RequestTypes, where: str) ->
     return values
 
 
-def _values(given: object, spec: ModelSpec, known: Collection[str], where: str) -> dict[str, float]:
+def _values(given: object, spec: ModelSpec, known: AbstractSet[str], where: str) -> dict[str, float]:
     if not isinstance(given, dict):
         raise InvalidFieldError(where, f"is {_kind(given)}", "an object of values by feature")
+    if given.keys() <= known and set(map(type, given.values())) == {float} and math.isfinite(sum(given.values())):
+        return given  # as nearly all are
     values: dict[str, float] = {}
     for name, value in given.items():
         if name not in known:

@@ -188,8 +188,15 @@ class FeatureReaders:
         if not query.overrides:
             return None
         reader = self.of(query.names)
-        rows = (self._qualified(reader, query.overrides.get(row, {})) for row in range(len(query.entities)))
-        return [tuple(sorted({_PINNED.sub("__", name) for name in names})) for names in rows]
+        told: dict[tuple[str, ...], tuple[str, ...]] = {}  # rows mostly give the same
+        found = []
+        for row in range(len(query.entities)):
+            given = query.overrides.get(row, {})
+            names = tuple(given)
+            if names not in told:
+                told[names] = tuple(sorted({_PINNED.sub("__", name) for name in self._qualified(reader, given)}))
+            found.append(told[names])
+        return found
 
     @staticmethod
     def _qualified(reader: FeatureReader, given: Mapping[str, float]) -> dict[str, float]:

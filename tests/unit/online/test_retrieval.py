@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -210,6 +211,49 @@ def test_an_override_doesnt_leak_into_a_feature_with_the_same_state() -> None:
     twin = reader(view["a"], view["b"])
     values = [content.get(key) for key in twin.keys(["1"])]
     assert twin.decode(values, as_of_us=NOW_US, overrides=[{"a": 9}]).matrix.tolist() == [[9.0, 2.0]]
+
+
+def test_what_all_rows_give_alike_means_the_same_as_row_by_row() -> None:
+    asked = reader(recent["amount"], recent["mean"], recent["log_mean"], always["total"])
+    alike = [{"amount": 20.0 + row, "recent__n": math.nan if row == 2 else 4.0} for row in range(len(USERS))]
+    one_by_one = [dict(sorted(each.items(), reverse=row % 2 == 0)) for row, each in enumerate(alike)]
+    for overrides in (one_by_one, [{name: np.float64(value) for name, value in each.items()} for each in alike]):
+        np.testing.assert_array_equal(read(asked, overrides=alike).matrix, read(asked, overrides=overrides).matrix)
+
+
+class Content:
+    """A store's content that notes which keys are asked for."""
+
+    def __init__(self) -> None:
+        self.values = {**stored([recent, always]), "route": b"document"}
+        self.asked: list[str] = []
+
+    def read(self, keys: Sequence[str]) -> list[bytes | None]:
+        self.asked += keys
+        return [self.values.get(key) for key in keys]
+
+
+def test_no_ring_is_read_where_the_request_gives_all_that_is_asked_for() -> None:
+    asked = reader(always["total"], recent["n"], recent["log_mean"])
+    given = [{"n": 1.0 + row, "log_mean": math.nan, "total": 0.5, "mean": 7.0} for row in range(len(USERS))]
+    given = [{f"recent__{name}" if name == "n" else name: value for name, value in each.items()} for each in given]
+    store = Content()
+    batch, also = asked.read(cast("Any", store), USERS, as_of_us=NOW_US, overrides=given, also=["route"])
+    assert (store.asked, also) == (["route"], [b"document"])
+    np.testing.assert_array_equal(batch.matrix, read(asked, overrides=given).matrix)
+    assert batch.names == asked.names
+    assert not batch.absent.any()
+    assert np.isnan(batch.newest_us).all()
+
+
+@pytest.mark.parametrize("lacking", ["log_mean", "total"])
+def test_rings_are_read_for_what_a_request_doesnt_give(lacking: str) -> None:
+    asked = reader(always["total"], recent["log_mean"])
+    given = [{"log_mean": 1.0, "total": 0.5} for _ in USERS]
+    given[1].pop(lacking)
+    batch, _ = asked.read(cast("Any", store := Content()), USERS, as_of_us=NOW_US, overrides=given)
+    assert store.asked == asked.keys(USERS)
+    np.testing.assert_array_equal(batch.matrix, read(asked, overrides=given).matrix)
 
 
 def test_null_and_truth_values_are_overrides_too() -> None:

@@ -71,7 +71,7 @@ EVENTS = pa.Table.from_pylist(
 
 def read(**body: object) -> PredictRequest:
     names = [name for ref in SPENDING for name in (ref.name, ref.feature)]
-    return parse_predict(orjson.dumps(body), DEFINITIONS, overridable=lambda _: names, max_entities=5)
+    return parse_predict(orjson.dumps(body), DEFINITIONS, overridable=lambda _: set(names), max_entities=5)
 
 
 class Served:

@@ -20,7 +20,7 @@ DEVICE = Entity("device", keys={"account": "string", "slot": "int64"})
 
 
 def read(**body: object) -> PredictRequest:
-    return parse_predict(orjson.dumps(body), DEFINITIONS, overridable=lambda _: NAMES, max_entities=5)
+    return parse_predict(orjson.dumps(body), DEFINITIONS, overridable=lambda _: frozenset(NAMES), max_entities=5)
 
 
 def test_the_model_may_be_left_out_where_there_is_one() -> None:
@@ -31,7 +31,7 @@ def test_the_model_may_be_left_out_where_there_is_one() -> None:
 def test_a_model_in_the_path_is_the_one_that_is_asked_and_the_body_may_only_repeat_it() -> None:
     def of(**body: object) -> PredictRequest:
         return parse_predict(
-            orjson.dumps(body), DEFINITIONS, overridable=lambda _: NAMES, max_entities=5, model="churn"
+            orjson.dumps(body), DEFINITIONS, overridable=lambda _: frozenset(NAMES), max_entities=5, model="churn"
         )
 
     assert of(entity_ids=[1]) == of(entity_ids=[1], model="churn") == PredictRequest("churn", ("1",), (1,))
@@ -89,7 +89,7 @@ def test_a_model_must_be_named_where_there_are_several() -> None:
     other = ModelSpec("other", entity=CHURN.entity, features=[USAGE], label=Label.any_within("any", ACTIVITIES, "1d"))
     definitions = Definitions.of([CHURN, other])
     with pytest.raises(HeliostatError, match="churn, other"):
-        parse_predict(b'{"entity_ids": [1]}', definitions, overridable=lambda _: NAMES, max_entities=5)
+        parse_predict(b'{"entity_ids": [1]}', definitions, overridable=lambda _: frozenset(NAMES), max_entities=5)
 
 
 documents = st.recursive(
@@ -119,7 +119,7 @@ def test_whatever_json_arrives_it_is_read_or_refused_with_a_client_error(documen
     except TypeError:  # an integer beyond 64 bits
         body = str(document).encode()
     for parse in (
-        lambda: parse_predict(body, DEFINITIONS, overridable=lambda _: NAMES, max_entities=5),
+        lambda: parse_predict(body, DEFINITIONS, overridable=lambda _: frozenset(NAMES), max_entities=5),
         lambda: parse_events(body),
         lambda: parse_actuals(body, DEFINITIONS, max_actuals=5),
     ):
@@ -129,7 +129,7 @@ def test_whatever_json_arrives_it_is_read_or_refused_with_a_client_error(documen
 
 @given(st.binary(max_size=60))
 def test_whatever_bytes_arrive_they_are_refused_with_a_client_error(body: bytes) -> None:
-    error = refusal(lambda: parse_predict(body, DEFINITIONS, overridable=lambda _: NAMES, max_entities=5))
+    error = refusal(lambda: parse_predict(body, DEFINITIONS, overridable=lambda _: frozenset(NAMES), max_entities=5))
     assert error is not None
     assert error.http_status in (400, 404, 422)
 
