@@ -1,7 +1,7 @@
 """Where a request's processor time goes: by process, and within the replica by what the request goes through.
 
-Of HAProxy, the replica and the online store's server the operating system tells the time. The replica's is shared out
-by samples of its stacks, which py-spy takes from outside while it answers; py-spy gets an environment of its own.
+Of HAProxy, the online store's server and each of the replica's threads the operating system tells the time. A thread's
+is shared out by samples of its stacks, which py-spy takes from outside; py-spy gets an environment of its own.
 `benchmarks/serving.py --parts` makes the table.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import load
 from benchmarks.peers import Report, facts, python_of
-from benchmarks.processes import cpu_s, replica_pid, titled
+from benchmarks.processes import cpu_s, replica_pid, threads_cpu_s, titled
 
 REQUIREMENTS = ("py-spy>=0.4",)
 _RATE = 400
@@ -34,14 +34,14 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "batch, deadlines, ladder": ("heliostat/serving/",),
     "gateway": ("deployments/",),
     "uvicorn, Starlette, Ray Serve": ("uvicorn/", "starlette/", "fastapi/", "ray/serve/"),
-    "replies of the online store": ("redis/", "asyncio/streams.py"),
 }
 """Parts of the replica's time, and what names a frame of theirs: a file's path, or a function's name. The innermost
 frame that any of them names decides; of the names that fit it, the first."""
 
-OTHER = "event loop, rest of Python"
+REPLIES, OTHER = "replies of the online store", "event loop and its sockets"
+RAY = "Ray's own threads"
 HAPROXY, VALKEY = "HAProxy", "the online store's server"
-ORDER = (HAPROXY, "uvicorn, Starlette, Ray Serve", "gateway", *(name for name in PARTS), OTHER, VALKEY)
+ORDER = (HAPROXY, "uvicorn, Starlette, Ray Serve", "gateway", *(name for name in PARTS), REPLIES, OTHER, RAY, VALKEY)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Shared:
         cpu_us: By part, microseconds a request.
         requests_per_s: Without py-spy.
         p50_ms: Likewise.
-        samples: Of the replica's stacks.
+        samples: Of the stacks of the replica's busiest thread: the event loop's.
     """
 
     cpu_us: Mapping[str, float]
@@ -69,20 +69,37 @@ def part_of(stack: str) -> str:
         for part, names in PARTS.items():
             if any(name in shown for name in names):
                 return part
-    return OTHER
+    return REPLIES if "asyncio/streams.py" in stack or "redis/" in stack else OTHER
 
 
-def shares(stacks: Iterable[str]) -> Counter[str]:
-    """Samples by part.
+def shares(stacks: Iterable[str]) -> dict[int, Counter[str]]:
+    """Samples by thread and part.
 
     Args:
-        stacks: Lines of py-spy's raw format: a stack, and how often it was seen.
+        stacks: Lines of py-spy's raw format: ``thread (ID): NAME``, frames, and how often that was seen.
     """
-    found: Counter[str] = Counter()
+    found: dict[int, Counter[str]] = {}
     for line in stacks:
         stack, _, count = line.rpartition(" ")
-        found[part_of(stack)] += int(count)
+        thread, _, frames = stack.partition(";")
+        number = int(thread.partition("(")[2].partition(")")[0])
+        found.setdefault(number, Counter())[part_of(frames)] += int(count)
     return found
+
+
+def shared_out(spent_us: Mapping[int, float], seen: Mapping[int, Counter[str]]) -> dict[str, float]:
+    """Time by part.
+
+    Args:
+        spent_us: By thread.
+        seen: Samples by thread and part; threads that run no Python have none.
+    """
+    parts: dict[str, float] = {}
+    for thread, spent in spent_us.items():
+        counts = seen.get(thread, Counter({RAY: 1}))
+        for part, count in counts.items():
+            parts[part] = parts.get(part, 0.0) + spent * count / counts.total()
+    return parts
 
 
 class Sampler:
@@ -103,7 +120,7 @@ class Sampler:
         Raises:
             SystemExit: If py-spy can't; it wants to trace the process.
         """
-        options = ["--pid", str(pid), "--duration", str(max(1, round(seconds))), "--rate", str(_RATE)]
+        options = ["--pid", str(pid), "--duration", str(max(1, round(seconds))), "--rate", str(_RATE), "--threads"]
         command = [str(self._program), "record", *options, "--format", "raw", "--output", str(file)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
@@ -131,22 +148,24 @@ def measure(
         seconds: Of a run, at least 1; there are two, with py-spy and without.
     """
     replica = replica_pid()
-    processes = {HAPROXY: titled(b"haproxy"), VALKEY: [valkey_pid], OTHER: [replica]}
+    processes = {HAPROXY: titled(b"haproxy"), VALKEY: [valkey_pid]}
     options = {"entities": entities, "population": customers, "concurrency": concurrency}
     load.run(f"{url}/predict", seconds=min(seconds, 1.0), **options)
-    before = {name: cpu_s(pids) for name, pids in processes.items()}
+    before, threads = {name: cpu_s(pids) for name, pids in processes.items()}, threads_cpu_s(replica)
     found = load.all_of(load.run(f"{url}/predict", seconds=seconds, **options))
-    spent = {name: (cpu_s(pids) - before[name]) / found["requests"] * 1e6 for name, pids in processes.items()}
+    each = 1e6 / found["requests"]
+    spent = {name: (cpu_s(pids) - before[name]) * each for name, pids in processes.items()}
+    in_threads = {at: (now - threads.get(at, 0.0)) * each for at, now in threads_cpu_s(replica).items()}
 
     file = folder / f"stacks-{entities}-{concurrency}"
     with ThreadPoolExecutor(1) as pool, Sampler().watching(replica, seconds, file):
         pool.submit(load.run, f"{url}/predict", seconds=seconds + 1.0, **options).result()
-    counts = shares(file.read_text().splitlines())
-    in_replica, samples = spent.pop(OTHER), counts.total()
-    if not samples:
-        raise SystemExit("py-spy saw no thread of the replica at work")
-    parts = {part: in_replica * count / samples for part, count in counts.items()}
-    return Shared(parts | spent, found["requests_per_s"], found["p50_ms"], samples)
+    seen = shares(file.read_text().splitlines())
+    busiest = max(in_threads, key=in_threads.__getitem__)
+    if busiest not in seen:
+        raise SystemExit("py-spy didn't see the replica's busiest thread at work")
+    parts = shared_out(in_threads, seen)
+    return Shared(parts | spent, found["requests_per_s"], found["p50_ms"], seen[busiest].total())
 
 
 def report(cells: Mapping[tuple[int, int], Shared], *, seconds: float, customers: int) -> Report:
@@ -176,10 +195,9 @@ def report(cells: Mapping[tuple[int, int], Shared], *, seconds: float, customers
                 " and the client's own work."
             ),
             (
-                "The replica's time is shared out by where its threads were in"
-                f" {', '.join(f'{cell.samples:,}' for cell in cells.values())} samples of running threads, {_RATE} a"
-                " second: by the innermost frame whose file says what it is for. What works beside requests, such as"
-                " metrics and Ray's own threads, is in it."
+                "A thread's time is shared out by where it was in samples, of the event loop's"
+                f" {', '.join(f'{cell.samples:,}' for cell in cells.values())}, {_RATE} a second at most: by the"
+                " innermost frame whose file says what it is for. Threads that run no Python are Ray's own."
             ),
             (
                 f"Runs of {seconds:g} s, without py-spy for times, with it for shares;"
