@@ -1,7 +1,7 @@
 """Where a request's processor time goes: by process, and within the replica by what the request goes through.
 
-Of HAProxy, the online store's server and each of the replica's threads the operating system tells the time. A thread's
-is shared out by samples of its stacks, which py-spy takes from outside; py-spy gets an environment of its own.
+Of HAProxy, the online store's server and each of the replica's threads the operating system tells the time. That of a
+thread is shared out by samples of its stacks, which py-spy takes from outside, from an environment of its own.
 `benchmarks/serving.py --parts` makes the table.
 """
 
