@@ -27,7 +27,7 @@ from deployments.access import AccessControl
 from deployments.http import RETRY_AFTER, Meter, answer_to, install_error_handlers, json_response, read_body
 from deployments.open_inference import OpenInference
 from heliostat.clock import Clock, format_instant
-from heliostat.errors import HeliostatError, StorageError, TooManyEventsError
+from heliostat.errors import ForcedVariantError, HeliostatError, StorageError, TooManyEventsError
 from heliostat.experiments.assignment import RoutingDocument
 from heliostat.features.categories import CategoryDictionary
 from heliostat.features.metadata import FeatureMetadata
@@ -37,6 +37,7 @@ from heliostat.models.registry import ModelRegistry, ModelVersion
 from heliostat.serving.access import KeyRing, caller_of
 from heliostat.serving.access import Scope as AccessScope
 from heliostat.serving.answers import PredictAnswer
+from heliostat.serving.breaker import Breakers
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.requests import parse_actuals, parse_events, parse_predict
@@ -50,6 +51,7 @@ from heliostat.tracing import HEADER as TRACE_HEADER
 _logger = logging.getLogger("heliostat.gateway")
 
 _READY_FOR_S = 1.0
+_VARIANT_HEADER = b"x-heliostat-variant"
 # Checking events is work for the processor: predictions get their turn between two parts of a large request.
 _EVENTS_AT_ONCE = 100
 
@@ -76,6 +78,7 @@ class Parts:
         route: A model's current routing document; blocks.
         meter: Counts.
         keys: Knows the API keys; None: this machine's requests need none, and others aren't answered.
+        breakers: Say what isn't asked now, since it failed.
         close: Lets go of all of this, when the application is shut down.
     """
 
@@ -93,6 +96,7 @@ class Parts:
     route: Callable[[str], RoutingDocument | None]
     meter: Meter
     keys: KeyRing | None
+    breakers: Breakers
     close: Callable[[], Awaitable[None]]
 
 
@@ -134,6 +138,7 @@ class Api:
             overridable=self.overridable_of,
             max_entities=self._limits.max_entities_per_request,
             model=model,
+            variant=forced_variant(scope),
         )
         answer = await self._parts.predictor.predict(asked)
         self._parts.meter.predicted(answer)
@@ -293,13 +298,15 @@ class Api:
     async def readyz(self, request: Request) -> Response:
         """Whether requests can be answered the normal way: the stores answer, and what serves can be asked.
 
-        What is wrong is told to those who may read.
+        What is wrong, and the state of every circuit breaker, is told to those who may read.
         """
         problems = await self.problems()
+        told: dict[str, Any] = {}
+        if caller_of(request.scope).may(AccessScope.READ):
+            told = {"breakers": self._parts.breakers.states(), **({"problems": problems} if problems else {})}
         if problems:
-            told = {"problems": problems} if caller_of(request.scope).may(AccessScope.READ) else {}
             return json_response({"status": "not ready", **told}, 503, RETRY_AFTER)
-        return json_response({"status": "ready"})
+        return json_response({"status": "ready", **told})
 
     async def problems(self) -> dict[str, str]:
         """Why requests can't be answered the normal way, by part; looked for once a second at most."""
@@ -325,6 +332,20 @@ class Api:
             except HeliostatError as error:
                 problems[f"model {model}"] = error
         return problems
+
+
+def forced_variant(scope: Scope) -> str | None:
+    """The variant that a request forces, for tests of a split; None: as assigned.
+
+    Raises:
+        ForcedVariantError: If whoever sent it may not.
+    """
+    for name, value in scope["headers"]:
+        if name == _VARIANT_HEADER:
+            if not caller_of(scope).may(AccessScope.ADMIN):
+                raise ForcedVariantError("X-Heliostat-Variant")
+            return str(value.decode("latin-1"))
+    return None
 
 
 class Application:
