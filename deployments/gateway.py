@@ -23,11 +23,11 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import documentation
-from deployments.access import AccessControl
+from deployments.access import AccessControl, forced_variant
 from deployments.http import RETRY_AFTER, Meter, answer_to, install_error_handlers, json_response, read_body
 from deployments.open_inference import OpenInference
 from heliostat.clock import Clock, format_instant
-from heliostat.errors import ForcedVariantError, HeliostatError, StorageError, TooManyEventsError
+from heliostat.errors import HeliostatError, StorageError, TooManyEventsError
 from heliostat.experiments.assignment import RoutingDocument
 from heliostat.features.categories import CategoryDictionary
 from heliostat.features.metadata import FeatureMetadata
@@ -51,7 +51,6 @@ from heliostat.tracing import HEADER as TRACE_HEADER
 _logger = logging.getLogger("heliostat.gateway")
 
 _READY_FOR_S = 1.0
-_VARIANT_HEADER = b"x-heliostat-variant"
 # Checking events is work for the processor: predictions get their turn between two parts of a large request.
 _EVENTS_AT_ONCE = 100
 
@@ -127,18 +126,19 @@ class Api:
     async def answer_predict(self, scope: Scope, receive: Receive, model: str | None = None) -> Response:
         """As `predict`, for whoever has no request object."""
         begin = time.perf_counter()
-        answer = await self.predictions(await self.body(scope, receive), model)
+        variant = forced_variant(scope)
+        answer = await self.predictions(await self.body(scope, receive), model, variant)
         return json_response(answer.document((time.perf_counter() - begin) * 1e3))
 
-    async def predictions(self, body: bytes, model: str | None) -> PredictAnswer:
-        """What the body of a prediction request asks for, counted; ``model`` is the path's."""
+    async def predictions(self, body: bytes, model: str | None, variant: str | None = None) -> PredictAnswer:
+        """What the body of a prediction request asks for, counted; ``model`` is the path's, ``variant`` forced."""
         asked = parse_predict(
             body,
             self._parts.definitions,
             overridable=self.overridable_of,
             max_entities=self._limits.max_entities_per_request,
             model=model,
-            variant=forced_variant(scope),
+            variant=variant,
         )
         answer = await self._parts.predictor.predict(asked)
         self._parts.meter.predicted(answer)
@@ -332,20 +332,6 @@ class Api:
             except HeliostatError as error:
                 problems[f"model {model}"] = error
         return problems
-
-
-def forced_variant(scope: Scope) -> str | None:
-    """The variant that a request forces, for tests of a split; None: as assigned.
-
-    Raises:
-        ForcedVariantError: If whoever sent it may not.
-    """
-    for name, value in scope["headers"]:
-        if name == _VARIANT_HEADER:
-            if not caller_of(scope).may(AccessScope.ADMIN):
-                raise ForcedVariantError("X-Heliostat-Variant")
-            return str(value.decode("latin-1"))
-    return None
 
 
 class Application:

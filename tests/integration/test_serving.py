@@ -23,7 +23,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from benchmarks import load, serving
 from deployments import graph
-from deployments.gateway import build_app, forced_variant
+from deployments.access import forced_variant
+from deployments.gateway import build_app
 from deployments.stages import gateway_parts
 from heliostat.errors import DeploymentFailedError, ForcedVariantError
 from heliostat.models.packaging import ModelPackage, Signature

@@ -240,6 +240,11 @@ class DependencyOpenError(ServingError):
         super().__init__(dependency, retry_in_s, reason)
         self.dependency, self.retry_in_s, self.reason = dependency, retry_in_s, reason
 
+    @property
+    def public_text(self) -> str:
+        """Without the reason."""
+        return f"{self.dependency} failed and isn't asked again for {self.retry_in_s:g} s"
+
     def __str__(self) -> str:
         return f"{self.dependency} failed ({self.reason}) and isn't asked again for {self.retry_in_s:g} s"
 
@@ -251,8 +256,15 @@ class DegradedAnswerError(ServingError):
         super().__init__(model, fallback, dependency, reason)
         self.model, self.fallback, self.dependency, self.reason = model, fallback, dependency, reason
 
+    @property
+    def public_text(self) -> str:
+        """Without the reason."""
+        return self._told("")
+
     def __str__(self) -> str:
-        why = f" ({self.reason})" if self.reason else ""
+        return self._told(f" ({self.reason})" if self.reason else "")
+
+    def _told(self, why: str) -> str:
         return (
             f"{self.dependency} doesn't answer{why}: model {self.model!r} could only be answered by the fallback "
             f'{self.fallback}, and the request says "on_fallback": "error"; try again, or take the fallback'
