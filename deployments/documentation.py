@@ -287,7 +287,6 @@ def _predictions_example(model: ModelSpec | None) -> Document:
         "missing_features": [],
         "absent_views": [],
         "source": "model",
-        "degraded": False,
         "fallback": None,
     }
     return {
@@ -297,8 +296,6 @@ def _predictions_example(model: ModelSpec | None) -> Document:
         "latency_ms": 1.5,
         "request_id": "5f0c8a",
         "logged": True,
-        "degraded": False,
-        "fallback": None,
         "entities": [entity],
     }
 
@@ -417,10 +414,6 @@ def _predict_schema(model: ModelSpec | None) -> Document:
             },
             "inputs": _inputs_schema(model),
             "explain": {"type": ["boolean", "null"], "description": "Whether to say what each feature contributed"},
-            "on_fallback": {
-                "enum": ["answer", "error", None],
-                "description": "error: 503 instead of an answer by a fallback",
-            },
         },
         "example": example,
     }

@@ -14,12 +14,10 @@
     ├── TrainingFailedError        a search or a fit broke down on the cluster (errors/data.py)
     ├── RequestError               a request that can't be read (errors/requests.py)
     │   ├── BodyTooLargeError  TooManyEventsError  MalformedBodyError  InvalidFieldError
-    │   ├── UnknownOverrideError  MissingInputError  VersionNotServingError  SlowBodyError
-    │   └── UnknownVariantError  ForcedVariantError
+    │   └── UnknownOverrideError  MissingInputError  VersionNotServingError  SlowBodyError
     ├── ServingError               the service can't answer now (errors/requests.py)
     │   ├── OverloadedError  ShuttingDownError  DeadlineError  UnservableModelError
-    │   ├── StaleVersionError  PredictionLogError  DeploymentFailedError  BatchResultError
-    │   └── DependencyOpenError  DegradedAnswerError  HungModelError  ModelTooLargeError
+    │   └── StaleVersionError  PredictionLogError  DeploymentFailedError  BatchResultError
     ├── GatewayError               a request that a gateway refused, in the gateway's words (errors/requests.py)
     │   └── GatewayUnreachableError
     ├── AccessError                a request isn't allowed (errors/access.py)
@@ -98,17 +96,12 @@ from heliostat.errors.requests import (
     BatchResultError,
     BodyTooLargeError,
     DeadlineError,
-    DegradedAnswerError,
-    DependencyOpenError,
     DeploymentFailedError,
-    ForcedVariantError,
     GatewayError,
     GatewayUnreachableError,
-    HungModelError,
     InvalidFieldError,
     MalformedBodyError,
     MissingInputError,
-    ModelTooLargeError,
     OverloadedError,
     PredictionLogError,
     RequestError,
@@ -118,7 +111,6 @@ from heliostat.errors.requests import (
     StaleVersionError,
     TooManyEventsError,
     UnknownOverrideError,
-    UnknownVariantError,
     UnservableModelError,
     VersionNotServingError,
 )
@@ -177,21 +169,17 @@ __all__ = [
     "DeadlineError",
     "DefinitionConflictError",
     "DefinitionError",
-    "DegradedAnswerError",
-    "DependencyOpenError",
     "DeploymentFailedError",
     "DuplicateNameError",
     "EmbeddedServerError",
     "EntityBusyError",
     "ExperimentDataError",
     "ExpressionError",
-    "ForcedVariantError",
     "GateFailedError",
     "GatewayError",
     "GatewayUnreachableError",
     "HeliostatError",
     "HistoryNeededError",
-    "HungModelError",
     "InvalidDefinitionError",
     "InvalidFieldError",
     "InvalidKeyError",
@@ -209,7 +197,6 @@ __all__ = [
     "MissingInputError",
     "MissingKeyError",
     "MissingScopeError",
-    "ModelTooLargeError",
     "MonitoringDataError",
     "NotFoundError",
     "NotLocalError",
@@ -251,7 +238,6 @@ __all__ = [
     "UnknownSettingError",
     "UnknownSourceError",
     "UnknownTableError",
-    "UnknownVariantError",
     "UnknownVersionError",
     "UnknownViewError",
     "UnprotectedIngressError",

@@ -212,12 +212,17 @@ class TimeSinceLast(Aggregation):
                 "TimeSinceLast", f"unit {self.unit!r} is unknown", f"use {', '.join(_UNITS_US)}"
             )
 
+    @property
+    def unit_us(self) -> int:
+        """The unit's length, microseconds."""
+        return _UNITS_US[self.unit]
+
     def states(self) -> tuple[State, ...]:
         return (State("max", "time", self.input),)
 
     def finalize(self, parts: Sequence[FloatArray], *, as_of_us: NDArray[np.int64] | int) -> FloatArray:
         latest = np.where(parts[0] == -np.inf, np.nan, parts[0])
-        return (np.float64(as_of_us) - latest) / float(_UNITS_US[self.unit])
+        return (np.float64(as_of_us) - latest) / float(self.unit_us)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "unit": self.unit}

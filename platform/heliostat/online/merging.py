@@ -88,6 +88,14 @@ class MergePlan:
         labels |= {LIFE} if self._last_event is not None else set()
         self.groups: tuple[RingGroup, ...] = tuple(group for group in layout.groups if group.label in labels)
 
+    @property
+    def last_event_column(self) -> int | None:
+        """Where the life ring's slots hold what the view's ttl goes by; None without ttl."""
+        if self._last_event is None:
+            return None
+        column: int = self.layout.by_label[LIFE].columns[self._last_event.key].start
+        return column
+
     def expired(self, read: Mapping[str, _Read], as_of_us: int) -> BoolArray | None:
         """Entities whose last event is older than the view's ttl, shape ``(n,)``; None without ttl."""
         state, ttl_us = self._last_event, self.layout.view.ttl_us
@@ -182,13 +190,23 @@ class _Slots:
         """States of one number, merged: shape ``(n, len(empty))``."""
         table = np.empty((len(self.starts), len(empty)))
         for operator, place, results in runs:
-            UFUNCS[operator].reduceat(self.rows[:, place], self.starts, axis=0, out=table[:, results])
+            if operator == "add":
+                table[:, results] = self._sums(self.rows[:, place])
+            else:
+                UFUNCS[operator].reduceat(self.rows[:, place], self.starts, axis=0, out=table[:, results])
         if self.some is None:
             return table
         whole = np.empty((self.n, len(empty)))
         whole[:] = empty
         whole[self.some] = table
         return whole
+
+    def _sums(self, rows: FloatArray) -> FloatArray:
+        """Of each entity's rows, in order: so that C adds up to the same bits; `reduceat` sums long runs in pairs."""
+        width = rows.shape[1]
+        places = np.arange(len(self.starts)).repeat(self.counts)[:, None] * width + np.arange(width)
+        sums = np.bincount(places.ravel(), weights=rows.ravel(), minlength=len(self.starts) * width)
+        return sums.reshape(-1, width).astype(np.float64, copy=False)
 
     def edge(self, state: State, place: slice) -> FloatArray:
         """The first or last value, shape ``(n, 3)``."""

@@ -25,6 +25,7 @@ from heliostat.errors import (
 )
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
+from heliostat.online.compiled import MergeProgram, can_run, ring_names
 from heliostat.online.merging import MergePlan, merge_rings, parse_rings
 from heliostat.online.tiles import BoolArray, RingGroup, RingLimits, Rings, ring_layout
 from heliostat.schema import integer_buckets
@@ -83,12 +84,25 @@ class _ViewPlan:
         merge: Its rings, and the aggregated features that are needed, themselves or by derived ones.
         derived: Derived features that are needed, in declared order.
         first: Where the view's rings begin among those of an entity.
+        columns: Where in the matrix each feature that was asked for comes.
+        rest: What of ``merge`` the program doesn't do; None if it does all.
+        program: Does the others; None without.
+        direct: Whether the program writes into the matrix: all that was asked for, and nothing else is needed.
     """
 
     view: FeatureView
     merge: MergePlan
     derived: tuple[str, ...]
     first: int
+    columns: tuple[tuple[str, int], ...]
+    rest: MergePlan | None
+    program: MergeProgram | None
+    direct: bool
+
+    @cached_property
+    def quick(self) -> tuple[str, ...]:
+        """The features that the program computes, in the order of its columns if it isn't ``direct``."""
+        return tuple(name for name in self.merge.features if self.rest is None or name not in self.rest.features)
 
 
 class FeatureReader:
@@ -118,15 +132,19 @@ class FeatureReader:
         self._plans: list[_ViewPlan] = []
         self._prefixes: list[tuple[str, str]] = []
         for view in {id(each.view): each.view for each in features}.values():
-            plan = self._planned(view, {each.feature for each in features if each.view is view}, limits)
+            asked = tuple((each.feature, column) for column, each in enumerate(features) if each.view is view)
+            plan = self._planned(view, asked, limits)
             self._prefixes.extend(
                 (view.entity.name, keys.ring_prefix(view.ref, group.name)) for group in plan.merge.groups
             )
             self._plans.append(plan)
         self.views = tuple(plan.view.ref for plan in self._plans)
+        self._tags = tuple(f"{{b{bucket}}}:" for bucket in range(n_buckets))
         places = {id(plan.view): position for position, plan in enumerate(self._plans)}
         self._columns = [(places[id(each.view)], each.feature) for each in features]
-        self._tags = [f"{{b{bucket}}}:" for bucket in range(n_buckets)]
+        self._ring_prefixes = tuple(prefix for _, prefix in self._prefixes)
+        integers = [name for name, entity in self.entities.items() if entity.has_integer_key]
+        self._only_entity = integers[0] if len(self.entities) == len(integers) == 1 else None
 
     @classmethod
     def open(cls, features: Sequence[FeatureRef], settings: Settings) -> Self:
@@ -138,13 +156,27 @@ class FeatureReader:
             limits=RingLimits.of(settings.ingestion),
         )
 
-    def _planned(self, view: FeatureView, asked: set[str], limits: RingLimits) -> _ViewPlan:
-        needed = view.needed(asked)
+    def _planned(self, view: FeatureView, asked: tuple[tuple[str, int], ...], limits: RingLimits) -> _ViewPlan:
+        needed = view.needed({name for name, _ in asked})
         derived = tuple(name for name in needed if name in view.derived_features)
         # Whether a view is absent is seen by its rings: features of the request alone still read one.
         stored = [name for name in needed if name in view.base_features] or list(view.base_features)[:1]
-        merge = MergePlan(ring_layout(view, limits), stored)
-        return _ViewPlan(view, merge, derived, first=len(self._prefixes))
+        layout = ring_layout(view, limits)
+        merge = MergePlan(layout, stored)
+        quick = [name for name in stored if can_run(view.base_features[name])]
+        others = [name for name in stored if name not in quick]
+        direct = not others and not derived and all(name in quick for name, _ in asked)
+        columns = asked if direct else [(name, column) for column, name in enumerate(quick)]
+        return _ViewPlan(
+            view,
+            merge,
+            derived,
+            first=len(self._prefixes),
+            columns=asked,
+            rest=MergePlan(layout, others) if others else None,
+            program=MergeProgram(merge, columns) if quick else None,
+            direct=direct,
+        )
 
     @cached_property
     def overridable(self) -> dict[str, tuple[tuple[int, str], ...]]:
@@ -167,6 +199,11 @@ class FeatureReader:
         Raises:
             InvalidValueError: If an entity has no keys, or they aren't as many as the others'.
         """
+        if self._only_entity is not None:
+            texts = entity_texts.get(self._only_entity, ()) if isinstance(entity_texts, Mapping) else entity_texts
+            found = ring_names(self._ring_prefixes, self._tags, texts)
+            if found is not None:
+                return found
         if isinstance(entity_texts, Mapping):
             by_entity = {name: entity_texts.get(name, ()) for name in self.entities}
         else:
@@ -221,18 +258,22 @@ class FeatureReader:
         if missing:
             raise MissingInputError(missing, f"the vector of {', '.join(self.views)}", "what was given")
         given = self._given(overrides) if overrides else {}
+        matrix = np.empty((n, len(self.names)))
         absent = np.empty((n, len(self._plans)), dtype=np.bool_)
-        newest_us = np.full((len(self._plans), n), np.nan)
-        columns = [
-            self._view_columns(
-                plan, values, n, as_of_us, given.get(position, {}), absent[:, position], newest_us[position], brought
-            )
-            for position, plan in enumerate(self._plans)
-        ]
-        matrix = np.empty((n, len(self._columns)))
-        for column, (position, feature) in enumerate(self._columns):
-            matrix[:, column] = columns[position][feature]
-        return FeatureBatch(self.names, matrix, self.views, absent, np.fmax.reduce(newest_us))
+        newest_us = np.full(n, np.nan)
+        for position, plan in enumerate(self._plans):
+            replaced = given.get(position, {})
+            if plan.program is not None and plan.direct:
+                self._run(plan, plan.program, values, as_of_us, matrix, newest_us, absent, position)
+                for name, column in plan.columns if replaced else ():
+                    if name in replaced:
+                        rows, numbers = replaced[name]
+                        matrix[rows, column] = numbers
+                continue
+            features = self._view_columns(plan, values, n, as_of_us, replaced, absent, position, newest_us, brought)
+            for name, column in plan.columns:
+                matrix[:, column] = features[name]
+        return FeatureBatch(self.names, matrix, self.views, absent, newest_us)
 
     def _view_columns(
         self,
@@ -242,25 +283,55 @@ class FeatureReader:
         as_of_us: int,
         given: Mapping[str, Given],
         absent: BoolArray,
+        position: int,
         newest_us: FloatArray,
         inputs: Inputs,
     ) -> dict[str, FloatArray]:
-        rings = {
-            group.label: self._parsed(plan, group, values[at * n : (at + 1) * n])
-            for at, group in enumerate(plan.merge.groups, plan.first)
-        }
-        absent[:] = sum(each.counts for each in rings.values()) == 0
-        longest = plan.merge.groups[-1]
-        _newest(longest, rings[longest.label], newest_us)
-        merged = merge_rings(plan.merge, rings, as_of_us=as_of_us)
-        if merged.expired is not None:
-            absent |= merged.expired
-        columns = {**inputs, **merged.columns}
-        for name in given.keys() & merged.columns.keys():
+        columns = dict(inputs)
+        others: MergePlan | None = plan.merge
+        if plan.program is not None:
+            table = np.empty((len(plan.quick), n))
+            self._run(plan, plan.program, values, as_of_us, table.T, newest_us, absent, position)
+            columns.update(zip(plan.quick, table, strict=True))
+            others = plan.rest
+        if others is not None:
+            rings = {
+                group.label: self._parsed(plan, group, values[at * n : (at + 1) * n])
+                for at, group in enumerate(plan.merge.groups, plan.first)
+                if group in others.groups
+            }
+            merged = merge_rings(others, rings, as_of_us=as_of_us)
+            columns.update(merged.columns)
+            if plan.program is None:
+                absent[:, position] = sum(each.counts for each in rings.values()) == 0
+                longest = others.groups[-1]
+                _newest(longest, rings[longest.label], newest_us)
+                if merged.expired is not None:
+                    absent[:, position] |= merged.expired
+        for name in given.keys() & plan.merge.features.keys():
             columns[name] = _replaced(columns[name], given[name])
         for name in plan.derived:
             columns[name] = _replaced(plan.view.derived_features[name](columns), given.get(name))
         return columns
+
+    def _run(
+        self,
+        plan: _ViewPlan,
+        program: MergeProgram,
+        values: Sequence[bytes | None],
+        as_of_us: int,
+        out: FloatArray,
+        newest_us: FloatArray,
+        absent: BoolArray,
+        position: int,
+    ) -> None:
+        n = len(out)
+        try:
+            program.run(values, plan.first * n, as_of_us, out=out, newest_us=newest_us, absent=absent, view=position)
+        except ValueError:
+            for at, group in enumerate(plan.merge.groups, plan.first):
+                self._parsed(plan, group, values[at * n : (at + 1) * n])
+            raise
 
     def _parsed(self, plan: _ViewPlan, group: RingGroup, values: Sequence[bytes | None]) -> Rings:
         try:
@@ -373,7 +444,7 @@ def _newest(group: RingGroup, rings: Rings, newest_us: FloatArray) -> None:
     if len(rings.slots):
         # The fraction of a slot's number says where it comes from.
         last = np.floor(rings.slots[np.add.accumulate(rings.counts) - 1, 0])
-        np.multiply(last, group.hop_us, out=newest_us, where=rings.counts > group.life)
+        np.fmax(newest_us, last * group.hop_us, out=newest_us, where=rings.counts > group.life)
 
 
 def _replaced(column: FloatArray, given: Given | None) -> FloatArray:

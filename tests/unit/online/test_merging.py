@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,6 +12,7 @@ from heliostat.clock import US_PER_DAY
 from heliostat.features.aggregations import Count, First, Last, Mean, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.features.states import FloatArray
+from heliostat.online import compiled
 from heliostat.online.merging import MergePlan, merge_rings, parse_rings
 from heliostat.online.tiles import RingLimits, Rings, ring_layout
 from heliostat.schema import TIMESTAMP
@@ -97,3 +100,16 @@ def test_a_ring_has_as_many_slots_as_it_has_tiles() -> None:
     assert rings.counts.tolist() == [2, 0, 0]
     assert rings.slots[:, 0].tolist() == [20_000 - 9, 20_000 - 3]
     assert [len(each) for each in rings.to_bytes().split()] == [2 * GROUP.slot_bytes, 0, 0]
+
+
+def test_the_online_read_is_compiled_wherever_there_is_a_compiler() -> None:
+    assert compiled.AVAILABLE or shutil.which("cc") is None
+
+
+def test_a_long_run_is_added_up_one_after_the_other() -> None:
+    amounts = np.random.default_rng(3).normal(0, 1e6, 21).tolist()
+    total = 0.0
+    for amount in reversed(amounts):  # the oldest is the first
+        total += amount
+    found = merged(*(ring(*((day, amount, 9.0, 1.0) for day, amount in enumerate(amounts))) for _ in range(2)))
+    assert found["mean"] == [total / 21] * 2
