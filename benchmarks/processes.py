@@ -18,7 +18,7 @@ def tree(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
-            children.setdefault(int(_stat(int(entry.name))[1]), []).append(int(entry.name))
+            children.setdefault(int(_stat(entry)[1]), []).append(int(entry.name))
     found = [pid]
     for each in found:
         found.extend(children.get(each, ()))
@@ -54,14 +54,21 @@ def cpu_s(pids: Iterable[int]) -> float:
 
     One that has ended counts as 0: ask about those that go on.
     """
-    ticks = 0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            stat = _stat(pid)
-            ticks += int(stat[11]) + int(stat[12])
-    return ticks / _TICKS_PER_S
+    return sum(_cpu_s(Path(f"/proc/{pid}")) for pid in pids)
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of ``/proc/PID/stat`` behind the name: the state is the first."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+def threads_cpu_s(pid: int) -> dict[int, float]:
+    """The same of each thread of a process, by its id."""
+    return {int(thread.name): _cpu_s(thread) for thread in Path(f"/proc/{pid}/task").iterdir()}
+
+
+def _cpu_s(entry: Path) -> float:
+    with contextlib.suppress(OSError):
+        stat = _stat(entry)
+        return (int(stat[11]) + int(stat[12])) / _TICKS_PER_S
+    return 0.0
+
+
+def _stat(entry: Path) -> list[str]:
+    """The fields of a process's, or a thread's, ``stat`` behind its name: the state is the first."""
+    return (entry / "stat").read_text().rpartition(")")[2].split()

@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py            # two minutes; writes benchmarks/results/serving.{md,json}
     python benchmarks/serving.py --smoke    # seconds: does it run, do both say the same
+    python benchmarks/serving.py --parts    # where a request's processor time goes; writes its own result
     python benchmarks/serving.py --entities 1 --concurrency 16 --skip distributed   # a part; nothing is written
 
 Heliostat: the fused graph on Ray Serve behind HAProxy: rings merged at the request's instant,
@@ -36,7 +37,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import load
+from benchmarks import load, request_parts
 from benchmarks.peers import ROOT, Report, facts, python_of
 from heliostat import cluster
 from heliostat.clock import US_PER_DAY, format_instant
@@ -416,6 +417,28 @@ def run(workspace: Workspace, plan: Plan, python: Path | None) -> Report:
     return report(cells, most, plan)
 
 
+def run_parts(workspace: Workspace, plan: Plan) -> Report:
+    """Where the time of a request goes: one alone, and 16 at once; the workspace is empty."""
+    prepare(workspace, plan.customers)
+    valkey = int(workspace.online.client.info("server")["process_id"])
+    seconds = max(1.0, plan.seconds)
+    with graph(workspace) as url:
+        cells = {
+            (entities, concurrency): request_parts.measure(
+                url,
+                valkey,
+                workspace.settings.home,
+                entities=entities,
+                customers=plan.customers,
+                concurrency=concurrency,
+                seconds=seconds,
+            )
+            for entities in plan.entities
+            for concurrency in plan.concurrency[:2]
+        }
+    return request_parts.report(cells, seconds=seconds, customers=plan.customers)
+
+
 def main() -> int:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -425,6 +448,7 @@ def main() -> int:
     parser.add_argument("--entities", type=int, nargs="+", default=Plan.entities, help="a request, one cell each")
     parser.add_argument("--concurrency", type=int, nargs="+", default=Plan.concurrency, help="connections, likewise")
     parser.add_argument("--skip", nargs="+", default=(), choices=PARTS, help="what isn't measured")
+    parser.add_argument("--parts", action="store_true", help="where a request's time goes, and nothing else")
     given = parser.parse_args()
     plan = Plan(
         seconds=given.seconds,
@@ -442,13 +466,14 @@ def main() -> int:
     )
     same = [f"{name}=={importlib.metadata.version(name)}" for name in PEER_PACKAGES]
     python: Path | None = None
-    if "plain" not in plan.skip:
+    if "plain" not in plan.skip and not given.parts:
         python = Path(sys.executable) if given.smoke else python_of("plain-server", same)
     with project() as settings, Workspace.open(settings) as workspace:
-        found = run(workspace, plan, python)
+        found = run_parts(workspace, plan) if given.parts else run(workspace, plan, python)
     print(found.markdown())
     if whole:
-        print(f"written to {found.write('serving').relative_to(ROOT)}")
+        name = "serving_parts" if given.parts else "serving"
+        print(f"written to {found.write(name).relative_to(ROOT)}")
     return 0
 
 

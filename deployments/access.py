@@ -22,7 +22,14 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.http import Meter, answer_to, as_protocol_has_it
-from heliostat.errors import AccessError, InvalidKeyError, MissingKeyError, MissingScopeError, NotLocalError
+from heliostat.errors import (
+    AccessError,
+    ForcedVariantError,
+    InvalidKeyError,
+    MissingKeyError,
+    MissingScopeError,
+    NotLocalError,
+)
 from heliostat.serving import access
 from heliostat.serving.access import CALLER, LOCAL, NOBODY, Caller, KeyRing, is_loopback
 
@@ -56,6 +63,7 @@ ROUTES: Final[dict[str, access.Scope | None]] = {
 }
 """The scope that each route needs, by method and path; None: open to everybody."""
 
+_VARIANT_HEADER: Final = b"x-heliostat-variant"
 _REALM: Final = 'Bearer realm="heliostat"'
 _POLICY_VIOLATION: Final = 1008
 
@@ -76,6 +84,20 @@ class _Rule:
 
 
 _UNKNOWN: Final = _Rule("(unknown)", None)
+
+
+def forced_variant(scope: Scope) -> str | None:
+    """The variant that a request forces, for tests of a split; None: as assigned.
+
+    Raises:
+        ForcedVariantError: If whoever sent it may not.
+    """
+    for name, value in scope["headers"]:
+        if name == _VARIANT_HEADER:
+            if not access.caller_of(scope).may(access.Scope.ADMIN):
+                raise ForcedVariantError("X-Heliostat-Variant")
+            return bytes(value).decode("latin-1")
+    return None
 
 
 class AccessControl:

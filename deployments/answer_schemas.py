@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from heliostat.serving.breaker import State
+from heliostat.serving.fallback import Rung
 from heliostat.serving.open_inference import OUTPUTS
 
 Document = dict[str, Any]
@@ -65,6 +67,8 @@ SCHEMAS: Final[Document] = {
         {
             "explanation": {**_or_null(ref("Explanation")), "description": "If it was asked for"},
             "unexplained": {**_or_null(_TEXT), "description": "Why there is no explanation"},
+            "features_from": {**_or_null(_TEXT), "description": "Where degraded: what stood in for stored features"},
+            "fallback_age_s": {**_or_null(_NUMBER), "description": "Where degraded: how old that is, if it is known"},
         },
         entity_id={"type": ["integer", "string", "object"], "description": "As the request wrote it"},
         prediction=_NUMBER,
@@ -74,7 +78,8 @@ SCHEMAS: Final[Document] = {
         missing_features={**_NAMES, "description": "Features that were null"},
         absent_views={**_NAMES, "description": "Views that hold nothing about the entity"},
         source={"enum": ["model", "fallback"]},
-        fallback=_or_null(_TEXT),
+        degraded={**_YES_OR_NO, "description": "Whether a fallback answered"},
+        fallback={**_or_null({"enum": list(Rung)}), "description": "Which rung of the ladder answered, if one did"},
     ),
     "Predictions": _object(
         "One prediction an entity, in the request's order",
@@ -84,6 +89,8 @@ SCHEMAS: Final[Document] = {
         latency_ms=_NUMBER,
         request_id=_TEXT,
         logged={**_YES_OR_NO, "description": "Whether they are durable in the prediction log"},
+        degraded={**_YES_OR_NO, "description": "Whether a fallback answered for some entity"},
+        fallback={**_or_null({"enum": list(Rung)}), "description": "The furthest rung that answered for one"},
         entities=many(ref("Prediction")),
     ),
     "EventsAnswer": _object(
@@ -179,7 +186,7 @@ SCHEMAS: Final[Document] = {
     "Alive": _object("The process runs", status={"const": "ok"}),
     "Ready": _object(
         "Whether requests can be answered the normal way",
-        {"problems": _map(_TEXT)},
+        {"problems": _map(_TEXT), "breakers": _map({"enum": list(State)})},
         status={"enum": ["ready", "not ready"]},
     ),
     "V2Error": _object("What went wrong", error=_TEXT),

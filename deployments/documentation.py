@@ -287,6 +287,7 @@ def _predictions_example(model: ModelSpec | None) -> Document:
         "missing_features": [],
         "absent_views": [],
         "source": "model",
+        "degraded": False,
         "fallback": None,
     }
     return {
@@ -296,6 +297,8 @@ def _predictions_example(model: ModelSpec | None) -> Document:
         "latency_ms": 1.5,
         "request_id": "5f0c8a",
         "logged": True,
+        "degraded": False,
+        "fallback": None,
         "entities": [entity],
     }
 
@@ -414,6 +417,10 @@ def _predict_schema(model: ModelSpec | None) -> Document:
             },
             "inputs": _inputs_schema(model),
             "explain": {"type": ["boolean", "null"], "description": "Whether to say what each feature contributed"},
+            "on_fallback": {
+                "enum": ["answer", "error", None],
+                "description": "error: 503 instead of an answer by a fallback",
+            },
         },
         "example": example,
     }

@@ -23,7 +23,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import documentation
-from deployments.access import AccessControl
+from deployments.access import AccessControl, forced_variant
 from deployments.http import RETRY_AFTER, Meter, answer_to, install_error_handlers, json_response, read_body
 from deployments.open_inference import OpenInference
 from heliostat.clock import Clock, format_instant
@@ -37,6 +37,7 @@ from heliostat.models.registry import ModelRegistry, ModelVersion
 from heliostat.serving.access import KeyRing, caller_of
 from heliostat.serving.access import Scope as AccessScope
 from heliostat.serving.answers import PredictAnswer
+from heliostat.serving.breaker import Breakers
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.requests import parse_actuals, parse_events, parse_predict
@@ -76,6 +77,7 @@ class Parts:
         route: A model's current routing document; blocks.
         meter: Counts.
         keys: Knows the API keys; None: this machine's requests need none, and others aren't answered.
+        breakers: Say what isn't asked now, since it failed.
         close: Lets go of all of this, when the application is shut down.
     """
 
@@ -93,6 +95,7 @@ class Parts:
     route: Callable[[str], RoutingDocument | None]
     meter: Meter
     keys: KeyRing | None
+    breakers: Breakers
     close: Callable[[], Awaitable[None]]
 
 
@@ -123,17 +126,19 @@ class Api:
     async def answer_predict(self, scope: Scope, receive: Receive, model: str | None = None) -> Response:
         """As `predict`, for whoever has no request object."""
         begin = time.perf_counter()
-        answer = await self.predictions(await self.body(scope, receive), model)
+        variant = forced_variant(scope)
+        answer = await self.predictions(await self.body(scope, receive), model, variant)
         return json_response(answer.document((time.perf_counter() - begin) * 1e3))
 
-    async def predictions(self, body: bytes, model: str | None) -> PredictAnswer:
-        """What the body of a prediction request asks for, counted; ``model`` is the path's."""
+    async def predictions(self, body: bytes, model: str | None, variant: str | None = None) -> PredictAnswer:
+        """What the body of a prediction request asks for, counted; ``model`` is the path's, ``variant`` forced."""
         asked = parse_predict(
             body,
             self._parts.definitions,
             overridable=self.overridable_of,
             max_entities=self._limits.max_entities_per_request,
             model=model,
+            variant=variant,
         )
         answer = await self._parts.predictor.predict(asked)
         self._parts.meter.predicted(answer)
@@ -293,13 +298,15 @@ class Api:
     async def readyz(self, request: Request) -> Response:
         """Whether requests can be answered the normal way: the stores answer, and what serves can be asked.
 
-        What is wrong is told to those who may read.
+        What is wrong, and the state of every circuit breaker, is told to those who may read.
         """
         problems = await self.problems()
+        told: dict[str, Any] = {}
+        if caller_of(request.scope).may(AccessScope.READ):
+            told = {"breakers": self._parts.breakers.states(), **({"problems": problems} if problems else {})}
         if problems:
-            told = {"problems": problems} if caller_of(request.scope).may(AccessScope.READ) else {}
             return json_response({"status": "not ready", **told}, 503, RETRY_AFTER)
-        return json_response({"status": "ready"})
+        return json_response({"status": "ready", **told})
 
     async def problems(self) -> dict[str, str]:
         """Why requests can't be answered the normal way, by part; looked for once a second at most."""

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope
 
 from heliostat.errors import BodyTooLargeError, HeliostatError, SlowBodyError
 from heliostat.serving.answers import PredictAnswer
+from heliostat.serving.breaker import State
 
 _logger = logging.getLogger("heliostat.gateway")
 
@@ -40,6 +41,10 @@ class Meter(Protocol):
 
     def predicted(self, answer: PredictAnswer) -> None:
         """Count what it predicted."""
+        ...
+
+    def breaker(self, dependency: str, state: State) -> None:
+        """Note the state of a circuit breaker."""
         ...
 
     def took_in(self, source: str, outcome: str, events: int) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 from ray.serve import metrics
 
 from heliostat.serving.answers import PredictAnswer
+from heliostat.serving.breaker import State
 from heliostat.telemetry import METRICS, Metric
 
 _FLUSH_EVERY_S = 1.0
+_STATES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 _LATENCY_BOUNDS_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000]
 
 
@@ -44,6 +46,10 @@ class ServeMeter:
         missing = sum(map(len, rows.missing))
         if missing:
             self._count(missing, "heliostat_missing_features_total", model)
+
+    def breaker(self, dependency: str, state: State) -> None:
+        """Note the state of a circuit breaker."""
+        self._metrics["heliostat_breaker_state"].set(_STATES[state], {"dependency": dependency})
 
     def took_in(self, source: str, outcome: str, events: int) -> None:
         """Count events."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import Response
 
+from deployments.access import forced_variant
 from deployments.http import RETRY_AFTER, answer_to, as_protocol_has_it, json_response
 from heliostat.errors import (
     HeliostatError,
@@ -139,7 +140,7 @@ class OpenInference:
             raise InvalidFieldError("header 'Content-Encoding'", f"is {encoding!r}", "a body that isn't compressed")
         body = await self._api.body(request.scope, request.receive)
         asked = parse_infer(body, _header_length(request), spec)
-        answer = await self._api.predictions(asked.body, spec.name)
+        answer = await self._api.predictions(asked.body, spec.name, forced_variant(request.scope))
         others = {str(each) for each in answer.predictions.versions} - {version}
         if version is not None and others:  # promoted meanwhile, or a fallback: not what was asked for
             raise VersionNotServingError(spec.name, version, tuple(sorted(others)))

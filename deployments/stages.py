@@ -6,7 +6,8 @@ own event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from numpy import float64
@@ -16,15 +17,19 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.gateway import Parts
 from deployments.http import Meter
-from heliostat.errors import HeliostatError, StaleVersionError
+from heliostat.errors import HeliostatError, ModelTooLargeError, StaleVersionError
 from heliostat.ingestion.intake import Intake
-from heliostat.models.profile import mean_prediction
+from heliostat.models.packaging import LoadedModel, ModelPackage
+from heliostat.models.profile import Profile, mean_prediction
 from heliostat.models.rows import version_features
 from heliostat.online.tiles import RingLimits
 from heliostat.serving.access import KeyRing
+from heliostat.serving.breaker import BreakerRule, Breakers, guarded
+from heliostat.serving.fallback import BatchCache, Rung, VersionLadder
 from heliostat.serving.keys import KeyBook
 from heliostat.serving.prediction_log import PredictionLog
-from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.predictor import STORE, Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.spare_features import SpareFeatures, SpareRule
 from heliostat.serving.stages import (
     ABRouter,
     Assignment,
@@ -36,12 +41,16 @@ from heliostat.serving.stages import (
     RouteQuery,
     ScoreQuery,
 )
+from heliostat.serving.standby import CatalogLook, Standby
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams
 from heliostat.workspace import Workspace
 
 _NO_LIMIT = 1_000_000
+# Of breakers, as metrics name them; see also `STORE`.
+CATALOG = "catalog"
+LOG = "prediction log"
 
 QueryT = TypeVar("QueryT")
 AnswerT = TypeVar("AnswerT")
@@ -63,14 +72,45 @@ def feature_lookup(workspace: Workspace, store: AsyncOnlineStore) -> FeatureLook
     return FeatureLookup(store, feature_readers(workspace), workspace.clock)
 
 
-def ab_router(workspace: Workspace) -> ABRouter:
+def ab_router(workspace: Workspace, breakers: Breakers) -> ABRouter:
     """The stage that assigns variants."""
-    return ABRouter(workspace.rollout.current)
+    return ABRouter(workspace.rollout.current, breaker=breakers.of(CATALOG))
+
+
+def breakers_of(settings: Settings, meter: Meter | None = None) -> Breakers:
+    """Circuit breakers as the settings want them."""
+    wanted = settings.serving.breaker
+    rule = BreakerRule(wanted.failures, wanted.open_s, wanted.max_open_s)
+    return Breakers(rule, changed=None if meter is None else meter.breaker)
 
 
 def model_runner(workspace: Workspace) -> ModelRunner:
     """The stage that scores."""
-    return ModelRunner(workspace.models.load)
+    serving = workspace.settings.serving
+
+    def load(model: str, version: int) -> LoadedModel:
+        package = workspace.models.package(model, version)
+        if package.memory_bytes > serving.model_memory_bytes:
+            raise ModelTooLargeError(model, version, package.memory_bytes, serving.model_memory_bytes)
+        return package.load()
+
+    return ModelRunner(
+        load,
+        capacity_bytes=serving.model_memory_bytes,
+        threads=serving.model_threads,
+        isolated=serving.model_isolation == "always",
+    )
+
+
+def standby(workspace: Workspace, prepare: Callable[[str, int], Awaitable[object]], breakers: Breakers) -> Standby:
+    """What loads versions before they serve."""
+    return Standby(
+        workspace.definitions.models,
+        CatalogLook(workspace.models, workspace.rollout),
+        prepare,
+        breaker=breakers.of(CATALOG),
+        every_s=workspace.settings.serving.standby_s,
+    )
 
 
 def version_facts(workspace: Workspace) -> Callable[[str, int], VersionFacts]:
@@ -90,9 +130,23 @@ def version_facts(workspace: Workspace) -> Callable[[str, int], VersionFacts]:
             stale,
             workspace.definitions.lookup_names(found.pinned_names),
             package.raw_scale,
+            _medians(package),
         )
 
     return read
+
+
+def _medians(package: ModelPackage) -> tuple[float, ...]:
+    """Training medians of a version's features; NaN for categories, whose codes have none, and without values."""
+    if package.profile is None:
+        return ()
+    signature, columns = package.signature, Profile.from_document(package.profile).features
+    return tuple(
+        columns[name].bins.center
+        if name in columns and columns[name].finite and name not in signature.categorical
+        else math.nan
+        for name in signature.names
+    )
 
 
 def key_ring(workspace: Workspace) -> KeyRing | None:
@@ -110,11 +164,11 @@ def waiting_limit(settings: Settings) -> int:
     return _NO_LIMIT if queued < 0 else max(1, queued)
 
 
-def prediction_log(settings: Settings, streams: AsyncStreams) -> PredictionLog:
+def prediction_log(settings: Settings, streams: AsyncStreams, breakers: Breakers) -> PredictionLog:
     """The prediction log as the settings want it."""
     serving = settings.serving
     return PredictionLog(
-        streams.append_predictions,
+        guarded(streams.append_predictions, breakers.of(LOG)),
         when_fails=serving.when_log_fails,
         buffer_rows=serving.log_buffer_rows if serving.log == "async" else 0,
         max_delay_s=serving.log_max_delay_s,
@@ -140,29 +194,46 @@ def gateway_parts(
     """
     settings = workspace.settings
     store, streams = AsyncOnlineStore(workspace.online_config), AsyncStreams(workspace.online_config)
-    spare, readers = ab_router(workspace), feature_readers(workspace)
+    serving, breakers = settings.serving, breakers_of(settings, meter)
+    spare, readers = ab_router(workspace, breakers), feature_readers(workspace)
+    versions = VersionBook(version_facts(workspace))
+    looking = feature_lookup(workspace, store) if features is None else Remote[FeatureQuery, FeatureBlock](features)
+    ladder = VersionLadder(
+        versions.prior,
+        breakers,
+        rungs=tuple(map(Rung, serving.fallback)),
+        last_good=lambda model: waiting.last_good(model),
+        cached=BatchCache(guarded(store.read, breakers.of(STORE)), workspace.online_config.keys, workspace.clock),
+    )
+    rule = SpareRule(
+        tuple(map(Rung, serving.feature_fallback)), serving.last_seen.entities, serving.last_seen.max_age_s
+    )
     predictor = Predictor(
         Stages(
-            features=feature_lookup(workspace, store)
-            if features is None
-            else Remote[FeatureQuery, FeatureBlock](features),
+            features=guarded(looking, breakers.of(STORE)),
             router=spare if router is None else Remote[RouteQuery, Assignment](router),
             runner=model_runner(workspace) if runner is None else Remote[ScoreQuery, NDArray[float64]](runner),
             spare_router=spare,
         ),
         readers,
-        VersionBook(version_facts(workspace)),
-        prediction_log(settings, streams),
+        versions,
+        prediction_log(settings, streams, breakers),
         workspace.clock,
         deadline_ms=settings.serving.deadline_ms,
         max_batch_entities=settings.serving.batch_max_entities,
         max_waiting=waiting_limit(settings),
+        breakers=breakers,
+        spares=SpareFeatures(readers, workspace.clock, rule),
+        ladder=ladder,
     )
+    waiting = standby(workspace, predictor.prepare, breakers)
+    waiting.start()
     intake, keys = Intake.of(workspace, store), key_ring(workspace)
 
     async def close() -> None:
         if keys is not None:
             await keys.close()
+        await waiting.close()
         await predictor.close()
         await streams.aclose()
         await store.aclose()
@@ -183,6 +254,7 @@ def gateway_parts(
         route=workspace.rollout.current,
         meter=meter,
         keys=keys,
+        breakers=breakers,
         close=close,
     )
 
@@ -215,7 +287,7 @@ class ABRouterReplica:
 
     def __init__(self, settings: Settings) -> None:
         self._workspace = Workspace.open(settings)
-        self._stage = ab_router(self._workspace)
+        self._stage = ab_router(self._workspace, breakers_of(settings))
 
     async def __call__(self, query: RouteQuery) -> Assignment:
         """See `ABRouter`."""
@@ -232,9 +304,11 @@ class ModelReplica:
     def __init__(self, settings: Settings) -> None:
         self._workspace = Workspace.open(settings)
         self._stage = model_runner(self._workspace)
+        self._standby = standby(self._workspace, self._stage.loaded, breakers_of(settings))
 
     async def __call__(self, query: ScoreQuery) -> NDArray[float64]:
         """See `ModelRunner`."""
+        self._standby.start()
         return await self._stage(query)
 
 

@@ -189,6 +189,38 @@ class TrainingSettings(_Section):
         return tuple(_instant(item) for item in items or ())
 
 
+class LastSeenSettings(_Section):
+    """What a replica remembers of looked-up features, for when the online store doesn't answer."""
+
+    entities: Annotated[int, Field(ge=0)] = 10_000
+    max_age: str = "5m"
+
+    _check = field_validator("max_age")(lambda value: _checked(value, parse_duration_us))
+
+    @property
+    def max_age_s(self) -> float:
+        """How old it may be, seconds."""
+        return parse_duration_us(self.max_age) / 1e6
+
+
+class BreakerSettings(_Section):
+    """When something that fails isn't asked any more, and for how long."""
+
+    failures: Annotated[int, Field(ge=1)] = 3
+    open_s: Annotated[float, Field(gt=0)] = 1.0
+    max_open_s: Annotated[float, Field(gt=0)] = 5.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> BreakerSettings:
+        if self.max_open_s < self.open_s:
+            raise ValueError("serving.breaker.max_open_s must not be below serving.breaker.open_s")
+        return self
+
+
+FallbackRung = Literal["control", "last_good_version", "batch_prediction", "prior"]
+FeatureRung = Literal["last_seen_features", "training_medians"]
+
+
 class ServingSettings(_Section):
     """The inference graph."""
 
@@ -210,6 +242,19 @@ class ServingSettings(_Section):
     log: Literal["durable", "async"] = "durable"
     log_buffer_rows: Annotated[int, Field(ge=1)] = 10_000
     log_max_delay_s: Annotated[float, Field(gt=0)] = 1.0
+    fallback: tuple[FallbackRung, ...] = ("control", "last_good_version", "batch_prediction", "prior")
+    feature_fallback: tuple[FeatureRung, ...] = ("last_seen_features", "training_medians")
+    last_seen: LastSeenSettings = LastSeenSettings()
+    breaker: BreakerSettings = BreakerSettings()
+    model_memory_bytes: Annotated[int, Field(ge=1_000_000)] = 1_000_000_000
+    model_threads: Annotated[int, Field(ge=1)] = 2
+    model_isolation: Literal["measured", "always"] = "measured"
+    standby_s: Annotated[float, Field(gt=0)] = 2.0
+
+    @field_validator("fallback", "feature_fallback", mode="before")
+    @classmethod
+    def _one_form(cls, value: Any) -> tuple[str, ...]:  # noqa: ANN401 - raw input
+        return tuple(each.strip() for each in value.split(",")) if isinstance(value, str) else tuple(value or ())
 
 
 class BatchSettings(_Section):

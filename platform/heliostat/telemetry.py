@@ -40,6 +40,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("heliostat_request_latency_ms", "histogram", "ms", ("route",), "Time in the gateway"),
     Metric("heliostat_predictions_total", "counter", "entities", ("model", "version", "variant"), "Predictions"),
     Metric("heliostat_fallbacks_total", "counter", "entities", ("model", "reason"), "Answers by a fallback"),
+    Metric(
+        "heliostat_breaker_state", "gauge", "0 closed, 1 half-open, 2 open", ("dependency",), "Whether it is asked"
+    ),
     Metric("heliostat_missing_features_total", "counter", "features", ("model",), "Features without a value"),
     Metric("heliostat_events_total", "counter", "events", ("source", "outcome"), "Events taken in"),
 )

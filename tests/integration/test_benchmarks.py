@@ -24,6 +24,7 @@ from benchmarks import (
     processes,
     programs,
     ray_data_join,
+    request_parts,
     scoring_servers,
 )
 from heliostat.clock import US_PER_DAY
@@ -256,6 +257,37 @@ def test_processor_time_of_a_process_tree_is_counted_while_it_runs() -> None:
         assert processes.titled(sys.executable.rpartition("/")[2].encode(), holding=b"process_time")
         parent.communicate("")
     assert processes.cpu_s(pids) == 0
+
+
+STACKS = """
+thread (7): ray;run (threading.py:9);Predictor._answer (serving/predictor.py:2);predict (lightgbm/basic.py:4) 6
+thread (7): ray;run (threading.py:9);FeatureLookup.__call__ (heliostat/serving/stages.py:2);pack (redis/a.py:4) 3
+thread (7): ray;run (threading.py:9);ABRouter.__call__ (heliostat/serving/stages.py:2) 2
+thread (7): ray;run (threading.py:9) 1
+thread (7): ray;run (threading.py:9);StreamReaderProtocol.data_received (asyncio/streams.py:3) 12
+thread (8): pool;_worker (concurrent/futures/thread.py:81);json_response (http.py:3) 5
+""".strip()
+
+
+def test_a_threads_time_is_shared_out_by_what_its_samples_were_for() -> None:
+    seen = request_parts.shares(STACKS.splitlines())
+    assert seen[7] == {
+        "predict": 6,
+        "look features up": 3,
+        "route": 2,
+        request_parts.OTHER: 1,
+        request_parts.REPLIES: 12,
+    }
+    shared = request_parts.shared_out({7: 240.0, 8: 50.0, 9: 30.0}, seen)
+    assert shared == {
+        "predict": 60.0,
+        "look features up": 30.0,
+        "route": 20.0,
+        request_parts.OTHER: 10.0,
+        request_parts.REPLIES: 120.0,
+        "answer": 50.0,
+        request_parts.RAY: 30.0,
+    }
 
 
 @pytest.mark.slow

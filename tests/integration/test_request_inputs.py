@@ -30,6 +30,7 @@ from heliostat.models.spine import ModelSpine
 from heliostat.online.retrieval import FeatureReader
 from heliostat.schema import TIMESTAMP, text_code
 from heliostat.serving.answers import PredictAnswer
+from heliostat.serving.breaker import State
 from heliostat.settings import ClockSettings, Settings, StorageSettings, TrainingSettings
 from heliostat.training.dataset import build_training_set, split_spine
 from heliostat.training.fitting import Recipe
@@ -195,6 +196,8 @@ class _Silent:
     def answered(self, route: str, status: int, latency_ms: float) -> None: ...
 
     def predicted(self, answer: PredictAnswer) -> None: ...
+
+    def breaker(self, dependency: str, state: State) -> None: ...
 
     def took_in(self, source: str, outcome: str, events: int) -> None: ...
 

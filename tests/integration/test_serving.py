@@ -23,12 +23,16 @@ from ray.serve.schema import ServeDeploySchema
 
 from benchmarks import load, serving
 from deployments import graph
+from deployments.access import forced_variant
 from deployments.gateway import build_app
 from deployments.stages import gateway_parts
-from heliostat.errors import DeploymentFailedError
+from heliostat.errors import DeploymentFailedError, ForcedVariantError
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.profile import Profile
+from heliostat.serving.access import CALLER, Caller, granted
 from heliostat.serving.answers import PredictAnswer
+from heliostat.serving.breaker import State
+from heliostat.serving.stages import ModelRunner
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.storage.streams import rows_from
 from heliostat.telemetry import METRICS
@@ -43,6 +47,7 @@ class Tally:
         self.answers: list[tuple[str, int]] = []
         self.predictions = 0
         self.events: dict[str, int] = {}
+        self.states: dict[str, State] = {}
 
     def answered(self, route: str, status: int, latency_ms: float) -> None:
         assert latency_ms > 0
@@ -50,6 +55,9 @@ class Tally:
 
     def predicted(self, answer: PredictAnswer) -> None:
         self.predictions += len(answer.predictions)
+
+    def breaker(self, dependency: str, state: State) -> None:
+        self.states[dependency] = state
 
     def took_in(self, source: str, outcome: str, events: int) -> None:
         self.events[f"{source} {outcome}"] = self.events.get(f"{source} {outcome}", 0) + events
@@ -338,7 +346,10 @@ def test_the_documentation_can_be_read_and_other_methods_are_told_which_there_ar
 def test_health_and_readiness_tell_apart_what_runs_and_what_can_be_reached(shop: Shop) -> None:
     async def healthy(client: Client) -> None:
         assert (await client.get("/healthz")).json() == {"status": "ok"}
-        assert (await client.get("/readyz")).json() == {"status": "ready"}
+        await client.post("/predict", json={"entity_ids": [1]})
+        ready = (await client.get("/readyz")).json()
+        assert ready["status"] == "ready"
+        assert ready["breakers"]["model churn/1"] == ready["breakers"]["online store"] == "closed"
 
     async def without_store(client: Client) -> None:
         assert (await client.get("/healthz")).status_code == 200
@@ -464,24 +475,104 @@ def test_without_the_store_answers_are_marked_where_the_settings_allow_them(shop
         answer = (await client.post("/predict", json=asked)).json()
         assert answer["logged"] is False
         (entity,) = answer["entities"]
-        assert (entity["source"], entity["fallback"]) == ("fallback", "stored_features_unavailable")
+        assert (entity["source"], entity["fallback"]) == ("fallback", "training_medians")
         assert "recent_purchases__count_30d" not in entity["missing_features"]
 
     shop.run(scenario, online=NOWHERE, serving=shop.serving(when_log_fails="answer"))
 
 
-def test_a_broken_artifact_is_answered_by_the_mean_prediction_of_training(shop: Shop) -> None:
+def break_artifact(workspace: Workspace, version: int) -> None:
+    """Write other bytes over a version's booster."""
+    folder = workspace.settings.home / "data" / "artifacts" / workspace.models.get("churn", version).artifact
+    (folder / "model.txt").write_text("tree\nwrong\nend of trees\n")
+
+
+def test_a_broken_artifact_is_answered_by_the_version_that_was_in_production_before(shop: Shop) -> None:
+    break_artifact(shop.workspace, 2)
+
     async def scenario(client: Client) -> None:
-        version = shop.workspace.models.get("churn", 2)
-        await client.post("/predict", json={"entity_ids": [1]})
-        folder = shop.workspace.settings.home / "data" / "artifacts" / version.artifact
-        (folder / "model.txt").write_text("tree\nwrong\nend of trees\n")
+        expected = (await client.post("/predict", json={"entity_ids": [1]})).json()["predictions"]
         shop.workspace.rollout.serve("churn", 2, reason="broken")
-        answer = (await client.post("/predict", json={"entity_ids": [1]})).json()
-        assert answer["model_version"] == 1
-        assert answer["entities"][0]["fallback"] == "other_version"
+        for _ in range(5):
+            answer = (await client.post("/predict", json={"entity_ids": [1]})).json()
+            assert (answer["model_version"], answer["fallback"]) == (1, "last_good_version")
+            assert answer["predictions"] == expected
+        assert shop.tally.states["model churn/2"] == "open"
 
     shop.run(scenario)
+
+
+def test_a_client_that_wants_no_fallback_is_told_what_failed_and_when_to_come_back(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        asked = {"entity_ids": [1], "on_fallback": "error"}
+        reply = await client.post("/predict", json=asked)
+        assert (reply.status_code, reply.json()["error"]) == (503, "degraded_answer")
+        assert "the online store doesn't answer" in reply.json()["message"]
+        assert reply.headers["retry-after"] == "1"
+        wrong = await client.post("/predict", json={**asked, "on_fallback": "never"})
+        assert (wrong.status_code, wrong.json()["fix"]) == (422, "one of: answer, error")
+
+    shop.run(scenario, online=NOWHERE, serving=shop.serving(when_log_fails="answer"))
+
+
+def test_a_batch_prediction_that_is_cached_stands_in_where_no_version_answers(shop: Shop) -> None:
+    workspace = shop.workspace
+    key = workspace.online.keys.batch("churn", "7")
+    cached = {"entity": "7", "score": 0.93, "version": 2, "model": "churn", "as_of": "1998-06-30T12:00:00Z"}
+    workspace.online.put_many({key: orjson.dumps(cached)})
+    break_artifact(workspace, 1)
+
+    async def scenario(client: Client) -> None:
+        answer = (await client.post("/predict", json={"entity_ids": [7]})).json()
+        (entity,) = answer["entities"]
+        assert (entity["prediction"], entity["model_version"], answer["fallback"]) == (0.93, 2, "batch_prediction")
+        assert 43_200.0 <= entity["fallback_age_s"] < 43_300.0
+        strict = await client.post("/predict", json={"entity_ids": [7], "on_fallback": "error"})
+        assert "the model churn/1 doesn't answer" in strict.json()["message"]
+
+    shop.run(scenario, serving=shop.serving(fallback=("batch_prediction",)))
+
+
+def test_a_forced_variant_is_for_those_who_may_and_no_exposure(shop: Shop) -> None:
+    async def scenario(client: Client) -> None:
+        shop.workspace.rollout.start_split("churn", experiment="forced", control=1, challenger=2, weight=0.0001)
+        answer = await client.post(
+            "/predict", json={"entity_ids": [1, 2]}, headers={"X-Heliostat-Variant": "challenger"}
+        )
+        told = {(each["variant"], each["model_version"]) for each in answer.json()["entities"]}
+        assert told == {("forced:challenger", 2)}
+        reply = await client.post("/predict", json={"entity_ids": [1]}, headers={"X-Heliostat-Variant": "nope"})
+        assert (reply.status_code, reply.json()["known"]) == (422, ["control", "challenger"])
+
+    shop.run(scenario)
+
+
+@pytest.mark.parametrize("scopes", [(), ("read", "predict", "ingest")])
+def test_nobody_forces_a_variant_without_scope_admin(scopes: tuple[str, ...]) -> None:
+    scope = {
+        "headers": [(b"host", b"x"), (b"x-heliostat-variant", b"challenger")],
+        CALLER: Caller("k", granted(scopes)),
+    }
+    with pytest.raises(ForcedVariantError, match="scope admin"):
+        forced_variant(scope)
+    assert forced_variant({**scope, CALLER: Caller("k", granted(["admin"]))}) == "challenger"
+    assert forced_variant({**scope, "headers": []}) is None
+
+
+def test_what_is_registered_is_loaded_before_it_serves(shop: Shop) -> None:
+    async def main() -> None:
+        settings = shop.workspace.settings
+        parts = gateway_parts(Workspace.open(settings.model_copy(update={"serving": shop.serving()})), shop.tally)
+        runner = parts.predictor._stages.runner
+        assert isinstance(runner, ModelRunner)
+        try:
+            async with asyncio.timeout(20):
+                while ("churn", 2) not in runner._held:  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.01)
+        finally:
+            await parts.close()
+
+    asyncio.run(main())
 
 
 def test_more_requests_than_may_wait_are_told_when_to_come_back(shop: Shop) -> None:
@@ -572,7 +663,7 @@ def test_on_serve_clients_who_hang_up_leave_everybody_else_served(fused_url: str
                     assert reply.status_code == 200, reply.text
 
             await asyncio.gather(*(rude(n % 20 / 1_000) for n in range(100)), ask(), ask())
-            assert (await client.get("/readyz")).json() == {"status": "ready"}
+            assert (await client.get("/readyz")).json()["status"] == "ready"
 
     asyncio.run(scenario())
 
@@ -675,7 +766,7 @@ def test_the_distributed_graph_says_what_the_fused_one_says_and_marks_what_fails
         workspace.rollout.stop("churn", reason="enough")
         workspace.rollout.serve("churn", third, reason="broken on purpose")
         answer = client.post("/predict", json=asked).json()
-        assert {each["fallback"] for each in answer["entities"]} == {"other_version"}
+        assert {each["fallback"] for each in answer["entities"]} == {"last_good_version"}
 
 
 def test_the_deploy_file_fits_serve_and_the_graphs_arguments() -> None:

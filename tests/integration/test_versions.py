@@ -27,6 +27,7 @@ from heliostat.feature_store import FeatureStore
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.rows import ModelRows, version_features
 from heliostat.serving.answers import PredictAnswer
+from heliostat.serving.breaker import State
 from heliostat.settings import Settings
 from heliostat.training.dataset import build_training_set, split_instants
 from heliostat.training.fitting import Recipe, Trial
@@ -62,6 +63,8 @@ class Silent:
     def answered(self, route: str, status: int, latency_ms: float) -> None: ...
 
     def predicted(self, answer: PredictAnswer) -> None: ...
+
+    def breaker(self, dependency: str, state: State) -> None: ...
 
     def took_in(self, source: str, outcome: str, events: int) -> None: ...
 

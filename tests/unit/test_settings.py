@@ -133,3 +133,12 @@ def test_a_replay_setting_opens_a_replay_clock(tmp_path: Path) -> None:
     clock = settings.open_clock()
     assert isinstance(clock, ReplayClock)
     assert (tmp_path / "clock.json").exists()
+
+
+def test_the_ladders_rungs_come_from_a_list_or_a_text_and_may_be_none(tmp_path: Path) -> None:
+    environ = {"HELIOSTAT_SERVING__FALLBACK": "prior, control", "HELIOSTAT_SERVING__FEATURE_FALLBACK": ""}
+    found = load_settings(environ=environ, base=None, home=tmp_path)
+    assert (found.serving.fallback, found.serving.feature_fallback) == (("prior", "control"), ())
+    assert load_settings(environ=found.environment(), base=None).serving == found.serving
+    with pytest.raises(SettingsError, match=r"serving\.fallback"):
+        load_settings(environ={"HELIOSTAT_SERVING__FALLBACK": "luck"}, base=None, home=tmp_path)

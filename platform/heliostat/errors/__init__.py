@@ -14,10 +14,12 @@
     ├── TrainingFailedError        a search or a fit broke down on the cluster (errors/data.py)
     ├── RequestError               a request that can't be read (errors/requests.py)
     │   ├── BodyTooLargeError  TooManyEventsError  MalformedBodyError  InvalidFieldError
-    │   └── UnknownOverrideError  MissingInputError  VersionNotServingError  SlowBodyError
+    │   ├── UnknownOverrideError  MissingInputError  VersionNotServingError  SlowBodyError
+    │   └── UnknownVariantError  ForcedVariantError
     ├── ServingError               the service can't answer now (errors/requests.py)
     │   ├── OverloadedError  ShuttingDownError  DeadlineError  UnservableModelError
-    │   └── StaleVersionError  PredictionLogError  DeploymentFailedError  BatchResultError
+    │   ├── StaleVersionError  PredictionLogError  DeploymentFailedError  BatchResultError
+    │   └── DependencyOpenError  DegradedAnswerError  HungModelError  ModelTooLargeError
     ├── GatewayError               a request that a gateway refused, in the gateway's words (errors/requests.py)
     │   └── GatewayUnreachableError
     ├── AccessError                a request isn't allowed (errors/access.py)
@@ -96,12 +98,17 @@ from heliostat.errors.requests import (
     BatchResultError,
     BodyTooLargeError,
     DeadlineError,
+    DegradedAnswerError,
+    DependencyOpenError,
     DeploymentFailedError,
+    ForcedVariantError,
     GatewayError,
     GatewayUnreachableError,
+    HungModelError,
     InvalidFieldError,
     MalformedBodyError,
     MissingInputError,
+    ModelTooLargeError,
     OverloadedError,
     PredictionLogError,
     RequestError,
@@ -111,6 +118,7 @@ from heliostat.errors.requests import (
     StaleVersionError,
     TooManyEventsError,
     UnknownOverrideError,
+    UnknownVariantError,
     UnservableModelError,
     VersionNotServingError,
 )
@@ -169,17 +177,21 @@ __all__ = [
     "DeadlineError",
     "DefinitionConflictError",
     "DefinitionError",
+    "DegradedAnswerError",
+    "DependencyOpenError",
     "DeploymentFailedError",
     "DuplicateNameError",
     "EmbeddedServerError",
     "EntityBusyError",
     "ExperimentDataError",
     "ExpressionError",
+    "ForcedVariantError",
     "GateFailedError",
     "GatewayError",
     "GatewayUnreachableError",
     "HeliostatError",
     "HistoryNeededError",
+    "HungModelError",
     "InvalidDefinitionError",
     "InvalidFieldError",
     "InvalidKeyError",
@@ -197,6 +209,7 @@ __all__ = [
     "MissingInputError",
     "MissingKeyError",
     "MissingScopeError",
+    "ModelTooLargeError",
     "MonitoringDataError",
     "NotFoundError",
     "NotLocalError",
@@ -238,6 +251,7 @@ __all__ = [
     "UnknownSettingError",
     "UnknownSourceError",
     "UnknownTableError",
+    "UnknownVariantError",
     "UnknownVersionError",
     "UnknownViewError",
     "UnprotectedIngressError",

@@ -128,6 +128,32 @@ class VersionNotServingError(RequestError):
         )
 
 
+class UnknownVariantError(RequestError):
+    """A request forces a variant that the model's route doesn't have."""
+
+    http_status = 422
+
+    def __init__(self, variant: str, model: str, known: tuple[str, ...]) -> None:
+        super().__init__(variant, model, known)
+        self.variant, self.model, self.known = variant, model, known
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} has no variant {self.variant!r} now; it has: {listed(self.known)}"
+
+
+class ForcedVariantError(RequestError):
+    """A request forces a variant, and whoever sent it may not."""
+
+    http_status = 403
+
+    def __init__(self, header: str) -> None:
+        super().__init__(header)
+        self.header = header
+
+    def __str__(self) -> str:
+        return f"header {self.header} needs an API key with scope admin; leave it out to get the assigned variant"
+
+
 class ServingError(HeliostatError):
     """The service can't answer now; the same request may succeed later."""
 
@@ -204,6 +230,71 @@ class StaleVersionError(ServingError):
         return (
             f"version {self.version} of model {self.model!r} was trained on other definitions of: "
             f"{listed(self.views)}; train a new version, or restore the definitions that it was trained on"
+        )
+
+
+class DependencyOpenError(ServingError):
+    """Something failed several times in a row, and isn't asked again for a while."""
+
+    def __init__(self, dependency: str, retry_in_s: float, reason: str) -> None:
+        super().__init__(dependency, retry_in_s, reason)
+        self.dependency, self.retry_in_s, self.reason = dependency, retry_in_s, reason
+
+    @property
+    def public_text(self) -> str:
+        """Without the reason."""
+        return f"{self.dependency} failed and isn't asked again for {self.retry_in_s:g} s"
+
+    def __str__(self) -> str:
+        return f"{self.dependency} failed ({self.reason}) and isn't asked again for {self.retry_in_s:g} s"
+
+
+class DegradedAnswerError(ServingError):
+    """Only a fallback could answer, and the client wants none."""
+
+    def __init__(self, model: str, fallback: str, dependency: str, reason: str) -> None:
+        super().__init__(model, fallback, dependency, reason)
+        self.model, self.fallback, self.dependency, self.reason = model, fallback, dependency, reason
+
+    @property
+    def public_text(self) -> str:
+        """Without the reason."""
+        return self._told("")
+
+    def __str__(self) -> str:
+        return self._told(f" ({self.reason})" if self.reason else "")
+
+    def _told(self, why: str) -> str:
+        return (
+            f"{self.dependency} doesn't answer{why}: model {self.model!r} could only be answered by the fallback "
+            f'{self.fallback}, and the request says "on_fallback": "error"; try again, or take the fallback'
+        )
+
+
+class HungModelError(ServingError):
+    """A model's calls don't come back."""
+
+    def __init__(self, model: str, calls: int) -> None:
+        super().__init__(model, calls)
+        self.model, self.calls = model, calls
+
+    def __str__(self) -> str:
+        return (
+            f"{self.calls} calls of {self.model} hang; roll back to a version that answers, and restart the replica"
+        )
+
+
+class ModelTooLargeError(ServingError):
+    """A version needs more memory than all models together may take."""
+
+    def __init__(self, model: str, version: int, needed_bytes: int, limit_bytes: int) -> None:
+        super().__init__(model, version, needed_bytes, limit_bytes)
+        self.model, self.version, self.needed_bytes, self.limit_bytes = model, version, needed_bytes, limit_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version} of model {self.model!r} needs about {self.needed_bytes:,} bytes, and all models "
+            f"of a replica may take {self.limit_bytes:,}; raise serving.model_memory_bytes, or train a smaller one"
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 from heliostat.clock import Clock
 from heliostat.errors import RolloutError, UnknownModelError, UnknownVersionError
-from heliostat.experiments.assignment import RoutingDocument, Variant
+from heliostat.experiments.assignment import N_SLOTS, RoutingDocument, Variant
 from heliostat.storage.catalog import Catalog, CatalogReader
 from heliostat.storage.catalog_tables import RouteRow
 
@@ -131,6 +131,9 @@ class Rollout:
                 raise RolloutError(
                     model, doing, f"the challenger's weight is {weight:g}", "keep it above 0 and below 1"
                 )
+            if round(weight * N_SLOTS) in (0, N_SLOTS):
+                state = f"the challenger's weight is {weight:g}, and splits go in steps of 0.01 %"
+                raise RolloutError(model, doing, state, "take at least 0.0001, and at most 0.9999")
             if salt in {str(row.document["salt"]) for row in rows.route_history(model)}:
                 fix = "choose another name: the same name would pick the same entities again"
                 raise RolloutError(model, doing, "an earlier split had that name", fix)

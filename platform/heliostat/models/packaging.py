@@ -213,6 +213,11 @@ class ModelPackage:
             raise InvalidPackageError(PACKAGE_FILE, f"objective {self.objective!r} isn't binary or regression")
 
     @property
+    def memory_bytes(self) -> int:
+        """What it takes when it is loaded, about: its text, and as much again for the booster."""
+        return 2 * len(self.booster_text) + 65_536
+
+    @property
     def raw_scale(self) -> RawScale:
         """What contributions to its predictions are measured in."""
         return RawScale.of(self.booster_text, calibrated=self.calibration is not None)

@@ -333,6 +333,18 @@ class ModelRegistry:
             expected_revision=past[-1].revision if expected_revision is None else expected_revision,
         )
 
+    def mark(self, model: str) -> tuple[int, tuple[tuple[str, int], ...]]:
+        """What is different after a version was registered or an alias moved: the newest number, and revisions."""
+        with self._catalog.read() as rows:
+            numbers = rows.version_numbers(model)
+            moved = tuple((row.alias, row.revision) for row in rows.aliases(model))
+            return numbers[-1] if numbers else 0, moved
+
+    def earlier(self, model: str, alias: str = PRODUCTION) -> tuple[int, ...]:
+        """The versions that an alias pointed at before, the last one first; not those that were rolled back."""
+        with self._catalog.read() as rows:
+            return tuple(reversed(_earlier(rows.alias_history(model, alias))[:-1]))
+
     def history(self, model: str, alias: str | None = None) -> tuple[AliasRow, ...]:
         """Every move of a model's aliases, oldest first."""
         with self._catalog.read() as rows:

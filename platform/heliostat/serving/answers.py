@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from heliostat.serving.fallback import FURTHER, Rung
 from heliostat.storage.streams import prediction_ids
+
+FORCED = "forced:"
+"""What the variants of forced answers begin with, so that they count for no variant of an experiment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class Predictions:
         missing: Features without a value (null) when the model was asked.
         variants: The variant that the entity is assigned to.
         absent: Views that hold nothing about the entity: their features are those of nobody.
+        spared: What stood in for features, if something did; empty if for nobody.
+        ages_s: How old what stood in is, seconds, if that is known; empty if for nobody.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -62,6 +68,8 @@ class Predictions:
     missing: list[tuple[str, ...]] = field(default_factory=list)
     variants: list[str] = field(default_factory=list)
     absent: list[tuple[str, ...]] = field(default_factory=list)
+    spared: list[str | None] = field(default_factory=list)
+    ages_s: list[float | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -78,7 +86,15 @@ class Predictions:
             self.missing[first:last],
             self.variants[first:last],
             self.absent[first:last],
+            self.spared[first:last],
+            self.ages_s[first:last],
         )
+
+    @property
+    def furthest(self) -> str | None:
+        """Of the rungs that answered, the one that is furthest from the normal way; None if none did."""
+        rungs = [Rung(each) for each in set(self.fallbacks) if each is not None]
+        return max(rungs, key=FURTHER.__getitem__, default=None)
 
 
 class EntityAnswer(NamedTuple):
@@ -165,6 +181,7 @@ class PredictAnswer:
                 "missing_features": missing,
                 "absent_views": absent,
                 "source": "model" if fallback is None else "fallback",
+                "degraded": fallback is not None,
                 "fallback": fallback,
             }
             for entity_id, score, variant, version, prediction_id, missing, absent, fallback in zip(
@@ -183,6 +200,12 @@ class PredictAnswer:
             for entity, each in zip(entities, self.explanations, strict=True):
                 entity["explanation"] = each.document() if isinstance(each, Explanation) else None
                 entity["unexplained"] = each if isinstance(each, str) else None
+        furthest = rows.furthest if any(rows.fallbacks) else None
+        if furthest is not None:
+            ages = rows.ages_s or [None] * len(rows)
+            for entity, spared, age_s in zip(entities, rows.spared or ages, ages, strict=True):
+                entity["features_from"] = spared
+                entity["fallback_age_s"] = age_s
         return {
             "model": self.model,
             "model_version": self.version,
@@ -190,5 +213,7 @@ class PredictAnswer:
             "latency_ms": round(latency_ms, 3),
             "request_id": self.request_id,
             "logged": self.logged,
+            "degraded": furthest is not None,
+            "fallback": furthest,
             "entities": entities,
         }

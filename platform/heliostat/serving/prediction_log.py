@@ -20,7 +20,7 @@ import orjson
 from numpy.typing import NDArray
 
 from heliostat.errors import HeliostatError, PredictionLogError
-from heliostat.serving.answers import PredictAnswer, Predictions
+from heliostat.serving.answers import FORCED, PredictAnswer, Predictions
 from heliostat.serving.requests import Inputs
 from heliostat.tracing import Trace
 
@@ -69,6 +69,8 @@ def log_record(
     for request, trace in zip(requests, traces or (), strict=traces is not None):
         if trace is not None:
             request["trace_id"], request["latency_ms"] = trace.trace_id, round(trace.age_ms, 3)
+    if predictions.variants[0].startswith(FORCED):  # such a request is alone in its batch
+        requests[0]["forced"] = True
     # A column that says nothing isn't written.
     if any(predictions.missing):
         columns["missing"] = predictions.missing

@@ -12,7 +12,6 @@ import asyncio
 import itertools
 import logging
 import secrets
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,16 +22,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heliostat.clock import Clock
-from heliostat.errors import DeadlineError, HeliostatError, StaleVersionError, UnknownAliasError
+from heliostat.errors import (
+    DeadlineError,
+    DegradedAnswerError,
+    DependencyOpenError,
+    HeliostatError,
+    StaleVersionError,
+    UnknownAliasError,
+)
 from heliostat.models.packaging import AS_IT_IS, RawScale
-from heliostat.serving.answers import Explanation, PredictAnswer, Predictions
+from heliostat.serving.answers import FORCED, Explanation, PredictAnswer, Predictions
+from heliostat.serving.breaker import Breakers
 from heliostat.serving.coalescing import Coalescer
-from heliostat.serving.fallback import Rung, VersionLadder
+from heliostat.serving.fallback import Rung, Scored, VersionLadder, breaker_name
+from heliostat.serving.lanes import in_thread
 from heliostat.serving.prediction_log import PredictionLog, log_record
 from heliostat.serving.requests import PredictRequest
-from heliostat.serving.stages import Assignment, FeatureBlock, FeatureQuery, FeatureReaders, RouteQuery, ScoreQuery
+from heliostat.serving.spare_features import SpareFeatures
+from heliostat.serving.stages import (
+    Assignment,
+    FeatureBlock,
+    FeatureQuery,
+    FeatureReaders,
+    RouteQuery,
+    ScoreQuery,
+    shown,
+)
 
 FloatArray = NDArray[np.float64]
+_Lane = tuple[str, bool, bool, bool]
 
 _logger = logging.getLogger("heliostat.serving")
 
@@ -52,7 +70,11 @@ _TOO_LATE_SHARE = 0.2
 _SHADOWS_AT_ONCE = 4
 # Of a model: a batch that waits for a store or a model that hangs mustn't hold up all others.
 _BATCHES_AT_ONCE = 4
-_ANSWERED_BY_A_MODEL = (None, Rung.FEATURES, Rung.VERSION)
+# The log's time ends a little before the request's: an answer that may go out unlogged still has to.
+_LOG_SHARE = 0.95
+
+STORE = "online store"
+"""The name of the online store's breaker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +105,7 @@ class VersionFacts:
         wanted: What is looked up for them: ``view@version__feature`` where it was trained on another version of
             a view than the highest; by default ``names``.
         scale: What contributions to its predictions are measured in.
+        medians: Of ``names`` in training, NaN where there is none; empty if nobody wrote them down.
     """
 
     names: tuple[str, ...]
@@ -90,6 +113,7 @@ class VersionFacts:
     stale: tuple[str, ...] = ()
     wanted: tuple[str, ...] = ()
     scale: RawScale = AS_IT_IS
+    medians: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.wanted:
@@ -106,6 +130,11 @@ class VersionBook:
     def __init__(self, read: Callable[[str, int], VersionFacts]) -> None:
         self._read = read
         self._known: dict[tuple[str, int], VersionFacts] = {}
+        self._reading: dict[tuple[str, int], asyncio.Task[VersionFacts]] = {}
+
+    def known(self, model: str, version: int) -> VersionFacts | None:
+        """Facts that were read before."""
+        return self._known.get((model, version))
 
     async def usable(self, model: str, version: int) -> VersionFacts:
         """Facts about a version that can be asked.
@@ -127,10 +156,21 @@ class VersionBook:
             return None
 
     async def _facts(self, model: str, version: int) -> VersionFacts:
-        known = self._known.get((model, version))
-        if known is None:
-            known = self._known[model, version] = await asyncio.to_thread(self._read, model, version)
-        return known
+        """Facts, read once however many ask; reading goes on if they leave."""
+        key = model, version
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        task = self._reading.get(key)
+        if task is None:
+            task = self._reading[key] = asyncio.create_task(in_thread(self._read, model, version))
+            task.add_done_callback(lambda done: self._note(key, done))
+        return await asyncio.shield(task)
+
+    def _note(self, key: tuple[str, int], done: asyncio.Task[VersionFacts]) -> None:
+        del self._reading[key]
+        if not done.cancelled() and done.exception() is None:
+            self._known[key] = done.result()
 
 
 @dataclass(slots=True, eq=False)
@@ -166,6 +206,9 @@ class Predictor:
         max_batch_entities: Entities that go through the stages together, at most.
         max_waiting: Requests of a model that may wait for their turn.
         patience_s: How long a batch may take before another one starts beside it, seconds.
+        breakers: Remember what failed: model versions, and by `STORE` the online store, which guards itself.
+        spares: Stand in for features; by default what was seen last and medians.
+        ladder: Stands in for versions; by default without knowing any that was good before, or batch predictions.
     """
 
     def __init__(
@@ -180,12 +223,17 @@ class Predictor:
         max_batch_entities: int = 2_048,
         max_waiting: int = 256,
         patience_s: float = 0.01,
+        breakers: Breakers | None = None,
+        spares: SpareFeatures | None = None,
+        ladder: VersionLadder | None = None,
     ) -> None:
         self._stages, self._readers, self._versions, self._log, self._clock = stages, readers, versions, log, clock
         self._deadline_ms = deadline_ms
         self._max_batch_entities, self._max_waiting, self._patience_s = max_batch_entities, max_waiting, patience_s
-        self._ladder = VersionLadder(versions.prior)
-        self._queues: dict[tuple[str, bool], Coalescer[_Waiting, PredictAnswer]] = {}
+        self._breakers = breakers or Breakers()
+        self._spares = spares or SpareFeatures(readers, clock)
+        self._ladder = ladder or VersionLadder(versions.prior, self._breakers)
+        self._queues: dict[_Lane, Coalescer[_Waiting, PredictAnswer]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
         self._shadows: set[asyncio.Task[None]] = set()
 
@@ -197,15 +245,17 @@ class Predictor:
             OverloadedError: If too many wait already.
             UnknownAliasError: If no version of the model serves.
             UnservableModelError: If no version can answer and no prior is known.
+            DegradedAnswerError: If only a fallback can answer, and the request wants none.
+            UnknownVariantError: If the request forces a variant that there isn't.
             PredictionLogError: If the log can't be written, and that isn't allowed.
         """
         # Requests that want explanations wait for each other, and nobody else for them.
-        lane = request.model, request.explain
+        lane = request.model, request.explain, request.strict, request.variant is not None
         queue = self._queues.get(lane)
         if queue is None:
             queue = self._queues[lane] = Coalescer(
                 self._answer_in_time,
-                max_weight=min(self._max_batch_entities, _EXPLAINED_AT_ONCE if request.explain else sys.maxsize),
+                max_weight=self._weight_of(request),
                 max_in_flight=_BATCHES_AT_ONCE,
                 patience_s=self._patience_s,
                 max_waiting=self._max_waiting,
@@ -217,6 +267,12 @@ class Predictor:
         except TimeoutError:
             raise DeadlineError(self._deadline_ms) from None
 
+    def _weight_of(self, request: PredictRequest) -> int:
+        """How many entities a batch may have: who forces a variant is alone."""
+        if request.variant is not None:
+            return 1
+        return min(self._max_batch_entities, _EXPLAINED_AT_ONCE) if request.explain else self._max_batch_entities
+
     async def warm_up(self, model: str) -> None:
         """Do for a model what its first request would wait for.
 
@@ -226,8 +282,16 @@ class Predictor:
         """
         route = await self._stages.spare_router(RouteQuery(model, None, ()))
         for version in dict.fromkeys(route.versions):
-            names = (await self._versions.usable(model, version)).names
-            await self._stages.runner(ScoreQuery(model, version, np.full((1, len(names)), np.nan)))
+            await self.prepare(model, version)
+
+    async def prepare(self, model: str, version: int) -> None:
+        """Do for a version what its first request would wait for.
+
+        Raises:
+            HeliostatError: If it can't be loaded.
+        """
+        names = (await self._versions.usable(model, version)).names
+        await self._stages.runner(ScoreQuery(model, version, np.full((1, len(names)), np.nan)))
 
     async def close(self) -> None:
         """Answer those who were accepted, and refuse the rest."""
@@ -245,14 +309,16 @@ class Predictor:
         answers = iter(await self._answer([each.request for each in in_time], min(each.deadline for each in in_time)))
         return [next(answers) if each.deadline > too_late else DeadlineError(self._deadline_ms) for each in waiting]
 
-    async def _answer(self, requests: list[PredictRequest], deadline: float) -> list[PredictAnswer]:
+    async def _answer(self, requests: list[PredictRequest], deadline: float) -> list[PredictAnswer | Exception]:
         now = asyncio.get_running_loop().time()
         features_until, models_until = (now + share * (deadline - now) for share in (_FEATURES_SHARE, _MODELS_SHARE))
         query = self._query(requests)
         block = await self._features(query, until=features_until)
-        assignment = await self._assign(query, block, until=models_until)
+        assignment = await self._assign(query, block, until=models_until, forced=requests[0].variant)
         batch = await self._widened(_Batch(requests, query, block, assignment), until=models_until)
         predictions = await self._score(batch, until=models_until)
+        if requests[0].strict and any(predictions.fallbacks):  # whoever shares a queue shares this
+            return await self._refuse(batch, predictions, deadline)
         answers = _answers(batch, predictions)
         explaining: asyncio.Task[list[Explanation | str]] | None = None
         if requests[0].explain:  # whoever shares a queue shares this
@@ -261,7 +327,9 @@ class Predictor:
             )
         try:
             logged = await self._log.write(
-                [self._record(batch, answers, predictions)], rows=len(predictions), until=deadline
+                [self._record(batch, answers, predictions)],
+                rows=len(predictions),
+                until=now + _LOG_SHARE * (deadline - now),
             )
             explanations = None if explaining is None else await explaining
         finally:
@@ -273,7 +341,28 @@ class Predictor:
             told = iter(explanations)
             answers = [replace(each, explanations=tuple(islice(told, len(each.entity_ids)))) for each in answers]
         self._start_shadows(batch)
-        return answers
+        return [*answers]
+
+    async def _refuse(
+        self, batch: _Batch, predictions: Predictions, deadline: float
+    ) -> list[PredictAnswer | Exception]:
+        """Errors for those requests that only a fallback could answer; answers for the others, by themselves."""
+        found: list[PredictAnswer | Exception | None] = []
+        first = 0
+        for request in batch.requests:
+            rows = range(first, first + len(request.entities))
+            first = rows.stop
+            worst = max((row for row in rows if predictions.fallbacks[row]), default=None)
+            found.append(None if worst is None else self._refusal(batch, predictions, worst))
+        clean = [request for request, error in zip(batch.requests, found, strict=True) if error is None]
+        answers = iter(await self._answer(clean, deadline) if clean else ())
+        return [next(answers) if error is None else error for error in found]
+
+    def _refusal(self, batch: _Batch, predictions: Predictions, row: int) -> DegradedAnswerError:
+        rung = Rung(str(predictions.fallbacks[row]))
+        version = batch.assignment.versions[batch.assignment.chosen[row]]
+        name = STORE if rung.of_features else breaker_name(batch.model, version)
+        return DegradedAnswerError(batch.model, rung, f"the {name}", self._breakers.of(name).reason)
 
     # ── Features and variants ───────────────────────────────────────────────────────
 
@@ -298,35 +387,52 @@ class Predictor:
     async def _features(self, query: FeatureQuery, *, until: float) -> FeatureBlock:
         try:
             async with asyncio.timeout_at(until):
-                return await self._stages.features(query)
+                block = await self._stages.features(query)
+        except DependencyOpenError:
+            return self._spares.block(query)
         except Exception as error:  # noqa: BLE001 - whatever a stage does, the request is answered
             _logger.warning("features of model %s can't be read: %s", query.model, _told(error))
-            return self._readers.blank(query, as_of_us=self._clock.now_us())
+            return self._spares.block(query)
+        self._spares.keep(query, block)
+        return block
 
-    async def _assign(self, query: FeatureQuery, block: FeatureBlock, *, until: float) -> Assignment:
+    async def _assign(
+        self, query: FeatureQuery, block: FeatureBlock, *, until: float, forced: str | None = None
+    ) -> Assignment:
         routing = RouteQuery(query.model, block.route, query.entities)
         try:
             async with asyncio.timeout_at(until):
-                return await self._stages.router(routing)
+                found = await self._stages.router(routing)
         except UnknownAliasError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a stage does, the request is answered
             _logger.warning("the router of model %s doesn't answer: %s", query.model, _told(error))
-            return await self._stages.spare_router(routing)
+            found = await self._stages.spare_router(routing)
+        return found if forced is None else found.forced(query.model, forced, prefix=FORCED)
 
     async def _widened(self, batch: _Batch, *, until: float) -> _Batch:
         """Look up again if a version that serves needs more: once, after a version with other features went live."""
         needed = dict.fromkeys(batch.query.names)
         for version in set(batch.assignment.versions):
-            try:
-                needed.update(dict.fromkeys((await self._versions.usable(batch.model, version)).wanted))
-            except HeliostatError:
-                continue  # it can't be asked; the ladder deals with that
+            facts = self._versions.known(batch.model, version) or await self._told_of(batch.model, version, until)
+            if facts is not None and not facts.stale:
+                needed.update(dict.fromkeys(facts.wanted))
         if len(needed) == len(batch.query.names):
             return batch
         names = self._names[batch.model] = tuple(needed)
         query = replace(batch.query, names=names)
         return replace(batch, query=query, block=await self._features(query, until=until))
+
+    async def _told_of(self, model: str, version: int, until: float) -> VersionFacts | None:
+        """Facts of a version that serves for the first time; None if it can't be asked: that is the ladder's."""
+        if self._breakers.of(breaker_name(model, version)).is_shut_off:
+            return None
+        now = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(now + (until - now) / 2):
+                return await self._versions.usable(model, version)
+        except (HeliostatError, TimeoutError):
+            return None
 
     # ── Scores ──────────────────────────────────────────────────────────────────────
 
@@ -351,10 +457,16 @@ class Predictor:
     ) -> Predictions:
         """What one version says, or whoever stands in for it, of some rows or (None) of all."""
         seen: dict[int, tuple[tuple[str, ...], FloatArray]] = {}
+        spared: dict[int, list[Rung]] = {}
+        block, entities = batch.block, batch.query.entities
 
         async def score(candidate: int) -> FloatArray:
             facts = await self._versions.usable(batch.model, candidate)
-            matrix = batch.block.matrix(facts.wanted, rows)
+            matrix = block.matrix(facts.wanted, rows)
+            if not block.stored:
+                matrix, spared[candidate] = self._spares.completed(
+                    batch.query, block, matrix, names=facts.names, medians=facts.medians, rows=rows
+                )
             seen[candidate] = facts.names, matrix
             return await self._stages.runner(ScoreQuery(batch.model, candidate, matrix))
 
@@ -363,13 +475,19 @@ class Predictor:
             version,
             score,
             control=batch.assignment.versions[0],
-            rows=len(batch.query.entities) if rows is None else len(rows),
+            entities=lambda: entities if rows is None else [entities[row] for row in rows],
+            rows=len(entities) if rows is None else len(rows),
             until=until,
         )
-        nobody = tuple(map(_shown, batch.block.names)), batch.block.matrix(batch.block.names, rows)
-        names, matrix = seen.get(scored.version) or nobody
-        rung = scored.rung if scored.rung is not None or batch.block.stored else Rung.FEATURES
-        return _predictions(scored.scores, scored.version, rung, names, matrix)
+        by_a_model = scored.rung is None or scored.rung.of_a_model
+        if by_a_model:
+            names, matrix = seen[scored.version]
+        else:
+            names, matrix = tuple(map(shown, block.names)), block.matrix(block.names, rows)
+        predictions = _predictions(scored.scores, scored.version, scored.rung, names, matrix)
+        if scored.rung is not None or not block.stored:
+            _mark(predictions, scored, block, rows, spared.get(scored.version) if by_a_model else None)
+        return predictions
 
     async def _explain(self, batch: _Batch, predictions: Predictions, *, until: float) -> list[Explanation | str]:
         """What each prediction is made of, row by row; or, as a text, why that can't be said."""
@@ -380,7 +498,7 @@ class Predictor:
             rows = [
                 row
                 for row, (each, rung) in enumerate(zip(predictions.versions, predictions.fallbacks, strict=True))
-                if each == version and rung in _ANSWERED_BY_A_MODEL
+                if each == version and (rung is None or Rung(rung).of_a_model)
             ]
             if not rows:
                 continue
@@ -427,7 +545,7 @@ class Predictor:
                 facts = await self._versions.usable(batch.model, version)
                 matrix = batch.block.matrix(facts.wanted)
                 async with asyncio.timeout_at(until):
-                    scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix))
+                    scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix, beside=True))
                 shadow = _predictions(scores, version, None, facts.names, matrix)
                 shadow.variants = [SHADOW_NAME] * len(shadow)
                 await self._log.write(
@@ -435,12 +553,6 @@ class Predictor:
                 )
             except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
                 _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)
-
-
-def _shown(name: str) -> str:
-    """``view__feature`` of what was looked up as ``view@version__feature``."""
-    view, _, feature = name.partition("__")
-    return f"{view.partition('@')[0]}__{feature}"
 
 
 def _told(error: Exception) -> str:
@@ -459,6 +571,28 @@ def _predictions(
     return Predictions(scores.tolist(), [version] * n, [rung] * n, matrix, missing)
 
 
+def _mark(
+    predictions: Predictions,
+    scored: Scored,
+    block: FeatureBlock,
+    rows: NDArray[np.intp] | None,
+    spared: Sequence[Rung] | None,
+) -> None:
+    """Say of each row what stood in: for the version, or for its features."""
+    n = len(predictions)
+    places = range(n) if rows is None else rows.tolist()
+    ages: list[float | None] = [block.ages_s[row] if spared else None for row in places]
+    for row in range(n):
+        cached = scored.cached.get(row)
+        if cached is not None:
+            predictions.versions[row], predictions.fallbacks[row] = cached.version, Rung.BATCH
+            ages[row] = cached.age_s
+        elif predictions.fallbacks[row] is None and spared is not None:
+            predictions.fallbacks[row] = spared[row]
+    predictions.spared = [None] * n if spared is None else list(spared)
+    predictions.ages_s = ages
+
+
 def _merged(parts: Sequence[Predictions], rows: NDArray[np.intp]) -> Predictions:
     """Parts that are about some rows each, two or more in all, as one about all of them, in order."""
     order = np.argsort(rows)
@@ -467,6 +601,10 @@ def _merged(parts: Sequence[Predictions], rows: NDArray[np.intp]) -> Predictions
     def column(name: str) -> list[Any]:
         return list(in_order(list(itertools.chain.from_iterable(getattr(part, name) for part in parts))))
 
+    spared = any(part.spared for part in parts)
+    for part in parts if spared else ():
+        part.spared = part.spared or [None] * len(part)
+        part.ages_s = part.ages_s or [None] * len(part)
     one_matrix = len({part.vectors[0].shape for part in parts}) == 1
     return Predictions(
         column("scores"),
@@ -474,6 +612,8 @@ def _merged(parts: Sequence[Predictions], rows: NDArray[np.intp]) -> Predictions
         column("fallbacks"),
         np.concatenate([part.vectors for part in parts])[order] if one_matrix else column("vectors"),
         column("missing"),
+        spared=column("spared") if spared else [],
+        ages_s=column("ages_s") if spared else [],
     )
 
 

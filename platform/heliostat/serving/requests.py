@@ -22,7 +22,8 @@ from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.schema import text_code
 from heliostat.tracing import CURRENT, Trace
 
-_FIELDS = ("model", "entity_ids", "features", "inputs", "explain")
+_FIELDS = ("model", "entity_ids", "features", "inputs", "explain", "on_fallback")
+_ON_FALLBACK = ("answer", "error")
 
 Overrides = Mapping[int, Mapping[str, float]]
 """Values that a request gives instead of stored ones: position in the request -> feature -> value; NaN for null."""
@@ -42,6 +43,8 @@ class PredictRequest:
         overrides: Feature values that the client gives; NaN for null.
         inputs: What derived features take from the request: all that the model needs, for every entity.
         explain: Whether the answer says what each feature contributed.
+        strict: Whether an error is wanted instead of an answer by a fallback.
+        variant: The variant that serves everybody in this request, whoever they are assigned to; None: as assigned.
         trace: What it belongs to, and when it arrived; by default that of the task which makes it.
     """
 
@@ -51,6 +54,8 @@ class PredictRequest:
     overrides: Overrides = field(default_factory=dict)
     inputs: Inputs = field(default_factory=dict)
     explain: bool = False
+    strict: bool = False
+    variant: str | None = None
     trace: Trace | None = field(default_factory=CURRENT.get, compare=False, repr=False)
 
 
@@ -80,15 +85,18 @@ def parse_predict(
     overridable: Callable[[ModelSpec], AbstractSet[str]],
     max_entities: int,
     model: str | None = None,
+    variant: str | None = None,
 ) -> PredictRequest:
     """Read the body of ``POST /predict``.
 
     Args:
-        body: JSON: ``{"model"?, "entity_ids": […], "features"?: […] or {…}, "inputs"?: […] or {…}, "explain"?}``.
+        body: JSON: ``{"model"?, "entity_ids": […], "features"?: […] or {…}, "inputs"?: […] or {…}, "explain"?,
+            "on_fallback"?}``.
         definitions: What is declared.
         overridable: Names of the features that a request for a model may give.
         max_entities: Entities that one request may ask for.
         model: Its name, if the path says it: the body may repeat it, and name no other.
+        variant: The variant that is forced, by whoever may.
 
     Raises:
         MalformedBodyError: If it is no JSON.
@@ -121,7 +129,11 @@ def parse_predict(
     explain = document.get("explain")
     if explain is not None and not isinstance(explain, bool):
         raise InvalidFieldError("field 'explain'", f"is {_kind(explain)}", "true or false")
-    return PredictRequest(spec.name, entities, tuple(entity_ids), overrides, inputs, explain is True)
+    on_fallback = document.get("on_fallback")
+    if on_fallback is not None and on_fallback not in _ON_FALLBACK:
+        raise InvalidFieldError("field 'on_fallback'", f"is {on_fallback!r}", "one of: answer, error")
+    strict = on_fallback == "error"
+    return PredictRequest(spec.name, entities, tuple(entity_ids), overrides, inputs, explain is True, strict, variant)
 
 
 @dataclass(frozen=True, slots=True)

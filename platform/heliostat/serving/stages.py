@@ -13,8 +13,9 @@ import itertools
 import logging
 import math
 import re
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import lightgbm  # noqa: F401 - imported before the first request: loading a version would wait for it
@@ -22,7 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heliostat.clock import Clock
-from heliostat.errors import HeliostatError, InvalidRouteError, SignatureMismatchError, UnknownAliasError
+from heliostat.errors import (
+    HeliostatError,
+    InvalidRouteError,
+    ModelTooLargeError,
+    SignatureMismatchError,
+    UnknownAliasError,
+    UnknownVariantError,
+)
 from heliostat.experiments.assignment import OUTSIDE, RoutingDocument
 from heliostat.features.definitions import FeatureView
 from heliostat.models.definitions import Definitions
@@ -30,6 +38,8 @@ from heliostat.models.packaging import LoadedModel
 from heliostat.models.registry import PRODUCTION
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingLimits
+from heliostat.serving.breaker import Breaker, guarded
+from heliostat.serving.lanes import Lane, in_thread
 from heliostat.serving.requests import Inputs, Overrides
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys
 
@@ -42,8 +52,18 @@ OUTSIDE_NAME = "outside"
 
 _PINNED = re.compile(r"@\d+__")
 
-# LightGBM scores about 200 rows a millisecond; more than this shouldn't hold up the event loop.
-_ROWS_ON_THE_LOOP = 512
+# A call on the event loop holds up everybody: it should take no longer than this, and is at most so many rows.
+_SHORT_S = 0.005
+_ROWS_ON_THE_LOOP = 4096
+# A version that took longer than this so often, against all expectation, gets no more calls there.
+_TOO_LONG_S = 0.1
+_SLOW_CALLS = 3
+_TRIAL_ROWS = 64
+
+
+def shown(name: str) -> str:
+    """``view__feature`` of what was looked up as ``view@version__feature``."""
+    return _PINNED.sub("__", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +110,9 @@ class FeatureBlock:
         absent: Shape ``(n, n_views)``: whether a view holds nothing about an entity.
         route: The model's routing document, which came along; None if there is none.
         as_of_us: The instant of the features, microseconds since the epoch.
-        stored: False if the store couldn't be read: then values are the client's, or NaN.
+        stored: False if the store couldn't be read: then values are the client's, what was seen last, or NaN.
         newest_us: See `FeatureBatch.newest_us`; None if the store couldn't be read.
+        ages_s: Where it couldn't: how old what was seen last is, seconds; None where nothing was. By row.
     """
 
     names: tuple[str, ...]
@@ -102,6 +123,7 @@ class FeatureBlock:
     as_of_us: int
     stored: bool = True
     newest_us: FloatArray | None = None
+    ages_s: Sequence[float | None] = ()
 
     def matrix(self, names: tuple[str, ...], rows: NDArray[np.intp] | None = None) -> FloatArray:
         """Some columns in another order, of some rows or (None) of all: C-contiguous.
@@ -159,11 +181,25 @@ class FeatureReaders:
         view = self.definitions.view(name)
         return view.pinned if name == view.ref else view
 
-    def blank(self, query: FeatureQuery, *, as_of_us: int) -> FeatureBlock:
+    def blank(
+        self,
+        query: FeatureQuery,
+        *,
+        as_of_us: int,
+        seen: Mapping[int, FloatArray] | None = None,
+        ages_s: Sequence[float | None] | None = None,
+    ) -> FeatureBlock:
         """What can be said without the store: what the request gives, what derives from it, and nulls.
 
         An entity without events would count 0 purchases; of one that couldn't be looked up nothing is
         known, so that every aggregated feature is null.
+
+        Args:
+            query: What was asked for.
+            as_of_us: Now.
+            seen: What is known from elsewhere, by row, shape ``(len(query.names),)`` each; what the request gives
+                goes over it.
+            ages_s: How old that is, seconds; by row.
         """
         reader = self.of(query.names)
         unknown = {
@@ -172,13 +208,38 @@ class FeatureReaders:
             for name in (f"{view.name}__{feature}" for feature in view.base_features)
             if name in reader.overridable
         }
-        n = len(query.entities)
-        rows = [{**unknown, **self._qualified(reader, query.overrides.get(row, {}))} for row in range(n)]
+        n, known = len(query.entities), seen or {}
+        rows: list[dict[str, float]] = []
+        for row in range(n):
+            given = self._qualified(reader, query.overrides.get(row, {}))
+            rows.append(
+                {**unknown, **self._seen(query, known[row], bool(given)), **given}
+                if row in known
+                else {**unknown, **given}
+            )
         values = [None] * len(reader.keys(query.entities))
         inputs = query.input_columns(reader.request)
         batch = reader.decode(values, as_of_us=as_of_us, overrides=rows, inputs=inputs)
         nowhere = np.zeros(batch.absent.shape, dtype=np.bool_)
-        return FeatureBlock(batch.names, batch.matrix, batch.views, nowhere, None, as_of_us, stored=False)
+        return FeatureBlock(
+            batch.names,
+            batch.matrix,
+            batch.views,
+            nowhere,
+            None,
+            as_of_us,
+            stored=False,
+            ages_s=ages_s or [None] * n,
+        )
+
+    def _seen(self, query: FeatureQuery, values: FloatArray, changed: bool) -> dict[str, float]:
+        """What was seen, as overrides; without what depends on the request, or derives from what it changes."""
+        found: dict[str, float] = {}
+        for name, value in zip(query.names, values.tolist(), strict=True):
+            view, feature = self._view(name.split("__", 1)[0]), name.split("__", 1)[1]
+            if feature in view.base_features or not (changed or view.request_of([feature])):
+                found[shown(name)] = value
+        return found
 
     def given(self, query: FeatureQuery) -> list[tuple[str, ...]] | None:
         """For each entity, the qualified features whose values the request gives; None: none for anybody.
@@ -194,7 +255,7 @@ class FeatureReaders:
             given = query.overrides.get(row, {})
             names = tuple(given)
             if names not in told:
-                told[names] = tuple(sorted({_PINNED.sub("__", name) for name in self._qualified(reader, given)}))
+                told[names] = tuple(sorted({shown(name) for name in self._qualified(reader, given)}))
             found.append(told[names])
         return found
 
@@ -271,6 +332,18 @@ class Assignment:
     chosen: NDArray[np.int16]
     shadow: tuple[int, ...] = ()
 
+    def forced(self, model: str, variant: str, *, prefix: str) -> Assignment:
+        """One variant for everybody, whoever they are assigned to; its name gets a prefix.
+
+        Raises:
+            UnknownVariantError: If there is no such variant.
+        """
+        names = self.names[:-1]
+        if variant not in names:
+            raise UnknownVariantError(variant, model, names)
+        chosen = np.full(len(self.chosen), names.index(variant), dtype=np.int16)
+        return Assignment(self.revision, tuple(prefix + name for name in self.names), self.versions, chosen)
+
 
 class ABRouter:
     """Assigns entities to variants by the routing document that rides along with the features.
@@ -281,10 +354,22 @@ class ABRouter:
     Args:
         load: Gives the current document from the catalog, None if there is none; may block.
         reload_s: How often the catalog is asked, seconds.
+        breaker: The catalog's.
     """
 
-    def __init__(self, load: Callable[[str], RoutingDocument | None], *, reload_s: float = 1.0) -> None:
-        self._load, self._reload_s = load, reload_s
+    def __init__(
+        self,
+        load: Callable[[str], RoutingDocument | None],
+        *,
+        reload_s: float = 1.0,
+        breaker: Breaker | None = None,
+    ) -> None:
+        self._reload_s = reload_s
+
+        async def ask(model: str) -> RoutingDocument | None:
+            return await in_thread(load, model)
+
+        self._load = ask if breaker is None else guarded(ask, breaker)
         self._bytes: dict[str, bytes] = {}
         self._documents: dict[str, RoutingDocument] = {}
         self._asked: dict[str, tuple[float, asyncio.Task[RoutingDocument | None]]] = {}
@@ -337,7 +422,7 @@ class ABRouter:
 
     async def _from_catalog(self, model: str) -> RoutingDocument | None:
         try:
-            found = await asyncio.to_thread(self._load, model)
+            found = await self._load(model)
         except HeliostatError as error:
             _logger.warning("the routing document of model %s can't be loaded: %s", model, error)
             return None
@@ -356,26 +441,62 @@ class ScoreQuery:
         version: Which version of it.
         matrix: Shape ``(n, n_features)``, columns in the order of the version's signature.
         explain: Whether contributions are wanted instead of scores.
+        beside: Whether nobody waits for it, so that it must hold up nobody: a shadow's.
     """
 
     model: str
     version: int
     matrix: FloatArray
     explain: bool = False
+    beside: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A loaded version.
+
+    Attributes:
+        lane: Its threads.
+        rows_on_loop: More rows than this go to a thread.
+        slow: How often the event loop was held up by it.
+    """
+
+    model: LoadedModel
+    lane: Lane
+    rows_on_loop: int
+    slow: int = 0
 
 
 class ModelRunner:
     """Scores rows with any version of any model; keeps the versions that were used last.
 
+    A version is tried in a thread when it is loaded: one that raises or hangs never gets further. What a row
+    costs is measured then, and calls that are short enough are made on the event loop, since a thread would
+    cost more than they do; all others in the version's own threads, so that nobody else waits for them.
+
     Args:
         load: Gives a version, ready to predict; may block, and may raise.
-        capacity: How many versions are kept.
+        capacity_bytes: What all versions together may take, about.
+        threads: Calls of a version in threads at once.
+        isolated: Whether every call is made in a thread.
     """
 
-    def __init__(self, load: Callable[[str, int], LoadedModel], *, capacity: int = 8) -> None:
-        self._load, self._capacity = load, capacity
-        self._loaded: OrderedDict[tuple[str, int], LoadedModel] = OrderedDict()
-        self._loading: dict[tuple[str, int], asyncio.Task[LoadedModel]] = {}
+    def __init__(
+        self,
+        load: Callable[[str, int], LoadedModel],
+        *,
+        capacity_bytes: int = 1 << 30,
+        threads: int = 2,
+        isolated: bool = False,
+    ) -> None:
+        self._load, self._capacity_bytes, self._threads, self._isolated = load, capacity_bytes, threads, isolated
+        self._held: OrderedDict[tuple[str, int], _Held] = OrderedDict()
+        self._loading: dict[tuple[str, int], asyncio.Task[_Held]] = {}
+
+    @property
+    def bytes_held(self) -> int:
+        """What the loaded versions take, about."""
+        return sum(held.model.package.memory_bytes for held in self._held.values())
 
     async def __call__(self, query: ScoreQuery) -> FloatArray:
         """Scores, shape ``(n,)``; or what they are made of, as `LoadedModel.contributions` gives it.
@@ -383,16 +504,21 @@ class ModelRunner:
         Raises:
             HeliostatError: If the version can't be loaded, or the matrix doesn't fit its signature.
         """
-        model = self._loaded.get((query.model, query.version))
-        if model is None:
-            model = await self.loaded(query.model, query.version)
+        key = query.model, query.version
+        held = self._held.get(key)
+        if held is None:
+            held = await self._loaded(key)
         else:
-            self._loaded.move_to_end((query.model, query.version))
+            self._held.move_to_end(key)
         if query.explain:
-            return await asyncio.to_thread(model.contributions, query.matrix)
-        if len(query.matrix) > _ROWS_ON_THE_LOOP:
-            return await asyncio.to_thread(model.predict, query.matrix)
-        return model.predict(query.matrix)
+            return await held.lane.call(held.model.contributions, query.matrix)
+        if query.beside or len(query.matrix) > held.rows_on_loop:
+            return await held.lane.call(held.model.predict, query.matrix)
+        begin = time.perf_counter()
+        scores = held.model.predict(query.matrix)
+        if time.perf_counter() - begin > _TOO_LONG_S:
+            self._note_slow(key, held)
+        return scores
 
     async def loaded(self, model: str, version: int) -> LoadedModel:
         """A version, loaded once however many ask for it; loading goes on if they leave.
@@ -400,9 +526,12 @@ class ModelRunner:
         Raises:
             HeliostatError: If it can't be loaded; the next who asks makes it try again.
         """
-        key = (model, version)
-        if key in self._loaded:
-            return self._loaded[key]
+        return (await self._loaded((model, version))).model
+
+    async def _loaded(self, key: tuple[str, int]) -> _Held:
+        held = self._held.get(key)
+        if held is not None:
+            return held
         task = self._loading.get(key)
         if task is None:
             task = asyncio.create_task(self._load_once(key))
@@ -410,14 +539,37 @@ class ModelRunner:
             task.add_done_callback(lambda done: self._forget(key, done))
         return await asyncio.shield(task)
 
-    async def _load_once(self, key: tuple[str, int]) -> LoadedModel:
-        model = await asyncio.to_thread(self._load, *key)
-        self._loaded[key] = model
-        while len(self._loaded) > self._capacity:
-            self._loaded.popitem(last=False)
-        return model
+    async def _load_once(self, key: tuple[str, int]) -> _Held:
+        model, row_s = await in_thread(self._tried, *key)
+        size = model.package.memory_bytes
+        if size > self._capacity_bytes:
+            raise ModelTooLargeError(*key, size, self._capacity_bytes)
+        rows = 0 if self._isolated else min(_ROWS_ON_THE_LOOP, int(_SHORT_S / row_s))
+        held = self._held[key] = _Held(
+            model, Lane("version {1} of model {0}".format(*key), at_once=self._threads), rows
+        )
+        while self.bytes_held > self._capacity_bytes:
+            self._held.popitem(last=False)
+        return held
 
-    def _forget(self, key: tuple[str, int], done: asyncio.Task[LoadedModel]) -> None:
+    def _tried(self, model: str, version: int) -> tuple[LoadedModel, float]:
+        """A version that has shown that it predicts, and what a row costs it, seconds."""
+        loaded = self._load(model, version)
+        matrix = np.full((_TRIAL_ROWS, len(loaded.signature.names)), np.nan)
+        spent: list[float] = []
+        for _ in range(3):  # the first call makes what later ones use
+            begin = time.perf_counter()
+            loaded.predict(matrix)
+            spent.append(time.perf_counter() - begin)
+        return loaded, max(min(spent) / _TRIAL_ROWS, 1e-9)
+
+    def _note_slow(self, key: tuple[str, int], held: _Held) -> None:
+        held.slow += 1
+        if held.slow >= _SLOW_CALLS:
+            held.rows_on_loop = 0
+            _logger.warning("version %d of model %s is scored in threads from now on: it takes long", key[1], key[0])
+
+    def _forget(self, key: tuple[str, int], done: asyncio.Task[_Held]) -> None:
         self._loading.pop(key, None)
         if not done.cancelled():
             done.exception()  # read, or asyncio complains when everybody who waited has left

@@ -95,6 +95,13 @@ def test_the_shares_are_the_declared_ones(weight: float, coverage: float) -> Non
     assert abs(int((indices == 1).sum()) - expected) < 4 * np.sqrt(expected)
 
 
+@given(step=st.integers(0, N_SLOTS))
+def test_splits_go_from_none_to_all_in_steps_of_a_ten_thousandth(step: int) -> None:
+    for document in (_split(step / N_SLOTS), _split(1.0, coverage=step / N_SLOTS)):
+        low, high = document.ranges[1]
+        assert high - low == step
+
+
 def test_a_variant_without_weight_serves_nobody() -> None:
     assert set(_split(0.0).assign(ENTITIES).tolist()) == {0}
 

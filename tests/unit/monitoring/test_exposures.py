@@ -4,13 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from heliostat.clock import ManualClock
 from heliostat.errors import ExperimentDataError
 from heliostat.experiments.analysis import aggregate, analyze
 from heliostat.experiments.rollout import Rollout
-from heliostat.monitoring.exposures import Split, SplitReport, find_split
+from heliostat.features.definitions import Entity
+from heliostat.monitoring.exposures import Split, SplitReport, _exposures, find_split
+from heliostat.monitoring.served import ServedRows
 from heliostat.storage.catalog import Catalog
 from heliostat.storage.catalog_tables import RouteRow, VersionRow
 
@@ -42,6 +45,22 @@ def test_a_widened_split_is_one_split_from_its_start_to_its_end(history: tuple[R
     assert (split.from_us, split.until_us) == (20, 40)
     assert split.revisions == (2, 3)
     assert split.route.coverage == 0.5
+
+
+def test_forced_shadow_and_fallback_answers_are_no_exposures(history: tuple[RouteRow, ...]) -> None:
+    variants = ["control", "challenger", "forced:challenger", "shadow", "outside", "challenger"]
+    table = pa.table(
+        {
+            "entity": [str(n) for n in range(6)],
+            "revision": [3] * 6,
+            "variant": variants,
+            "version": [1, 2, 2, 2, 1, 2],
+            "source": ["model"] * 5 + ["fallback"],
+        }
+    )
+    entity = Entity("customer", keys={"customer_id": "int64"})
+    found = _exposures(ServedRows(table, entity), find_split("churn", history, "spring"))
+    assert found.table.column("entity").to_pylist() == ["0", "1"]
 
 
 def test_without_a_name_it_is_the_newest_and_it_may_be_running(history: tuple[RouteRow, ...]) -> None:

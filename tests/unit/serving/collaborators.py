@@ -21,8 +21,10 @@ from heliostat.models.definitions import Definitions, Label, ModelSpec
 from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
 from heliostat.online.tiles import RingLimits, pack_rings, ring_layout, tile_states
 from heliostat.schema import TIMESTAMP, hash64, tie48, times_us
+from heliostat.serving.breaker import BreakerRule, Breakers, guarded
+from heliostat.serving.fallback import BatchCache, VersionLadder
 from heliostat.serving.prediction_log import PredictionLog
-from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.predictor import STORE, Predictor, Stages, VersionBook, VersionFacts
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.stages import ABRouter, FeatureLookup, FeatureReaders, ModelRunner
 from heliostat.storage.online_store import OnlineKeys
@@ -57,7 +59,9 @@ def twice(count_30d: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 CHURN = ModelSpec("churn", entity=USER, features=[USAGE], label=Label.none_within("churned", ACTIVITIES, "30d"))
+UPSELL = ModelSpec("upsell", entity=USER, features=[USAGE], label=Label.none_within("upsold", ACTIVITIES, "30d"))
 DEFINITIONS = Definitions.of([CHURN])
+BOTH = Definitions.of([CHURN, UPSELL])
 NAMES = CHURN.feature_names
 MODELS = {"churn": CHURN}
 
@@ -131,6 +135,7 @@ class Versions:
         self.loads: list[int] = []
         self.priors: dict[int, float | None] = {1: 0.25, 2: 0.35, 3: 0.45}
         self.names: dict[int, tuple[str, ...]] = {}
+        self.medians: dict[int, tuple[float, ...]] = {}
         self.stale: dict[int, tuple[str, ...]] = {}
 
     def load(self, model: str, version: int) -> LoadedModel:
@@ -142,7 +147,12 @@ class Versions:
     def facts(self, model: str, version: int) -> VersionFacts:
         if version not in self.priors:
             raise UnknownVersionError(model, str(version), ("1", "2", "3"))
-        return VersionFacts(self.names.get(version, NAMES), self.priors[version], self.stale.get(version, ()))
+        return VersionFacts(
+            self.names.get(version, NAMES),
+            self.priors[version],
+            self.stale.get(version, ()),
+            medians=self.medians.get(version, ()),
+        )
 
 
 class Stream:
@@ -180,24 +190,38 @@ class Stream:
 class House:
     """A predictor with everything around it."""
 
-    def __init__(self, *, deadline_ms: float = 5_000.0, when_log_fails: str = "reject") -> None:
+    def __init__(
+        self, *, deadline_ms: float = 5_000.0, rule: BreakerRule | None = None, when_log_fails: str = "reject"
+    ) -> None:
         self.store = OnlineMemory(rings_of(events((1, 1, 10.0), (1, 2, 20.0), (2, 3, 5.0), (3, 40, 7.0))))
         self.store.publish(RoutingDocument.single("churn", 1, revision=1))
         self.versions = Versions()
         self.stream = Stream()
         self.clock = ManualClock(NOW_US)
         self.catalog: dict[str, RoutingDocument] = {}
-        self.readers = FeatureReaders(DEFINITIONS, keys=KEYS, n_buckets=N_BUCKETS, limits=LIMITS)
+        self.readers = FeatureReaders(BOTH, keys=KEYS, n_buckets=N_BUCKETS, limits=LIMITS)
         self.lookup = FeatureLookup(self.store, self.readers, self.clock)  # type: ignore[arg-type] # it only reads
         self.router = ABRouter(self.catalog.get)
+        self.breakers = Breakers(rule or BreakerRule())
+        self.last_good: dict[str, tuple[int, ...]] = {}
         self.runner = ModelRunner(self.versions.load)
+        book = VersionBook(self.versions.facts)
         self.predictor = Predictor(
-            Stages(self.lookup, self.router, self.runner, ABRouter(self.catalog.get)),
+            Stages(
+                guarded(self.lookup, self.breakers.of(STORE)), self.router, self.runner, ABRouter(self.catalog.get)
+            ),
             self.readers,
-            VersionBook(self.versions.facts),
+            book,
             PredictionLog(self.stream.append, when_fails=when_log_fails),  # type: ignore[arg-type] # a literal
             self.clock,
             deadline_ms=deadline_ms,
+            breakers=self.breakers,
+            ladder=VersionLadder(
+                book.prior,
+                self.breakers,
+                last_good=lambda model: self.last_good.get(model, ()),
+                cached=BatchCache(guarded(self.store.read, self.breakers.of(STORE)), KEYS, self.clock),
+            ),
         )
 
 

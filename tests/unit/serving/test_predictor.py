@@ -2,27 +2,34 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
+import orjson
 import pytest
 
-from heliostat.clock import US_PER_DAY
+from heliostat.clock import US_PER_DAY, US_PER_S
 from heliostat.errors import (
     DeadlineError,
+    DegradedAnswerError,
     OnlineStoreUnavailableError,
     PredictionLogError,
     ShuttingDownError,
     UnknownAliasError,
+    UnknownVariantError,
     UnservableModelError,
 )
 from heliostat.experiments.assignment import RoutingDocument
-from heliostat.serving.answers import Explanation, PredictAnswer
+from heliostat.models.packaging import LoadedModel
+from heliostat.serving.answers import EntityAnswer, Explanation, PredictAnswer
+from heliostat.serving.breaker import BreakerRule, State
+from heliostat.serving.predictor import STORE
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.stages import ScoreQuery
 from heliostat.tracing import CURRENT, Trace
-from tests.unit.serving.collaborators import NAMES, House, request, split, trained
+from tests.unit.serving.collaborators import KEYS, NAMES, House, request, split, trained
 
 
 def expected(version: int, *rows: list[float]) -> list[float]:
@@ -149,11 +156,11 @@ def test_the_log_says_which_rung_of_the_fallback_answered() -> None:
     house.store.down = True
     house.catalog["churn"] = RoutingDocument.single("churn", 1, revision=1)
     asyncio.run(house.predictor.predict(request(1)))
-    house.store.down, house.versions.broken = False, {3}
+    house.store.down, house.versions.broken, house.last_good["churn"] = False, {3}, (1,)
     house.store.publish(RoutingDocument.single("churn", 3, revision=2))
     asyncio.run(house.predictor.predict(request(1)))
     told = [(entry["source"], entry["fallback"]) for entry in house.stream.entries()]
-    assert told == [("fallback", "stored_features_unavailable"), ("fallback", "other_version")]
+    assert told == [("fallback", "stored_features_unavailable"), ("fallback", "last_good_version")]
 
 
 def test_the_log_has_what_the_model_saw_before_the_answer_leaves() -> None:
@@ -292,12 +299,59 @@ def test_a_shadow_that_fails_disturbs_nobody() -> None:
 # ── The ladder ──────────────────────────────────────────────────────────────────────
 
 
-def test_without_the_store_the_model_sees_the_requests_features_and_nulls_and_the_answer_says_so() -> None:
+def test_without_the_store_the_model_sees_what_was_seen_last_and_the_answer_says_so_and_how_old_it_is() -> None:
     house = House()
 
     async def scenario() -> None:
-        await house.predictor.predict(request(1))
+        await house.predictor.predict(request(1, 2))
+        house.clock.advance(40 * US_PER_S)
         house.store.down = True
+        answer = await house.predictor.predict(request(1, 2, count_30d=9.0))
+        assert [each.score for each in answer.entities] == expected(1, [9.0, 30.0, 15.0, 18.0], TWO)
+        document = answer.document(1.0)
+        told = [(each["degraded"], each["fallback"], each["fallback_age_s"]) for each in document["entities"]]
+        assert told == [(True, "last_seen_features", 40.0)] * 2
+        assert (document["degraded"], document["fallback"]) == (True, "last_seen_features")
+
+    asyncio.run(scenario())
+    assert house.stream.entries()[-1]["source"] == "fallback"
+
+
+def test_what_a_request_gave_is_never_what_was_seen_last_for_another() -> None:
+    house = House()
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1, 2, count_30d=9.0))
+        house.store.down = True
+        mine, other = (await house.predictor.predict(request(1, 2))).entities
+        assert (mine.fallback, other.fallback) == ("stored_features_unavailable", "last_seen_features")
+
+    asyncio.run(scenario())
+
+
+def test_what_was_seen_too_long_ago_gives_way_to_the_training_medians_of_the_version_that_is_asked() -> None:
+    house = House()
+    house.versions.medians = {1: (3.0, 8.0, math.nan, 6.0)}
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1))
+        house.clock.advance(301 * US_PER_S)
+        house.store.down = True
+        (entity,) = (await house.predictor.predict(request(1))).entities
+        assert entity.score == expected(1, [3.0, 8.0, math.nan, 6.0])[0]
+        assert (entity.fallback, entity.missing) == ("training_medians", ("usage__mean",))
+        (given,) = (await house.predictor.predict(request(1, count_30d=9.0, amount_30d=math.nan))).entities
+        assert given.score == expected(1, [9.0, math.nan, math.nan, 18.0])[0]
+
+    asyncio.run(scenario())
+
+
+def test_without_the_store_and_without_anything_known_the_model_sees_the_requests_features_and_nulls() -> None:
+    house = House()
+    house.catalog["churn"] = RoutingDocument.single("churn", 1, revision=1)
+    house.store.down = True
+
+    async def scenario() -> None:
         given, plain = (await house.predictor.predict(request(1, 2, count_30d=9.0))).entities
         unknown = math.nan
         assert [given.score, plain.score] == expected(1, [9.0, unknown, unknown, 18.0], [unknown] * 4)
@@ -307,7 +361,185 @@ def test_without_the_store_the_model_sees_the_requests_features_and_nulls_and_th
         assert plain.absent == ()
 
     asyncio.run(scenario())
-    assert house.stream.entries()[-1]["source"] == "fallback"
+
+
+def test_a_split_without_the_store_marks_each_entity_by_itself() -> None:
+    house = House()
+    house.store.publish(split(5))
+    house.versions.medians = {1: (3.0, 8.0, 2.0, 6.0)}
+    ids = tuple(range(1, 21))
+
+    async def scenario() -> None:
+        await house.predictor.predict(request(1, 2))
+        house.store.down = True
+        rungs = {each.entity_id: (each.version, each.fallback) for each in await told(house, *ids)}
+        assert {rungs[1][1], rungs[2][1]} == {"last_seen_features"}
+        others = {rungs[each] for each in ids[2:]}
+        assert others == {(1, "training_medians"), (2, "stored_features_unavailable")}
+
+    asyncio.run(scenario())
+
+
+async def told(house: House, *entity_ids: int) -> tuple[EntityAnswer, ...]:
+    return (await house.predictor.predict(request(*entity_ids))).entities
+
+
+def test_once_the_stores_breaker_is_open_nobody_waits_for_it_and_when_it_is_back_everybody_has_it_again() -> None:
+    house = House(deadline_ms=400, rule=BreakerRule(3, 0.3, 0.3))
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        await told(house, 1)
+        house.store.gate = asyncio.Event()
+        for _ in range(3):
+            assert (await told(house, 1))[0].fallback == "last_seen_features"
+        assert house.breakers.states()[STORE] is State.OPEN
+        reads, begin = len(house.store.reads), loop.time()
+        for _ in range(20):
+            assert (await told(house, 1))[0].fallback == "last_seen_features"
+        assert (len(house.store.reads), loop.time() - begin < 0.2) == (reads, True)
+        house.store.gate.set()
+        await asyncio.sleep(0.3)
+        assert (await told(house, 1))[0].fallback is None
+        assert house.breakers.states()[STORE] is State.CLOSED
+
+    asyncio.run(scenario())
+
+
+def test_a_hanging_store_and_a_hanging_log_still_leave_an_answer_within_the_deadline_where_it_may_go_unlogged() -> (
+    None
+):
+    house = House(deadline_ms=500, when_log_fails="answer")
+
+    async def scenario() -> None:
+        await told(house, 1)
+        house.store.gate = house.stream.gate = asyncio.Event()
+        answer = await house.predictor.predict(request(1))
+        assert (answer.logged, answer.entities[0].fallback) == (False, "last_seen_features")
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_prediction_answers_whom_no_version_can_with_its_age_and_its_version() -> None:
+    house = House()
+    as_of = "2026-03-01T11:00:00Z"
+    document = {"entity": "2", "score": 0.97, "version": 8, "model": "churn", "as_of": as_of}
+    house.store.values[KEYS.batch("churn", "2")] = orjson.dumps(document)
+    house.versions.broken = {1}
+
+    async def scenario() -> None:
+        answer = await house.predictor.predict(request(1, 2))
+        prior, cached = answer.document(1.0)["entities"]
+        assert (prior["prediction"], prior["fallback"], prior["fallback_age_s"]) == (0.25, "prior", None)
+        assert (cached["prediction"], cached["fallback"], cached["model_version"]) == (0.97, "batch_prediction", 8)
+        assert cached["fallback_age_s"] == 3_600.0
+        assert answer.document(1.0)["fallback"] == "prior"
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_wants_no_fallback_gets_an_error_that_names_what_failed_and_its_neighbours_get_answers() -> (
+    None
+):
+    house = House()
+    house.store.publish(split(5))
+    house.versions.broken = {2}
+    variants = {n: split(5).variant_of(str(n)) for n in range(1, 40)}
+    good, bad = (
+        tuple(n for n, variant in variants.items() if variant is not None and variant.version == version)[:3]
+        for version in (1, 2)
+    )
+
+    async def scenario() -> None:
+        asked = [replace(request(*ids), strict=True) for ids in (good, bad, good[:1])]
+        found = await asyncio.gather(*map(house.predictor.predict, asked), return_exceptions=True)
+        assert isinstance(found[1], DegradedAnswerError)
+        assert (found[1].http_status, found[1].dependency) == (503, "the model churn/2")
+        for answer in (found[0], found[2]):
+            assert isinstance(answer, PredictAnswer)
+            assert {each.fallback for each in answer.entities} == {None}
+        house.store.down = True
+        with pytest.raises(DegradedAnswerError, match="the online store doesn't answer"):
+            await house.predictor.predict(asked[0])
+        assert (await house.predictor.predict(request(*bad))).entities[0].fallback == "control"
+
+    asyncio.run(scenario())
+    answered = [entry["entity"] for entry in house.stream.entries()]
+    assert answered == [str(n) for n in (*good, good[0], *bad)], "what wasn't given out isn't logged"
+
+
+def test_a_forced_variant_answers_whoever_is_assigned_elsewhere_and_counts_for_no_variant() -> None:
+    house = House()
+    house.store.publish(split(5, 0.0001))
+
+    async def scenario() -> None:
+        answer = await house.predictor.predict(replace(request(1, 2), variant="challenger"))
+        assert [each.score for each in answer.entities] == expected(2, ONE, TWO)
+        with pytest.raises(UnknownVariantError, match="control, challenger"):
+            await house.predictor.predict(replace(request(1), variant="outside"))
+        assert (await told(house, 1))[0].variant == "control"
+
+    asyncio.run(scenario())
+    assert [entry["variant"] for entry in house.stream.entries()] == ["forced:challenger"] * 2 + ["control"]
+    assert [entry["forced"] for entry in house.stream.entries()] == [True, True, None]
+
+
+def test_a_shadow_that_hangs_in_its_own_code_holds_nobody_up() -> None:
+    house = House(deadline_ms=1_000)
+    house.store.publish(RoutingDocument.single("churn", 1, revision=3, shadow=(2,)))
+    release = threading.Event()
+
+    async def scenario() -> None:
+        await told(house, 1)
+        await house.predictor.prepare("churn", 2)
+        held = house.runner._held["churn", 2]
+        held.model.predict = lambda _: release.wait()  # type: ignore[method-assign]
+        loop = asyncio.get_running_loop()
+        slowest = 0.0
+        for _ in range(30):
+            begin = loop.time()
+            assert (await told(house, 1))[0].fallback is None
+            slowest = max(slowest, loop.time() - begin)
+        assert slowest < 0.25
+        release.set()
+        await house.predictor.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_hangs_as_soon_as_it_is_tried_never_reaches_the_event_loop() -> None:
+    house = House(deadline_ms=600, rule=BreakerRule(1, 60.0, 60.0))
+    release = threading.Event()
+
+    class Hanging:
+        def __init__(self, model: LoadedModel) -> None:
+            self.signature, self.package = model.signature, model.package
+
+        def predict(self, _: np.ndarray) -> np.ndarray:
+            release.wait()
+            raise RuntimeError
+
+    load = house.versions.load
+    house.runner._load = lambda *which: Hanging(load(*which)) if which[1] == 2 else load(*which)  # type: ignore
+    house.last_good["churn"] = (1,)
+
+    async def scenario() -> None:
+        await told(house, 1)
+        house.store.publish(RoutingDocument.single("churn", 2, revision=2))
+        loop, ticks = asyncio.get_running_loop(), 0
+        asked = asyncio.create_task(told(house, 1))
+        while not asked.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        assert ((await asked)[0].version, (await asked)[0].fallback) == (1, "last_good_version")
+        assert ticks > 10, "the loop went on meanwhile"
+        begin = loop.time()
+        for _ in range(10):
+            assert (await told(house, 1))[0].fallback == "last_good_version"
+        assert loop.time() - begin < 0.2, "nobody pays for it again"
+        release.set()
+
+    asyncio.run(scenario())
 
 
 def test_a_store_that_hangs_costs_half_of_the_deadline_and_not_the_answer() -> None:
@@ -319,7 +551,7 @@ def test_a_store_that_hangs_costs_half_of_the_deadline_and_not_the_answer() -> N
         loop = asyncio.get_running_loop()
         begin = loop.time()
         answer = await house.predictor.predict(request(1))
-        assert answer.entities[0].fallback == "stored_features_unavailable"
+        assert answer.entities[0].fallback == "last_seen_features"
         assert loop.time() - begin < 0.6
 
     asyncio.run(scenario())
@@ -330,7 +562,7 @@ def test_a_version_that_cant_be_loaded_is_replaced_by_the_controls() -> None:
     house.store.publish(split(2, 0.999))
     house.versions.broken = {2}
     (entity,) = asyncio.run(house.predictor.predict(request(1))).entities
-    assert (entity.variant, entity.version, entity.fallback) == ("challenger", 1, "other_version")
+    assert (entity.variant, entity.version, entity.fallback) == ("challenger", 1, "control")
     assert entity.score == expected(1, ONE)[0]
 
 
@@ -340,9 +572,9 @@ def test_a_promoted_version_that_cant_be_loaded_is_replaced_by_the_one_before() 
     async def scenario() -> None:
         await house.predictor.predict(request(1))
         house.store.publish(RoutingDocument.single("churn", 2, revision=2))
-        house.versions.broken = {2}
+        house.versions.broken, house.last_good["churn"] = {2}, (1,)
         answer = await house.predictor.predict(request(1))
-        assert (answer.version, answer.entities[0].fallback) == (1, "other_version")
+        assert (answer.version, answer.entities[0].fallback) == (1, "last_good_version")
 
     asyncio.run(scenario())
 

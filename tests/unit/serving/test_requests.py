@@ -170,7 +170,12 @@ def test_an_answer_shows_everything_that_a_client_needs() -> None:
                 "missing_features": ("a__b",),
                 "absent_views": ("a@1",),
                 "source": "fallback",
+                "degraded": True,
                 "fallback": "prior",
+                "features_from": None,
+                "fallback_age_s": None,
             }
         ],
+        "degraded": True,
+        "fallback": "prior",
     }

@@ -197,9 +197,10 @@ def test_a_load_that_failed_is_tried_again_by_the_next() -> None:
 
 def test_versions_that_were_used_last_are_kept_and_no_more() -> None:
     versions = Versions()
+    sizes = {version: trained(version).memory_bytes for version in (1, 2, 3)}
 
     async def scenario() -> None:
-        runner = ModelRunner(versions.load, capacity=2)
+        runner = ModelRunner(versions.load, capacity_bytes=sum(sizes.values()) - 1)
         for version in (1, 2, 1, 3, 1, 2):
             await runner(query(version))
 
