@@ -52,6 +52,8 @@ format: $(READY) ## Format the code
 bench: $(READY) ## Benchmarks side by side with what a user would pick instead
 	$(BIN)/python benchmarks/point_in_time.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving.py --parts
+	$(BIN)/python benchmarks/scoring_servers.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ingestion.py
 	$(BIN)/python benchmarks/online_read.py

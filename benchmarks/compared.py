@@ -107,12 +107,27 @@ def serving(rows: list[Row]) -> Iterator[Line]:
             yield Line(what, row["p50 ms Heliostat"], "plain FastAPI", row["p50 ms plain"], "ms")
 
 
+def scoring_servers(rows: list[Row]) -> Iterator[Line]:
+    """A model whose features the request brings, beside BentoML and MLflow: time a request, and its p99."""
+    for row in rows:
+        if row["server"] not in ("BentoML", "MLflow"):
+            continue
+        same = ("rows", "concurrency")
+        ours = next(each for each in rows if each["server"] == "Heliostat" and _equal(each, row, same))
+        size = f"{row['rows']} {'row' if row['rows'] == 1 else 'rows'}, {row['concurrency']} at once"
+        what = f"score {size}, features in the request"
+        pace, theirs = (1e3 / each["req/s"] for each in (ours, row))
+        yield Line(f"{what}, a request every", pace, row["server"], theirs, "ms", 1.0)
+        yield Line(f"{what}, p99", ours["p99 ms"], row["server"], row["p99 ms"], "ms", 1.0)
+
+
 SECTIONS: Mapping[str, Callable[[list[Row]], Iterator[Line]]] = {
     "online_read": online_read,
     "feast_join": feast_join,
     "materialization": materialization,
     "point_in_time": point_in_time,
     "serving": serving,
+    "scoring_servers": scoring_servers,
 }
 
 
