@@ -14,7 +14,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = ("platform/heliostat/online/_compiled.c",)
+SOURCES = ("platform/heliostat/online/_compiled.c", "platform/heliostat/storage/_packing.c")
 # Sums are the same bits as numpy's: nothing is reordered, and no product is fused with a sum.
 FLAGS = ("-O2", "-fno-fast-math", "-ffp-contract=off")
 

@@ -20,9 +20,21 @@ import redis
 import redis.asyncio
 import redis.exceptions
 
+try:
+    from heliostat.storage import _packing
+except ImportError:  # built without a compiler
+    _packing = None  # type: ignore[assignment]
+
+
+def _packed(keys: Sequence[str]) -> bytes:
+    """The command MGET."""
+    packed: bytes = hiredis.pack_command(("MGET", *keys))  # type: ignore[arg-type]  # its stub knows pairs only
+    return packed
+
 
 def _mget(keys: Sequence[str]) -> list[bytes]:
-    return [hiredis.pack_command(("MGET", *keys))]  # type: ignore[arg-type]  # its stub knows pairs only
+    packed = None if _packing is None else _packing.mget(keys)
+    return [_packed(keys) if packed is None else packed]
 
 
 class QuickReads:

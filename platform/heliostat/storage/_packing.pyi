@@ -1,0 +1,3 @@
+from collections.abc import Sequence
+
+def mget(keys: Sequence[str], /) -> bytes | None: ...
