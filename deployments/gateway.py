@@ -130,7 +130,9 @@ class Api:
         answer = await self.predictions(await self.body(scope, receive), model, variant)
         return json_response(answer.document((time.perf_counter() - begin) * 1e3))
 
-    async def predictions(self, body: bytes, model: str | None, variant: str | None = None) -> PredictAnswer:
+    async def predictions(
+        self, body: bytes | dict[str, Any], model: str | None, variant: str | None = None
+    ) -> PredictAnswer:
         """What the body of a prediction request asks for, counted; ``model`` is the path's, ``variant`` forced."""
         asked = parse_predict(
             body,

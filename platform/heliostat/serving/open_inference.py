@@ -11,6 +11,7 @@ Source: Open Inference Protocol, "REST protocol" and "binary tensor data extensi
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -53,9 +54,9 @@ _NUMPY: Final[Mapping[str, np.dtype[Any]]] = {
 _BYTES: Final = "BYTES"
 _DATATYPES: Final = (*_NUMPY, _BYTES)
 _LENGTH: Final = struct.Struct("<I")
-# Types of Python of which any value fits; others are looked at one by one.
-_FITTING: Final[Mapping[str, AbstractSet[type]]] = {"FP32": {float, int}, "FP64": {float, int}, _BYTES: {str}}
-_NO_TYPES: Final[AbstractSet[type]] = frozenset()
+_FITTING: Final[Mapping[str, AbstractSet[type]]] = {"U": {str}, "b": {bool}, "f": {float, int}}
+"""Types of Python all of whose values fit, by numpy's kind."""
+
 _DTYPES: Final = {"float64": "FP64", "int64": "INT64", "bool": "BOOL"}
 
 OUTPUTS: Final[Mapping[str, str]] = {
@@ -73,12 +74,12 @@ class InferRequest:
     """A request for inference.
 
     Attributes:
-        body: The same as a body of ``POST /predict``.
+        body: The same as a body of ``POST /predict``, read.
         request_id: The client's own id, which goes back with the answer.
         outputs: The tensors that are wanted, and whether as bytes.
     """
 
-    body: bytes
+    body: dict[str, Any]
     request_id: str | None
     outputs: tuple[tuple[str, bool], ...]
 
@@ -163,7 +164,7 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidFieldError("field 'id'", f"is {request_id!r}", "a text")
-    return InferRequest(orjson.dumps(asked), request_id, _wanted(document))
+    return InferRequest(asked, request_id, _wanted(document))
 
 
 def _columns(tensors: list[Any], data: memoryview) -> dict[str, list[Any]]:
@@ -223,12 +224,21 @@ def _from_json(data: object, datatype: str, where: str) -> list[Any]:
     if data and all(isinstance(each, list) for each in data):
         data = list(itertools.chain.from_iterable(data))
     # null is no value of the protocol; here it is a null feature, since JSON has no NaN.
-    # Of what nearly all send, floats or texts, the types say enough; they are looked at by no loop of Python's.
-    if not set(map(type, data)) <= _FITTING.get(datatype, _NO_TYPES):
+    if not _all_fit(data, datatype):
         wrong = next((each for each in data if each is not None and not _fits(each, datatype)), None)
         if wrong is not None:
             raise InvalidFieldError(where, f"holds {_shortened(wrong)}", f"values of datatype {datatype}")
     return data
+
+
+def _all_fit(data: list[Any], datatype: str) -> bool:
+    """Whether all values fit, as far as their types and the extremes can say: then none needs to be looked at."""
+    types = set(map(type, data))
+    kind = "U" if datatype == _BYTES else _NUMPY[datatype].kind
+    if kind not in "iu":
+        return types <= _FITTING[kind]
+    limits = np.iinfo(_NUMPY[datatype])
+    return types == {int} and min(data) >= limits.min and max(data) <= limits.max
 
 
 def _fits(value: object, datatype: str) -> bool:
@@ -251,7 +261,10 @@ def _from_bytes(content: bytes, datatype: str, where: str) -> list[Any]:
         raise InvalidFieldError(
             where, f"has {len(content)} bytes", f"a multiple of {dtype.itemsize}, the size of {datatype}"
         )
-    found: list[Any] = np.frombuffer(content, dtype).tolist()
+    values = np.frombuffer(content, dtype)
+    found: list[Any] = values.tolist()
+    if dtype.kind == "f" and not np.isfinite(values).all():  # as JSON has them
+        return [each if math.isfinite(each) else None for each in found]
     return found
 
 

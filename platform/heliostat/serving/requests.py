@@ -59,15 +59,15 @@ class PredictRequest:
     trace: Trace | None = field(default_factory=CURRENT.get, compare=False, repr=False)
 
 
-def parse_object(body: bytes, *, known: Sequence[str]) -> dict[str, Any]:
-    """Read a JSON object that has no other fields than the known ones.
+def parse_object(body: bytes | dict[str, Any], *, known: Sequence[str]) -> dict[str, Any]:
+    """Read a JSON object, or take what was read, that has no other fields than the known ones.
 
     Raises:
         MalformedBodyError: If it is no JSON.
         InvalidFieldError: If it is no object, or has an unknown field.
     """
     try:
-        document = orjson.loads(body)
+        document = orjson.loads(body) if isinstance(body, bytes) else body
     except orjson.JSONDecodeError as error:
         raise MalformedBodyError(str(error) if body else "it is empty") from None
     if not isinstance(document, dict):
@@ -79,7 +79,7 @@ def parse_object(body: bytes, *, known: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_predict(
-    body: bytes,
+    body: bytes | dict[str, Any],
     definitions: Definitions,
     *,
     overridable: Callable[[ModelSpec], AbstractSet[str]],
@@ -90,7 +90,8 @@ def parse_predict(
     """Read the body of ``POST /predict``.
 
     Args:
-        body: JSON: ``{"model"?, "entity_ids": […], "features"?: […] or {…}, "inputs"?: […] or {…}, "explain"?,
+        body: JSON, or what was read of it:
+            ``{"model"?, "entity_ids": […], "features"?: […] or {…}, "inputs"?: […] or {…}, "explain"?,
             "on_fallback"?}``.
         definitions: What is declared.
         overridable: Names of the features that a request for a model may give.
