@@ -171,6 +171,7 @@ def prediction_log(settings: Settings, streams: AsyncStreams, breakers: Breakers
         guarded(streams.append_predictions, breakers.of(LOG)),
         when_fails=serving.when_log_fails,
         buffer_rows=serving.log_buffer_rows if serving.log == "async" else 0,
+        late_rows=serving.log_buffer_rows,
         max_delay_s=serving.log_max_delay_s,
     )
 

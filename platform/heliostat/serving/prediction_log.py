@@ -119,10 +119,14 @@ class PredictionLog:
     at most ``buffer_rows`` rows, and at most the answers of ``max_delay_s`` seconds: as soon as the oldest row has
     waited that long, or the buffer is full, writes wait for the server again, and fail if it doesn't answer.
 
+    Where the log can't be written and answers go out all the same, their rows are kept in memory and written as soon
+    as the server answers again: what is lost is what doesn't fit, or lies there when the process is killed.
+
     Args:
         append: Appends records in one round trip; returns when the server has taken them.
         when_fails: ``reject`` raises when the log can't be written; ``answer`` says so and goes on.
         buffer_rows: Rows that may be in memory only when their answers leave; 0: none.
+        late_rows: With ``answer``: rows that may wait in memory for a server that doesn't answer.
         max_delay_s: How long the oldest of them may have waited, seconds.
     """
 
@@ -132,10 +136,11 @@ class PredictionLog:
         *,
         when_fails: Literal["reject", "answer"] = "reject",
         buffer_rows: int = 0,
+        late_rows: int = 0,
         max_delay_s: float = 1.0,
     ) -> None:
         self._append, self._when_fails = append, when_fails
-        self._buffer_rows, self._max_delay_s = buffer_rows, max_delay_s
+        self._buffer_rows, self._late_rows, self._max_delay_s = buffer_rows, late_rows, max_delay_s
         self._buffer: deque[_Buffered] = deque()
         self._flushing: asyncio.Task[None] | None = None
         self._closed = False
@@ -157,20 +162,20 @@ class PredictionLog:
             PredictionLogError: If they aren't, and that isn't allowed.
         """
         if self._has_room(rows):
-            self._buffer.append(_Buffered(records, rows, asyncio.get_running_loop().time()))
-            self.buffered_rows += rows
-            if self._flushing is None:
-                # A context of its own: it writes for many requests.
-                self._flushing = asyncio.get_running_loop().create_task(self._flush(), context=Context())
+            self._keep(records, rows)
             return False
         try:
             async with asyncio.timeout_at(until):
                 await self._append(records)
         except (HeliostatError, OSError) as error:  # TimeoutError is an OSError
             reason = str(error) or "it took too long"
-            _logger.warning("predictions aren't logged: %s", reason)
             if self._when_fails == "reject":
+                _logger.warning("predictions aren't logged: %s", reason)
                 raise PredictionLogError(reason) from error
+            if not self._closed and self.buffered_rows + rows <= self._late_rows:
+                self._keep(records, rows)
+            else:
+                _logger.warning("%d predictions are answered and not logged: %s", rows, reason)
             return False
         return True
 
@@ -187,6 +192,14 @@ class PredictionLog:
             flushing.cancel()
         if self.buffered_rows:
             _logger.error("%d predictions that were answered are lost: the log can't be written", self.buffered_rows)
+
+    def _keep(self, records: list[bytes], rows: int) -> None:
+        """Write records later."""
+        self._buffer.append(_Buffered(records, rows, asyncio.get_running_loop().time()))
+        self.buffered_rows += rows
+        if self._flushing is None:
+            # A context of its own: it writes for many requests.
+            self._flushing = asyncio.get_running_loop().create_task(self._flush(), context=Context())
 
     def _has_room(self, rows: int) -> bool:
         if self._closed or self.buffered_rows + rows > self._buffer_rows:

@@ -58,6 +58,8 @@ _ROWS_ON_THE_LOOP = 4096
 # A version that took longer than this so often, against all expectation, gets no more calls there.
 _TOO_LONG_S = 0.1
 _SLOW_CALLS = 3
+# So many calls with real features are made in a thread first: what hangs on them shows there, and holds up nobody.
+_PROVING_CALLS = 32
 _TRIAL_ROWS = 64
 
 
@@ -459,12 +461,14 @@ class _Held:
         lane: Its threads.
         rows_on_loop: More rows than this go to a thread.
         slow: How often the event loop was held up by it.
+        proving: So many more calls with real features are to go well in a thread before one is made on the loop.
     """
 
     model: LoadedModel
     lane: Lane
     rows_on_loop: int
     slow: int = 0
+    proving: int = _PROVING_CALLS
 
 
 class ModelRunner:
@@ -472,7 +476,8 @@ class ModelRunner:
 
     A version is tried in a thread when it is loaded: one that raises or hangs never gets further. What a row
     costs is measured then, and calls that are short enough are made on the event loop, since a thread would
-    cost more than they do; all others in the version's own threads, so that nobody else waits for them.
+    cost more than they do; all others in the version's own threads, so that nobody else waits for them. So are
+    its first calls with real features, however short: those of the trial are nulls, and it may hang on others.
 
     Args:
         load: Gives a version, ready to predict; may block, and may raise.
@@ -514,6 +519,11 @@ class ModelRunner:
             return await held.lane.call(held.model.contributions, query.matrix)
         if query.beside or len(query.matrix) > held.rows_on_loop:
             return await held.lane.call(held.model.predict, query.matrix)
+        if held.proving:
+            scores = await held.lane.call(held.model.predict, query.matrix)
+            if not np.isnan(query.matrix).all():
+                held.proving = max(0, held.proving - 1)
+            return scores
         begin = time.perf_counter()
         scores = held.model.predict(query.matrix)
         if time.perf_counter() - begin > _TOO_LONG_S:

@@ -104,6 +104,41 @@ def test_a_model_that_hangs_later_takes_nobody_down_where_every_call_is_made_in_
     release.set()
 
 
+def test_a_model_that_hangs_on_real_features_only_takes_nobody_down() -> None:
+    release = threading.Event()
+
+    def hangs(matrix: np.ndarray) -> np.ndarray:
+        if not np.isnan(matrix).all():  # as it is tried with
+            release.wait()
+        return np.zeros(len(matrix))
+
+    house = house_with(lambda *_: Bad(trained(1).load(), hangs))
+    both(house)
+    assert house.runner._held["upsell", 1].lane.hanging <= 2
+    release.set()
+
+
+def test_a_version_is_asked_on_the_event_loop_once_it_has_shown_itself_on_real_features() -> None:
+    versions, threads = Versions(), []
+
+    async def scenario() -> None:
+        runner = ModelRunner(versions.load)
+        await runner(ScoreQuery("churn", 1, np.full((1, len(NAMES)), np.nan)))
+        held = runner._held["churn", 1]
+        predict = held.model.predict
+
+        def watched(matrix: np.ndarray) -> np.ndarray:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return predict(matrix)
+
+        held.model.predict = watched  # type: ignore[method-assign, assignment]
+        for value in [*([np.nan] * 3), *([0.0] * 34)]:
+            await runner(ScoreQuery("churn", 1, np.full((1, len(NAMES)), value)))
+
+    asyncio.run(scenario())
+    assert threads == [False] * 35 + [True] * 2
+
+
 def test_a_corrupt_artifact_takes_nobody_down() -> None:
     def corrupt(*_: object) -> LoadedModel:
         raise ArtifactCorruptError("abc", "/artifacts", "file 'model.txt' was changed")
@@ -135,6 +170,7 @@ def test_a_version_that_holds_up_the_event_loop_again_and_again_is_moved_to_thre
         query = ScoreQuery("churn", 1, np.zeros((1, len(NAMES))))
         await runner(query)
         held = runner._held["churn", 1]
+        held.proving = 0  # it has shown itself on real features
         predict = held.model.predict
 
         def slow(matrix: np.ndarray) -> np.ndarray:

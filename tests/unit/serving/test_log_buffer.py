@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from heliostat.errors import PredictionLogError
+from heliostat.errors import OnlineStoreUnavailableError, PredictionLogError
 from heliostat.serving.prediction_log import PredictionLog
 from tests.unit.serving.collaborators import House, Stream, request
 
@@ -126,5 +126,29 @@ def test_a_predictor_with_a_buffer_says_that_nothing_is_durable_yet_and_loses_no
         await house.predictor.close()
         logged = {entry["prediction_id"] for entry in house.stream.entries()}
         assert logged == {each.prediction_id for answer in answers for each in answer.entities}
+
+    run(scenario)
+
+
+def test_rows_of_answers_that_went_out_while_the_server_was_away_follow_when_it_is_back() -> None:
+    stream = Stream()
+
+    async def scenario() -> None:
+        away = True
+
+        async def append(records: list[bytes]) -> None:
+            if away:
+                raise OnlineStoreUnavailableError("redis://nowhere", "refused")
+            await stream.append(records)
+
+        log = PredictionLog(append, when_fails="answer", late_rows=3)
+        assert [await log.write([name], rows=1, until=soon()) for name in (b"a", b"b", b"c", b"d")] == [False] * 4
+        assert log.buffered_rows == 3
+        away = False
+        while log.buffered_rows:  # noqa: ASYNC110 - it is written when it is tried again
+            await asyncio.sleep(0.005)
+        assert stream.records == [b"a", b"b", b"c"], "no more than there is room for"
+        assert await log.write([b"e"], rows=1, until=soon())
+        await log.close()
 
     run(scenario)
