@@ -1,4 +1,7 @@
-"""Each act of benchmarks/chaos.py, shorter: real HTTP, Ray Serve with two replicas, a Valkey server to be killed."""
+"""Each act of benchmarks/chaos.py, shorter: real HTTP, Ray Serve with two replicas, a Valkey server to be killed.
+
+Those of which test_live_promotion.py or the unit tests play a part are slow ones here.
+"""
 
 from __future__ import annotations
 
@@ -71,11 +74,13 @@ def theatre(session_home: Path, ray_local: None) -> Iterator[Theatre]:  # noqa: 
         EmbeddedServer.stop(home)
 
 
+@pytest.mark.slow
 def test_twenty_promotions_rollbacks_and_splits_fail_nobody(theatre: Theatre) -> None:
     act = theatre.play(lambda stage, act: stage.promotions(act), seconds=4)
     assert not act.fallbacks
 
 
+@pytest.mark.slow
 def test_a_version_that_raises_gives_way(theatre: Theatre) -> None:
     act = theatre.play(lambda stage, act: stage.bad_version(act, chaos_load.RAISES), seconds=4)
     assert act.fallbacks.keys() == {"control", "last_good_version"}
@@ -88,6 +93,7 @@ def test_a_version_that_hangs_gives_way_in_time(theatre: Theatre) -> None:
     assert act.failed == 0
 
 
+@pytest.mark.slow
 def test_a_corrupt_artifact_gives_way(theatre: Theatre) -> None:
     act = theatre.play(lambda stage, act: stage.bad_version(act, chaos_load.CORRUPT), seconds=4)
     assert act.fallbacks.keys() == {"control", "last_good_version"}
@@ -95,7 +101,7 @@ def test_a_corrupt_artifact_gives_way(theatre: Theatre) -> None:
 
 
 def test_a_store_that_is_killed_and_started_again_stops_nobody(theatre: Theatre) -> None:
-    act = theatre.play(lambda stage, act: stage.store_killed(act), seconds=8)
+    act = theatre.play(lambda stage, act: stage.store_killed(act), seconds=6)
     assert act.failed == 0
     assert act.unlogged > 0
     assert act.fallbacks.keys() <= {"last_seen_features", "training_medians"}
