@@ -55,6 +55,7 @@ bench: $(READY) ## Benchmarks side by side with what a user would pick instead
 	$(BIN)/python benchmarks/serving.py --parts
 	$(BIN)/python benchmarks/scoring_servers.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/chaos.py
 	$(BIN)/python benchmarks/ingestion.py
 	$(BIN)/python benchmarks/online_read.py
 	$(BIN)/python benchmarks/materialization.py
