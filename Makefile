@@ -31,11 +31,18 @@ test: $(READY) ## All tests but the slow ones
 test-slow: $(READY) ## The slow tests alone
 	@exec $(BIN)/python -m pytest -m slow -q
 
-services: ## Install what some contract tests need and no Python package brings: PostgreSQL, from Debian's packages
+services: ## Install what some contract tests need and no Python package brings: PostgreSQL and Prometheus, from Debian's packages
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
 		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 			&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql; } \
 		|| echo "PostgreSQL can't be installed here (that needs root and apt-get); its tests are skipped." >&2
+	@# Only unpacked: to install it would start it.
+	@command -v promtool >/dev/null || [ -x $(BIN)/promtool ] \
+		|| { mkdir -p $(BIN) && cd $(BIN) && { apt-get download -qq prometheus 2>/dev/null \
+			|| { apt-get update -qq && apt-get download -qq prometheus; }; } \
+			&& dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 ./usr/bin/prometheus ./usr/bin/promtool \
+			&& rm prometheus_*.deb; } 2>/dev/null \
+		|| echo "Prometheus can't be had here (that needs apt-get); its tests are skipped." >&2
 
 test-all: services test test-slow ## All tests
 
@@ -55,12 +62,14 @@ bench: $(READY) ## Benchmarks side by side with what a user would pick instead
 	$(BIN)/python benchmarks/serving.py --parts
 	$(BIN)/python benchmarks/scoring_servers.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/chaos.py
 	$(BIN)/python benchmarks/ingestion.py
 	$(BIN)/python benchmarks/online_read.py
 	$(BIN)/python benchmarks/materialization.py
 	$(BIN)/python benchmarks/feast_join.py
 	$(BIN)/python benchmarks/compared.py
+	$(BIN)/python benchmarks/sizing.py
 
 lock: $(READY) ## Write the lock file anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra demo --extra kafka --extra dev \

@@ -242,9 +242,11 @@ def report(plan: Plan, outcome: Outcome) -> Report:
     theirs = outcome.turns.get(FEAST)
     rows: list[list[object]] = []
     for name, turns in outcome.turns.items():
-        ratio: object = "" if theirs is None else "1" if name == FEAST else theirs.median_s / turns.median_s
-        target = f"≥ {TARGET:g}" if name == ON_RAY else ""
-        each = outcome.entities / turns.median_s
+        target = "" if name == FEAST else f"≥ {TARGET:g}"
+        each = (outcome.entities if name == FEAST else outcome.rings) / turns.median_s
+        ratio: object = ""
+        if theirs is not None:
+            ratio = "1" if name == FEAST else each / (outcome.entities / theirs.median_s)
         used = outcome.used_bytes[name] / 2**20
         rows.append([name, turns.median_s, each, ratio, target, turns.peak_bytes / 2**30, used])
     return Report(
@@ -255,6 +257,7 @@ def report(plan: Plan, outcome: Outcome) -> Report:
             f"Heliostat: {plan.events:,} raw activities from the event log -> daily tiles of 30 days, ten features.",
             "Feast: a Parquet file with ten values an entity, computed beforehand; that isn't timed.",
             f"{outcome.rings:,} users have activities in the windows, and a ring; Feast writes a row for others too.",
+            "Entity rows: what each wrote; Heliostat's are rings.",
             "Same server over TCP, with its append-only file, emptied before each run, so all is written.",
             f"Medians of {plan.runs} runs in turns, warmed up.",
             "Peak memory: of all of a contender's processes together; Ray, idle, holds most of a GiB.",

@@ -24,16 +24,16 @@ _RATE = 400
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "parse the body": ("serving/requests.py", "serving/open_inference.py"),
-    "look features up": ("/online/", "/features/", "storage/online_store.py", "quick_reads.py", "(FeatureLookup."),
+    "look features up": ("/online/", "/features/", "storage/online_store.py", "(FeatureLookup."),
     "route": ("experiments/assignment.py", "(ABRouter."),
-    "predict": ("models/packaging.py", "lightgbm/", "(ModelRunner."),
+    "predict": ("models/packaging.py", "models/boosters.py", "lightgbm/", "(ModelRunner."),
     "log": ("serving/prediction_log.py", "storage/streams.py", "Predictor._record"),
     "answer": ("serving/answers.py", "json_response "),
     "check access": ("deployments/access.py", "serving/access.py", "serving/keys.py"),
     "count and trace": ("deployments/meter.py", "heliostat/tracing.py", "heliostat/telemetry.py", "util/metrics.py"),
     "batch, deadlines, ladder": ("heliostat/serving/",),
     "gateway": ("deployments/",),
-    "uvicorn, Starlette, Ray Serve": ("uvicorn/", "starlette/", "fastapi/", "ray/serve/"),
+    "uvicorn, Starlette, Ray Serve": ("uvicorn/", "starlette/", "fastapi/", "ray/serve/", "heliostat/ingress.py"),
 }
 """Parts of the replica's time, and what names a frame of theirs: a file's path, or a function's name. The innermost
 frame that any of them names decides; of the names that fit it, the first."""

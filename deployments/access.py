@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.http import Meter, answer_to, as_protocol_has_it
+from deployments.http import answer_to, as_protocol_has_it
 from heliostat.errors import (
     AccessError,
     ForcedVariantError,
@@ -32,6 +32,7 @@ from heliostat.errors import (
 )
 from heliostat.serving import access
 from heliostat.serving.access import CALLER, LOCAL, NOBODY, Caller, KeyRing, is_loopback
+from heliostat.serving.telemetry import Meter
 
 ROUTES: Final[dict[str, access.Scope | None]] = {
     "POST /predict": access.Scope.PREDICT,

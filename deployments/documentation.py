@@ -45,6 +45,9 @@ _SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
+# Their routes come first.
+_ASKED_MOST = ("/predict", "/models/{model}/predict")
+
 _READ = (400, 408, 413, 422, 503)
 
 
@@ -124,6 +127,8 @@ def add_routes(app: FastAPI, api: Api, inference: OpenInference, definitions: De
     ]
     for route in routes:
         _add(app, route)
+    # Serve looks for each request's route, one after the other, to name it in its metrics.
+    app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in _ASKED_MOST)
     app.openapi = lambda: _openapi(app, routes, definitions)  # type: ignore[method-assign] # the way that FastAPI names
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -24,10 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import documentation
 from deployments.access import AccessControl, forced_variant
-from deployments.http import RETRY_AFTER, Meter, answer_to, install_error_handlers, json_response, read_body
+from deployments.http import RETRY_AFTER, answer_to, install_error_handlers, json_response, read_body, unless_gone
 from deployments.open_inference import OpenInference
 from heliostat.clock import Clock, format_instant
-from heliostat.errors import HeliostatError, StorageError, TooManyEventsError
+from heliostat.errors import HeliostatError, StorageError, TooManyEventsError, UnknownAliasError
 from heliostat.experiments.assignment import RoutingDocument
 from heliostat.features.categories import CategoryDictionary
 from heliostat.features.metadata import FeatureMetadata
@@ -42,6 +42,8 @@ from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.requests import parse_actuals, parse_events, parse_predict
 from heliostat.serving.stages import FeatureReaders
+from heliostat.serving.telemetry import Meter
+from heliostat.serving.timers import Limits
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams, actual_record
@@ -51,6 +53,8 @@ from heliostat.tracing import HEADER as TRACE_HEADER
 _logger = logging.getLogger("heliostat.gateway")
 
 _READY_FOR_S = 1.0
+# A prediction that takes longer than this is given up if its client has gone.
+_WATCHED_AFTER_S = 0.2
 # Checking events is work for the processor: predictions get their turn between two parts of a large request.
 _EVENTS_AT_ONCE = 100
 
@@ -109,11 +113,13 @@ class Api:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._limits = parts.settings.serving
+        self._body_limits, self._patience = Limits(self._limits.body_timeout_s), Limits(_WATCHED_AFTER_S)
         self._overridable: dict[str, frozenset[str]] = {}
         self._intakes: dict[str, EventCoalescer] = {}
         self._checked_at = -math.inf
         self._checking = asyncio.Lock()
         self._problems: dict[str, str] = {}
+        parts.meter.watch(self._lines)
 
     async def predict(self, request: Request) -> Response:
         """Predictions for entities, by the version that serves each of them."""
@@ -127,13 +133,15 @@ class Api:
         """As `predict`, for whoever has no request object."""
         begin = time.perf_counter()
         variant = forced_variant(scope)
-        answer = await self.predictions(await self.body(scope, receive), model, variant)
+        body = await self.body(scope, receive)
+        answer = await unless_gone(receive, self.predictions(body, model, variant), self._patience)
         return json_response(answer.document((time.perf_counter() - begin) * 1e3))
 
     async def predictions(
         self, body: bytes | dict[str, Any], model: str | None, variant: str | None = None
     ) -> PredictAnswer:
         """What the body of a prediction request asks for, counted; ``model`` is the path's, ``variant`` forced."""
+        begin = time.perf_counter()
         asked = parse_predict(
             body,
             self._parts.definitions,
@@ -142,9 +150,8 @@ class Api:
             model=model,
             variant=variant,
         )
-        answer = await self._parts.predictor.predict(asked)
-        self._parts.meter.predicted(answer)
-        return answer
+        self._parts.meter.of(asked.model).parsed((time.perf_counter() - begin) * 1e3)
+        return await self._parts.predictor.predict(asked)
 
     def overridable_of(self, spec: ModelSpec) -> frozenset[str]:
         """The features that a request for a model may give."""
@@ -186,7 +193,12 @@ class Api:
             )
         return known
 
+    def _lines(self) -> Iterator[tuple[str, int, int]]:
+        for source, each in self._intakes.items():
+            yield f"events {source}", each.waiting, each.in_flight
+
     async def _take_in(self, source: str, requests: list[list[Any]]) -> list[list[EventResult] | Exception]:
+        self._parts.meter.batch(f"events {source}", requests=len(requests), rows=sum(map(len, requests)))
         try:
             results = iter(await self._parts.intake.asubmit(source, list(chain.from_iterable(requests))))
         except StorageError:
@@ -231,7 +243,7 @@ class Api:
 
     async def body(self, scope: Scope, receive: Receive) -> bytes:
         """A request's body, within the settings' limits."""
-        return await read_body(scope, receive, self._limits.max_body_bytes, limit_s=self._limits.body_timeout_s)
+        return await read_body(scope, receive, self._limits.max_body_bytes, self._body_limits)
 
     async def features(self, view: str, entity: str) -> Response:
         """The online features of one entity, as a request at this instant would see them."""
@@ -298,7 +310,7 @@ class Api:
         return json_response({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
-        """Whether requests can be answered the normal way: the stores answer, and what serves can be asked.
+        """Whether requests can be answered the normal way: the store, the route and what serves answer.
 
         What is wrong, and the state of every circuit breaker, is told to those who may read.
         """
@@ -327,13 +339,19 @@ class Api:
             await self._parts.store.ping()
         except HeliostatError as error:
             problems["online_store"] = error
+        look = self._parts.predictor.warm_up if problems else self._parts.predictor.check
+        idle: dict[str, HeliostatError] = {}
         for model in self._parts.definitions.models:
             try:
-                if await asyncio.to_thread(self._parts.route, model) is not None:
-                    await self._parts.predictor.warm_up(model)
+                await look(model)
+            except UnknownAliasError as error:
+                idle[f"model {model}"] = error
             except HeliostatError as error:
                 problems[f"model {model}"] = error
-        return problems
+            except Exception as error:  # noqa: BLE001 - whatever a stage in another process does
+                problems[f"model {model}"] = HeliostatError(f"{type(error).__name__}: {error}")
+        # A model that was declared and not trained yet is no reason; if that is all of them, nobody can be answered.
+        return idle if idle and len(idle) == len(self._parts.definitions.models) else problems
 
 
 class Application:
@@ -359,6 +377,7 @@ class Application:
         trace = Trace.of(next((value for name, value in scope["headers"] if name == TRACE_HEADER), None))
         token = CURRENT.set(trace)
         status = 500
+        self._meter.in_flight += 1
         try:
             if scope["path"] == "/predict" and scope["method"] == "POST":
                 response = await self._predict(scope, receive)
@@ -376,6 +395,7 @@ class Application:
 
             await self._app(scope, receive, noting)
         finally:
+            self._meter.in_flight -= 1
             route = "/predict" if scope["path"] == "/predict" else getattr(scope.get("route"), "path", "(unknown)")
             self._meter.answered(route, status, trace.age_ms)
             CURRENT.reset(token)

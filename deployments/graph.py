@@ -17,13 +17,14 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import httpx
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig, HTTPOptions
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -31,11 +32,13 @@ from starlette.types import ASGIApp
 
 from deployments.gateway import build_app
 from deployments.http import RETRY_AFTER_S
-from deployments.meter import ServeMeter
+from deployments.meter import Exporter
 from deployments.stages import ABRouterReplica, FeatureLookupReplica, ModelReplica, gateway_parts, waiting_limit
-from heliostat.errors import DeploymentFailedError, UnknownAliasError
+from heliostat.errors import DeploymentFailedError, HeliostatError, UnknownAliasError
 from heliostat.serving.access import check_ingress
-from heliostat.settings import Settings, load_settings
+from heliostat.serving.predictor import Predictor
+from heliostat.serving.telemetry import Meter
+from heliostat.settings import ServingSettings, Settings, load_settings
 from heliostat.telemetry import configure_logging
 from heliostat.workspace import Workspace
 
@@ -73,8 +76,9 @@ class GraphArguments(BaseModel):
 class Gateway:
     """The ingress: answers HTTP, and holds the stages that weren't given to it.
 
-    A replica that can't reach its store or can't load what serves doesn't start, and those of the
-    version before go on.
+    A replica that can't reach its store, or can load nothing of what serves, doesn't start, and those of the
+    deployment before go on. One model of several that can't be loaded is the ladder's: it keeps no replica from
+    answering for the others.
 
     Args:
         settings: Everything.
@@ -95,13 +99,11 @@ class Gateway:
         listening = await asyncio.to_thread(_listening_host)
         check_ingress(settings.serving.access, listening, "the running Ray Serve")
         workspace = Workspace.open(settings)
-        self._parts = gateway_parts(workspace, ServeMeter(), features=features, router=router, runner=runner)
+        meter = Meter()
+        Exporter(meter.board).start()
+        self._parts = gateway_parts(workspace, meter, features=features, router=router, runner=runner)
         await self._parts.store.ping()
-        for model in self._parts.definitions.models:
-            try:
-                await self._parts.predictor.warm_up(model)
-            except UnknownAliasError:
-                _logger.warning("no version of model %s serves yet", model)
+        await warm_up(self._parts.predictor, self._parts.definitions.models)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application: Serve asks for it once the replica is made."""
@@ -113,6 +115,27 @@ class Gateway:
         A store that is down is no reason: a new replica couldn't reach it either, and this one still has
         its ladder. See ``/readyz`` for that.
         """
+
+
+async def warm_up(predictor: Predictor, models: Iterable[str]) -> None:
+    """Load what serves.
+
+    Raises:
+        HeliostatError: If nothing of it can be loaded; why, of the first one.
+    """
+    loaded, failed = 0, list[HeliostatError]()
+    for model in models:
+        try:
+            await predictor.warm_up(model)
+        except UnknownAliasError:
+            _logger.warning("no version of model %s serves yet", model)
+        except HeliostatError as error:
+            _logger.warning("model %s can't be loaded: %s", model, error)
+            failed.append(error)
+        else:
+            loaded += 1
+    if failed and not loaded:
+        raise failed[0]
 
 
 def graph(settings: Settings) -> Application:
@@ -127,13 +150,13 @@ def graph(settings: Settings) -> Application:
     serving = settings.serving
     check_ingress(serving.access, serving.host, "the ingress (serving.host)")
     shared: dict[str, Any] = {
-        "num_replicas": serving.replicas,
         "ray_actor_options": {"num_cpus": _CPUS},
         "logging_config": _LOGGING,
         "health_check_period_s": 5,
         "health_check_timeout_s": 10,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": 5,
+        # An upper bound: who has answered all and written the log goes at once.
+        "graceful_shutdown_timeout_s": serving.drain_s,
         "max_constructor_retry_count": 3,
         # Old replicas go on until new ones are ready, and stay if those never are.
         "max_surge_percent": 100,
@@ -141,7 +164,13 @@ def graph(settings: Settings) -> Application:
     stages: list[Any] = []
     if serving.placement == "distributed":
         stages = [
-            serve.deployment(kind, name=name, max_ongoing_requests=_CALLS_A_STAGE, **shared).bind(settings)
+            serve.deployment(
+                kind,
+                name=name,
+                max_ongoing_requests=_CALLS_A_STAGE,
+                **_scale(serving, serving.autoscaling.target_calls),
+                **shared,
+            ).bind(settings)
             for name, kind in (
                 ("FeatureLookup", FeatureLookupReplica),
                 ("ABRouter", ABRouterReplica),
@@ -156,9 +185,27 @@ def graph(settings: Settings) -> Application:
         max_ongoing_requests=serving.max_ongoing_requests + waiting_limit(settings),
         max_queued_requests=serving.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+        **_scale(serving, serving.autoscaling.target_requests),
         **shared,
     )
     return gateway.bind(settings, *stages)
+
+
+def _scale(serving: ServingSettings, target: float) -> dict[str, Any]:
+    """How many replicas of a deployment there are: options of ``serve.deployment``."""
+    scaling = serving.autoscaling
+    if scaling.max_replicas is None:
+        return {"num_replicas": serving.replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=serving.replicas,
+            max_replicas=max(serving.replicas, scaling.max_replicas),
+            target_ongoing_requests=target,
+            look_back_period_s=scaling.look_back_s,
+            upscale_delay_s=scaling.up_after_s,
+            downscale_delay_s=scaling.down_after_s,
+        )
+    }
 
 
 def build(arguments: GraphArguments) -> Application:
@@ -219,9 +266,19 @@ def _listening_host() -> str | None:
     return host
 
 
-def undeploy() -> None:
-    """Stop the graph, and Serve if it runs nothing else."""
+def drain() -> bool:
+    """Take the graph away in order: its replicas answer what they began and write their log. Whether it ran."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    runs = _get_global_client(raise_if_no_controller_running=False) is not None
+    if not runs or APP_NAME not in serve.status().applications:
+        return False
     serve.delete(APP_NAME)
+    return True
+
+
+def undeploy() -> None:
+    """Stop the graph in order, and Serve if it runs nothing else."""
+    drain()
     if not serve.status().applications:
         serve.shutdown()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from typing import Any, Protocol
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
@@ -16,10 +17,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from heliostat.errors import BodyTooLargeError, HeliostatError, SlowBodyError
-from heliostat.serving.answers import PredictAnswer
-from heliostat.serving.breaker import State
+from heliostat.serving.timers import Interruption, Limits
 
 _logger = logging.getLogger("heliostat.gateway")
+
+T = TypeVar("T")
 
 RETRY_AFTER_S = 1
 """When a client that was told 503 may try again, seconds."""
@@ -32,33 +34,19 @@ _KEPT_HEADERS = ("allow", "retry-after", "www-authenticate")
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
-class Meter(Protocol):
-    """Counts what was answered."""
-
-    def answered(self, route: str, status: int, latency_ms: float) -> None:
-        """Count a request."""
-        ...
-
-    def predicted(self, answer: PredictAnswer) -> None:
-        """Count what it predicted."""
-        ...
-
-    def breaker(self, dependency: str, state: State) -> None:
-        """Note the state of a circuit breaker."""
-        ...
-
-    def took_in(self, source: str, outcome: str, events: int) -> None:
-        """Count events."""
-        ...
-
-
 def json_response(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:  # noqa: ANN401 - JSON
     """A document as an HTTP answer; NaN becomes null."""
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int, *, limit_s: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int, limits: Limits) -> bytes:
     """A request's body, given up as soon as it is larger than allowed, whatever its headers say, or late.
+
+    Args:
+        scope: The request.
+        receive: Gives the body.
+        limit_bytes: Allowed.
+        limits: How long it may take.
 
     Raises:
         BodyTooLargeError: If it is larger than the limit.
@@ -69,10 +57,9 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int, *, limit_s
         if name == b"content-length" and value.isdigit() and int(value) > limit_bytes:
             raise BodyTooLargeError(limit_bytes)
     try:
-        async with asyncio.timeout(limit_s):
-            return await _received(receive, limit_bytes)
+        return await limits.keep(_received(receive, limit_bytes))
     except TimeoutError:
-        raise SlowBodyError(limit_s) from None
+        raise SlowBodyError(limits.delay_s) from None
 
 
 async def _received(receive: Receive, limit_bytes: int) -> bytes:
@@ -88,6 +75,45 @@ async def _received(receive: Receive, limit_bytes: int) -> bytes:
             raise BodyTooLargeError(limit_bytes)
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T], limits: Limits) -> T:
+    """What a request's work gives; given up when its client has gone.
+
+    For requests that Serve doesn't watch (`heliostat.ingress`). To watch a connection costs more than most requests
+    do, so that it begins when one has taken long.
+
+    Args:
+        receive: Has given the whole body.
+        work: What is to be done.
+        limits: How long it may take before the client is watched.
+
+    Raises:
+        ClientDisconnect: If the client has gone.
+    """
+    leaving = Interruption()
+    watching: asyncio.Task[None] | None = None
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        leaving.make()
+
+    def begin() -> None:
+        nonlocal watching
+        watching = asyncio.create_task(watch())
+
+    due = limits.call(begin)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if leaving.taken_back():
+            raise ClientDisconnect from None
+        raise
+    finally:
+        due.cancel()
+        if watching is not None:
+            watching.cancel()
 
 
 def error_code(error: HeliostatError) -> str:

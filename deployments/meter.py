@@ -1,76 +1,83 @@
-"""The catalogue of `heliostat.telemetry`, counted through Ray Serve's metrics: Prometheus reads them there."""
+"""What a replica counted, handed to Ray's metrics once a second: Prometheus reads it there.
+
+Everything is a gauge to Ray, set to the number as it stands, also counters and the parts of histograms. To
+Prometheus a number that never falls is a counter, whatever its type is called; and
+
+- Ray's own histograms lose values: its agent knows what fell into a bucket and adds that bucket's middle to the
+  sum, one Python call a value. These sums are exact, and cost the agent nothing that grows with the traffic;
+- a gauge is known at 0 before it first rises (Ray's counters can't be), so that the first rise is seen;
+- Ray forgets gauges that aren't set any more: a replica's end ends its series, instead of leaving them behind.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter as Tally
-from typing import Any
+import logging
 
-from ray.serve import metrics
+from ray import serve
+from ray.util.metrics import Gauge
 
-from heliostat.serving.answers import PredictAnswer
-from heliostat.serving.breaker import State
+from heliostat.serving.telemetry import Board, Sample
 from heliostat.telemetry import METRICS, Metric
 
-_FLUSH_EVERY_S = 1.0
-_STATES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
-_LATENCY_BOUNDS_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000]
+_logger = logging.getLogger("heliostat.gateway")
+
+_EVERY_S = 1.0
 
 
-class ServeMeter:
-    """Counts in a replica; the replica's name goes along as a tag.
+class Exporter:
+    """Hands a replica's numbers to Ray; the replica's name goes along as a label.
 
-    Counters are added up here and handed to Ray once a second: a count costs Ray ten times of what
-    it costs a dictionary. To be used on one event loop.
+    Args:
+        board: What was counted.
     """
 
-    def __init__(self) -> None:
-        self._metrics = {metric.name: _made(metric) for metric in METRICS}
-        self._labels = {metric.name: metric.labels for metric in METRICS}
-        self._pending: Tally[tuple[str, ...]] = Tally()
+    def __init__(self, board: Board) -> None:
+        self._board, self._started = board, False
+        context = serve.get_replica_context()
+        self._tags = {
+            "deployment": context.deployment,
+            "replica": context.replica_tag,
+            "application": context.app_name,
+        }
+        self._labels: dict[str, tuple[str, ...]] = {}
+        self._gauges: dict[str, Gauge] = {}
+        for metric in METRICS:
+            for name, labels in _series(metric):
+                self._labels[name] = labels
+                about = f"{metric.meaning} ({metric.unit})"
+                self._gauges[name] = Gauge(name, about, (*self._tags, *labels))
+        self._tagged: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
 
-    def answered(self, route: str, status: int, latency_ms: float) -> None:
-        """Count a request."""
-        self._count(1, "heliostat_requests_total", route, str(status))
-        self._metrics["heliostat_request_latency_ms"].observe(latency_ms, {"route": route})
+    def start(self) -> None:
+        """Begin, if that wasn't done, on the running event loop; goes on as long as that does."""
+        if not self._started:
+            self._started = True
+            self._export(asyncio.get_running_loop())
 
-    def predicted(self, answer: PredictAnswer) -> None:
-        """Count what it predicted."""
-        model, rows = answer.model, answer.predictions
-        for (version, variant, fallback), number in Tally(
-            zip(rows.versions, rows.variants, rows.fallbacks, strict=True)
-        ).items():
-            self._count(number, "heliostat_predictions_total", model, str(version), variant)
-            if fallback is not None:
-                self._count(number, "heliostat_fallbacks_total", model, str(fallback))
-        missing = sum(map(len, rows.missing))
-        if missing:
-            self._count(missing, "heliostat_missing_features_total", model)
+    def _export(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            for sample in self._board.samples():
+                self._gauges[sample.name].set(sample.value, self._tags_of(sample))
+        except Exception:  # whatever it is, the replica answers, and the next second may be better
+            _logger.exception("metrics can't be handed to Ray")
+        loop.call_later(_EVERY_S, self._export, loop)
 
-    def breaker(self, dependency: str, state: State) -> None:
-        """Note the state of a circuit breaker."""
-        self._metrics["heliostat_breaker_state"].set(_STATES[state], {"dependency": dependency})
-
-    def took_in(self, source: str, outcome: str, events: int) -> None:
-        """Count events."""
-        self._count(events, "heliostat_events_total", source, outcome)
-
-    def _count(self, number: int, *key: str) -> None:
-        if not self._pending:
-            asyncio.get_running_loop().call_later(_FLUSH_EVERY_S, self._flush)
-        self._pending[key] += number
-
-    def _flush(self) -> None:
-        pending, self._pending = self._pending, Tally()
-        for (name, *values), number in pending.items():
-            self._metrics[name].inc(number, dict(zip(self._labels[name], values, strict=True)))
+    def _tags_of(self, sample: Sample) -> dict[str, str]:
+        key = sample.name, sample.labels
+        known = self._tagged.get(key)
+        if known is None:
+            own = dict(zip(self._labels[sample.name], sample.labels, strict=True))
+            known = self._tagged[key] = {**self._tags, **own}
+        return known
 
 
-def _made(metric: Metric) -> Any:  # noqa: ANN401 - Ray's metrics share no type
-    about = f"{metric.meaning} ({metric.unit})"
-    if metric.kind == "histogram":
-        return metrics.Histogram(
-            metric.name, description=about, boundaries=_LATENCY_BOUNDS_MS, tag_keys=metric.labels
-        )
-    kind = metrics.Counter if metric.kind == "counter" else metrics.Gauge
-    return kind(metric.name, description=about, tag_keys=metric.labels)
+def _series(metric: Metric) -> list[tuple[str, tuple[str, ...]]]:
+    """The names under which Prometheus has a metric, and their labels."""
+    if metric.kind != "histogram":
+        return [(metric.name, metric.labels)]
+    return [
+        (f"{metric.name}_bucket", (*metric.labels, "le")),
+        (f"{metric.name}_sum", metric.labels),
+        (f"{metric.name}_count", metric.labels),
+    ]

@@ -6,8 +6,10 @@ own event loop.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Generic, TypeVar
 
 from numpy import float64
@@ -16,8 +18,8 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.gateway import Parts
-from deployments.http import Meter
-from heliostat.errors import HeliostatError, ModelTooLargeError, StaleVersionError
+from deployments.meter import Exporter
+from heliostat.errors import HeliostatError, ModelTooLargeError, StaleVersionError, StorageError
 from heliostat.ingestion.intake import Intake
 from heliostat.models.packaging import LoadedModel, ModelPackage
 from heliostat.models.profile import Profile, mean_prediction
@@ -42,14 +44,19 @@ from heliostat.serving.stages import (
     ScoreQuery,
 )
 from heliostat.serving.standby import CatalogLook, Standby
+from heliostat.serving.telemetry import Board, Meter
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams
 from heliostat.workspace import Workspace
 
 _NO_LIMIT = 1_000_000
+# How long a batch is left alone. A hop costs as much for a hundred requests as for one: where there are hops, fewer
+# and larger batches are 1.6 times as many requests a second, 64 at once, as with the patience of one process.
+_PATIENCE_S, _PATIENCE_WITH_HOPS_S = 0.01, 0.05
 # Of breakers, as metrics name them; see also `STORE`.
 CATALOG = "catalog"
+ROUTER = "router"
 LOG = "prediction log"
 
 QueryT = TypeVar("QueryT")
@@ -81,7 +88,10 @@ def breakers_of(settings: Settings, meter: Meter | None = None) -> Breakers:
     """Circuit breakers as the settings want them."""
     wanted = settings.serving.breaker
     rule = BreakerRule(wanted.failures, wanted.open_s, wanted.max_open_s)
-    return Breakers(rule, changed=None if meter is None else meter.breaker)
+    made = Breakers(rule)
+    if meter is not None:
+        meter.watch_breakers(made.states)
+    return made
 
 
 def model_runner(workspace: Workspace) -> ModelRunner:
@@ -173,6 +183,7 @@ def prediction_log(settings: Settings, streams: AsyncStreams, breakers: Breakers
         buffer_rows=serving.log_buffer_rows if serving.log == "async" else 0,
         late_rows=serving.log_buffer_rows,
         max_delay_s=serving.log_max_delay_s,
+        grace_s=serving.drain_s / 2,
     )
 
 
@@ -199,34 +210,44 @@ def gateway_parts(
     spare, readers = ab_router(workspace, breakers), feature_readers(workspace)
     versions = VersionBook(version_facts(workspace))
     looking = feature_lookup(workspace, store) if features is None else Remote[FeatureQuery, FeatureBlock](features)
+    batches = BatchCache(guarded(store.read, breakers.of(STORE)), workspace.online_config.keys, workspace.clock)
+    rungs = tuple(map(Rung, serving.fallback))
     ladder = VersionLadder(
         versions.prior,
         breakers,
-        rungs=tuple(map(Rung, serving.fallback)),
+        rungs=rungs,
         last_good=lambda model: waiting.last_good(model),
-        cached=BatchCache(guarded(store.read, breakers.of(STORE)), workspace.online_config.keys, workspace.clock),
+        cached=batches,
     )
     rule = SpareRule(
         tuple(map(Rung, serving.feature_fallback)), serving.last_seen.entities, serving.last_seen.max_age_s
     )
+    spares, log = SpareFeatures(readers, workspace.clock, rule), prediction_log(settings, streams, breakers)
+    scoring = None if runner is not None else model_runner(workspace)
     predictor = Predictor(
         Stages(
             features=guarded(looking, breakers.of(STORE)),
-            router=spare if router is None else Remote[RouteQuery, Assignment](router),
-            runner=model_runner(workspace) if runner is None else Remote[ScoreQuery, NDArray[float64]](runner),
+            router=spare if router is None else guarded(Remote[RouteQuery, Assignment](router), breakers.of(ROUTER)),
+            runner=Remote[ScoreQuery, NDArray[float64]](runner) if scoring is None else scoring,
             spare_router=spare,
         ),
         readers,
         versions,
-        prediction_log(settings, streams, breakers),
+        log,
         workspace.clock,
         deadline_ms=settings.serving.deadline_ms,
         max_batch_entities=settings.serving.batch_max_entities,
         max_waiting=waiting_limit(settings),
+        patience_s=_PATIENCE_S if scoring is not None else _PATIENCE_WITH_HOPS_S,
         breakers=breakers,
-        spares=SpareFeatures(readers, workspace.clock, rule),
+        spares=spares,
         ladder=ladder,
+        meter=meter,
     )
+    for report in (spares.report, batches.report, log.report, *(() if scoring is None else (scoring.report,))):
+        meter.board.ask(partial(report, meter.board))
+    for model in workspace.definitions.models:
+        meter.of(model).expect([*rungs, *rule.rungs, Rung.NULLS])
     waiting = standby(workspace, predictor.prepare, breakers)
     waiting.start()
     intake, keys = Intake.of(workspace, store), key_ring(workspace)
@@ -270,9 +291,13 @@ class FeatureLookupReplica:
         settings: Name the online store and the declarations.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc] # Serve awaits it
         self._workspace = Workspace.open(settings)
-        self._stage = feature_lookup(self._workspace, AsyncOnlineStore(self._workspace.online_config))
+        store = AsyncOnlineStore(self._workspace.online_config)
+        self._stage = feature_lookup(self._workspace, store)
+        # Whoever asks first finds a connection. A store that is away is no reason not to start: it comes back.
+        with contextlib.suppress(StorageError):
+            await store.ping()
 
     async def __call__(self, query: FeatureQuery) -> FeatureBlock:
         """See `FeatureLookup`."""
@@ -296,20 +321,25 @@ class ABRouterReplica:
 
 
 class ModelReplica:
-    """Scores rows with any version of any model.
+    """Scores rows with any version of any model; takes calls once what serves is loaded, or was tried.
 
     Args:
         settings: Name the catalog and the artifacts.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc] # Serve awaits it
         self._workspace = Workspace.open(settings)
         self._stage = model_runner(self._workspace)
         self._standby = standby(self._workspace, self._stage.loaded, breakers_of(settings))
+        self._board = Board()
+        self._board.ask(partial(self._stage.report, self._board))
+        self._exporter = Exporter(self._board)
+        self._exporter.start()
+        await self._standby.refresh()
+        self._standby.start()
 
     async def __call__(self, query: ScoreQuery) -> NDArray[float64]:
         """See `ModelRunner`."""
-        self._standby.start()
         return await self._stage(query)
 
 

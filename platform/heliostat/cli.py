@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ from heliostat.workspace import Workspace
 __all__ = ["ALARM", "ConfigOption", "HomeOption", "JsonOption", "ReasonOption", "run_job", "shell_settings"]
 
 _HTTP_TIMEOUT_S = 30.0
+
+_logger = logging.getLogger("heliostat.cli")
 
 
 def main() -> NoReturn:
@@ -96,8 +99,17 @@ def up(
 
 @app.command()
 def down(config: ConfigOption = None, home: HomeOption = None) -> None:
-    """Stop what `up` started for this home, and nothing else; data stay."""
+    """Stop what `up` started for this home, and nothing else; what was asked is answered and logged, data stay."""
     settings = shell_settings(config, home)
+    # With RAY_ADDRESS the graph is somebody else's cluster's.
+    if cluster.head_address(settings.home) and "RAY_ADDRESS" not in os.environ:
+        try:
+            with cluster.connect(settings):
+                drained = importlib.import_module("deployments.graph").drain()
+        except Exception as error:  # noqa: BLE001 - what can't be asked to end is ended all the same
+            _logger.warning("the inference graph is stopped as it is: %s", error)
+        else:
+            console.print(f"predictions    {'answered and logged, stopped' if drained else 'was not running'}")
     ray_stopped = cluster.stop_head(settings.home)
     store_stopped = EmbeddedServer.stop(settings.home)
     console.print(f"ray            {'stopped' if ray_stopped else 'was not running'}")

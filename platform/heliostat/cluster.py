@@ -34,6 +34,10 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    # What replicas have under way is told this often, for autoscaling: ten seconds would be late.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "heliostat.ingress:middlewares",
     # Workers stay warm: a job of a second shouldn't pay for a start of ten.
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "RAY_num_workers_soft_limit": "8",
@@ -284,7 +288,8 @@ def stop_head(home: Path) -> bool:
             os.kill(pid, signal.SIGTERM)
         _wait_gone([pid], 4.0)
     for last in (signal.SIGTERM, signal.SIGKILL):
-        left = [each for each in members if _alive(each)]
+        # Looked for again: the ingress starts a process anew whenever a replica goes, also while its head does.
+        left = [each for each in {*members, *_members(Path(head["folder"]))} if _alive(each)]
         for each in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, last)

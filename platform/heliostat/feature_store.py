@@ -278,7 +278,7 @@ class FeatureStore:
         names = [name for join in joins for name in (*join.entity.key_columns, *join.request)]
         table = some_columns(spine, [as_of, *names], what="the spine")
         check_spine(_column_names(spine), joins, as_of)
-        columns: dict[str, Any] = {ref.name: np.full(table.num_rows, np.nan) for ref in single_features(asked)}
+        columns: dict[str, Any] = {ref.name: np.empty(0) for ref in single_features(asked)}
         if table.num_rows:
             for rows in JoinRows.of(table, joins, as_of):
                 columns |= rows.columns_here()

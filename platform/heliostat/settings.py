@@ -217,6 +217,17 @@ class BreakerSettings(_Section):
         return self
 
 
+class AutoscalingSettings(_Section):
+    """How many replicas there are, by what they have to do; off while ``max_replicas`` is null."""
+
+    max_replicas: Annotated[int, Field(ge=1)] | None = None
+    target_requests: Annotated[float, Field(gt=0)] = 32.0
+    target_calls: Annotated[float, Field(gt=0)] = 2.0
+    look_back_s: Annotated[float, Field(gt=10)] = 15.0
+    up_after_s: Annotated[float, Field(ge=0)] = 5.0
+    down_after_s: Annotated[float, Field(ge=0)] = 300.0
+
+
 FallbackRung = Literal["control", "last_good_version", "batch_prediction", "prior"]
 FeatureRung = Literal["last_seen_features", "training_medians"]
 
@@ -231,6 +242,8 @@ class ServingSettings(_Section):
     keys_within_s: Annotated[float, Field(gt=0)] = 5.0
     keys_hold_s: Annotated[float, Field(gt=0)] = 300.0
     replicas: Annotated[int, Field(ge=1)] = 1
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
+    drain_s: Annotated[float, Field(gt=0)] = 30.0
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 256
     max_queued_requests: Annotated[int, Field(ge=-1)] = 1024
     deadline_ms: Annotated[float, Field(gt=0)] = 1000.0
@@ -250,6 +263,13 @@ class ServingSettings(_Section):
     model_threads: Annotated[int, Field(ge=1)] = 2
     model_isolation: Literal["measured", "always"] = "measured"
     standby_s: Annotated[float, Field(gt=0)] = 2.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ServingSettings:
+        most = self.autoscaling.max_replicas
+        if most is not None and most < self.replicas:
+            raise ValueError("serving.autoscaling.max_replicas must not be below serving.replicas")
+        return self
 
     @field_validator("fallback", "feature_fallback", mode="before")
     @classmethod

@@ -5,9 +5,10 @@ Source: W3C Trace Context, https://www.w3.org/TR/trace-context/, section 3.2.
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 import time
+from collections import deque
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -15,6 +16,24 @@ HEADER = b"traceparent"
 
 # Version, trace, parent, flags. Later versions may add fields; ``ff`` is none, and neither is an id of zeros.
 _TRACEPARENT = re.compile(rb"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+
+# Random texts of 32 digits, fetched many at once: each call of the system lets other threads go on meanwhile, which
+# in a server with many takes 7 µs, not 0.4.
+_RANDOM: deque[str] = deque()
+_FETCHED = 4_096
+os.register_at_fork(after_in_child=_RANDOM.clear)  # or parent and child would draw the same
+
+
+def random_hex(n: int) -> str:
+    """``n`` random bytes, at most 16, that nobody can guess, as ``2 n`` hexadecimal digits."""
+    try:
+        text = _RANDOM.pop()
+    except IndexError:
+        fetched = os.urandom(_FETCHED).hex()
+        text = fetched[:32]
+        _RANDOM.extend(fetched[at : at + 32] for at in range(32, len(fetched), 32))
+    return text[: 2 * n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +49,7 @@ class Trace:
 
     trace_id: str
     sampled: bool = False
-    span_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    span_id: str = field(default_factory=lambda: random_hex(8))
     begun_s: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -38,7 +57,7 @@ class Trace:
         """The trace that a ``traceparent`` header names; a new one without it, or if it isn't valid."""
         found = None if header is None else _TRACEPARENT.fullmatch(header)
         if found is None or (found[1] == b"00" and found[5] is not None):
-            return cls(secrets.token_hex(16))
+            return cls(random_hex(16))
         return cls(found[2].decode(), bool(int(found[4], 16) & 1))
 
     @property

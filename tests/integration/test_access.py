@@ -13,13 +13,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import orjson
 import pytest
 import ray
 from fastapi import APIRouter, FastAPI
 from ray.serve.context import _get_global_client
+from ray.serve.generated.serve_pb2 import ASGIRequest
+from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
+from benchmarks.processes import replica_pid
 from deployments import graph
 from deployments.access import ROUTES, AccessControl
 from deployments.gateway import Parts, build_app
@@ -29,11 +33,12 @@ from heliostat.clock import ManualClock, SystemClock, parse_instant_us
 from heliostat.errors import UnprotectedIngressError
 from heliostat.serving.access import KeyRing, KnownKey, Scope
 from heliostat.serving.keys import KeyBook
+from heliostat.serving.telemetry import Meter
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings, load_settings
 from heliostat.shell import api_key_headers
 from heliostat.storage.catalog import Catalog
 from heliostat.workspace import Workspace
-from tests.integration.test_serving import Tally, purchase, register
+from tests.integration.test_serving import purchase, register
 
 Client = httpx.AsyncClient
 
@@ -60,7 +65,7 @@ class Guarded:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.tally = Tally()
+        self.meter = Meter()
         register(workspace, 1)
         workspace.rollout.serve("churn", 1, reason="the first one")
         self.book = KeyBook.of(workspace)
@@ -99,7 +104,7 @@ class Guarded:
         mine = told.model_copy(update=changed)
 
         async def main() -> None:
-            parts = gateway_parts(Workspace.open(mine), self.tally)
+            parts = gateway_parts(Workspace.open(mine), self.meter)
             app = build_app(change(parts))
             transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=peer)
             async with Client(transport=transport, base_url="http://gateway") as client:
@@ -195,17 +200,17 @@ def test_an_application_with_a_route_without_a_scope_isnt_built() -> None:
     app = FastAPI()
     app.add_api_route("/new", answer, methods=["DELETE"])
     with pytest.raises(RuntimeError, match=r"'DELETE /new' has no scope.*ROUTES"):
-        AccessControl(app, app.routes, None, Tally())
+        AccessControl(app, app.routes, None, Meter())
     mounted = FastAPI(openapi_url=None)
     mounted.mount("/healthz", FastAPI())
     with pytest.raises(RuntimeError, match="no plain route"):
-        AccessControl(mounted, mounted.routes, None, Tally())
+        AccessControl(mounted, mounted.routes, None, Meter())
     sockets = FastAPI(openapi_url=None)
     router = APIRouter()
     router.add_api_websocket_route("/healthz", answer)
     sockets.include_router(router)
     with pytest.raises(RuntimeError, match="no plain route"):
-        AccessControl(sockets, sockets.routes, None, Tally())
+        AccessControl(sockets, sockets.routes, None, Meter())
 
 
 def test_only_probes_are_open_and_what_changes_something_needs_more_than_read() -> None:
@@ -249,7 +254,8 @@ def test_a_key_opens_the_routes_of_its_scopes_and_no_others(answers: Answers, de
 
 def test_refusals_are_counted_by_route(answers: Answers, guarded: Guarded) -> None:
     assert answers
-    assert {("/predict", 401), ("/predict", 403), ("/events", 401), ("/predict", 200)} <= set(guarded.tally.answers)
+    for route, status in (("/predict", 401), ("/predict", 403), ("/events", 401), ("/predict", 200)):
+        assert guarded.meter.board.value("heliostat_requests_total", route, status)
 
 
 # ── What there is no path to ────────────────────────────────────────────────────────
@@ -286,12 +292,12 @@ def test_without_a_key_a_path_that_isnt_served_looks_like_one_that_is(guarded: G
         assert reply.status_code == 405
 
     guarded.run(scenario)
-    assert ("(unknown)", 401) in guarded.tally.answers
+    assert guarded.meter.board.value("heliostat_requests_total", "(unknown)", 401)
 
 
 def test_below_another_root_path_the_same_holds(guarded: Guarded) -> None:
     async def main() -> None:
-        parts = gateway_parts(Workspace.open(guarded.workspace.settings), guarded.tally)
+        parts = gateway_parts(Workspace.open(guarded.workspace.settings), guarded.meter)
         transport = httpx.ASGITransport(build_app(parts), root_path="/churn", client=("192.0.2.7", 1))
         async with Client(transport=transport, base_url="http://gateway/churn") as client:
             assert (await client.get("/healthz")).status_code == 200
@@ -306,7 +312,7 @@ def test_below_another_root_path_the_same_holds(guarded: Guarded) -> None:
 
 def test_no_websocket_is_opened(guarded: Guarded) -> None:
     async def main() -> None:
-        parts = gateway_parts(Workspace.open(guarded.workspace.settings), guarded.tally)
+        parts = gateway_parts(Workspace.open(guarded.workspace.settings), guarded.meter)
         sent: list[dict[str, Any]] = []
 
         async def send(message: Any) -> None:
@@ -429,10 +435,10 @@ def test_a_check_costs_a_small_part_of_a_request(guarded: Guarded) -> None:
         pass
 
     async def main() -> None:
-        parts = gateway_parts(Workspace.open(guarded.workspace.settings), guarded.tally)
+        parts = gateway_parts(Workspace.open(guarded.workspace.settings), guarded.meter)
         served = build_app(parts)
         assert isinstance(served, AccessControl)
-        control = AccessControl(answer, served.routes, parts.keys, guarded.tally)
+        control = AccessControl(answer, served.routes, parts.keys, guarded.meter)
         headers = [(b"host", b"127.0.0.1:8000"), (b"content-type", b"application/json"), (b"content-length", b"20")]
         headers += [(b"accept", b"*/*"), (b"user-agent", b"python"), (b"x-request-id", b"a" * 36)]
         headers += [(b"authorization", b"Bearer " + guarded.keys["predict"].encode())]
@@ -684,6 +690,30 @@ def test_on_serve_the_replicas_own_port_is_reached_from_outside_and_asks_for_key
             assert (unknown.status_code, unknown.json()["error"]) == (401, "missing_key")
             forged = client.get("/models", headers={"X-Forwarded-For": "127.0.0.1", "Host": "localhost"})
             assert forged.status_code == 401
+
+
+def test_on_serve_what_else_a_replica_listens_on_wants_rays_token(deployed: Deployed) -> None:
+    """Serve's stages talk to each other by gRPC, in pickles, on a port of every replica on all interfaces."""
+    pid = replica_pid()
+    inodes = {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    listening = [line[1].rpartition(":") for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in inodes]
+    everywhere = {int(port, 16) for address, _, port in listening if not int(address, 16)}
+    own = int(deployed.replica.rpartition(":")[2])
+    assert own in everywhere
+    codes = []
+    for port in everywhere - {own}:
+        with grpc.insecure_channel(f"{ray.util.get_node_ip_address()}:{port}") as channel:
+            call = ASGIServiceStub(channel).HandleRequest
+            for told in ((), (("authorization", "Bearer wrong"),)):
+                with pytest.raises(grpc.RpcError) as refused:
+                    call(ASGIRequest(pickled_request_metadata=b"not a pickle"), metadata=told, timeout=10)
+                codes.append(refused.value.code())
+    # The other port is the one of Ray's core, which has no such service.
+    assert set(codes) <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
+    assert codes.count(grpc.StatusCode.UNAUTHENTICATED) == 2
 
 
 def test_on_serve_a_revoked_key_stops_within_the_bound(guarded: Guarded, deployed: Deployed) -> None:

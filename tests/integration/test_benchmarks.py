@@ -26,6 +26,7 @@ from benchmarks import (
     ray_data_join,
     request_parts,
     scoring_servers,
+    sizing,
 )
 from heliostat.clock import US_PER_DAY
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
@@ -308,6 +309,25 @@ def test_the_page_shows_what_the_result_files_say() -> None:
     assert compared.written(page) == page, "run benchmarks/compared.py"
 
 
+def test_the_page_of_sizes_says_what_the_result_files_do_and_its_sums_are_right() -> None:
+    page = sizing.PAGE.read_text()
+    assert sizing.written(page) == page, "run benchmarks/sizing.py"
+    assert page.count("| --- |") >= len(sizing.TABLES), "every table is on the page"
+    lines = {line[0].strip("*").partition("**")[0]: line[1:] for line in sizing.requests(sizing.RESULTS)[1:]}
+    parts = {row["µs a request"]: row for row in sizing.result("serving_parts", sizing.RESULTS)}
+    whole = [parts["together"][f"{size}, 16 at once"] for size in ("1 entity", "100 entities")]
+
+    def numbers(name: str) -> list[float]:
+        return [float(each.replace(",", "")) for each in lines[name]]
+
+    assert numbers("cores for them") == pytest.approx([1_000 * each / 1e6 / 0.6 for each in whole], rel=0.01)
+    replica, *others = (numbers(name) for name in lines if name.endswith(("µs a request", ", µs")))
+    together = [sum(each) for each in zip(replica, *others, strict=True)]
+    assert together == pytest.approx(whole, rel=0.01), "replica, HAProxy and server are all of it"
+    needed = zip(numbers("replicas for 1,000 requests/s"), replica, strict=True)
+    assert all(0.6 * (n - 1) < 1_000 * busy_us / 1e6 <= 0.6 * n for n, busy_us in needed)
+
+
 def test_a_comparison_says_how_many_times_as_quick_and_whether_that_was_the_goal(tmp_path: Path) -> None:
     columns = ["rows at rest", "spine rows", "users", "question", "contender", "seconds"]
     rows = [
@@ -424,6 +444,17 @@ def test_facts_name_no_machine_and_no_path() -> None:
     assert next(iter(found)) == "events"
     assert found["numpy"] == np.__version__
     assert not any("/" in str(value) for value in found.values())
+
+
+@pytest.mark.slow
+def test_the_footprint_benchmark_runs_and_weighs_everything() -> None:
+    command = [sys.executable, "benchmarks/footprint.py", "--smoke"]
+    done = subprocess.run(command, cwd=peers.ROOT, check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:2] == "| "]
+    wanted = [row["what"] for row in sizing.result("footprint", sizing.RESULTS)]
+    assert [row[0] for row in rows[1:]] == wanted
+    assert all(float(row[1].replace(",", "")) >= 0 for row in rows[1:])
 
 
 @pytest.mark.slow

@@ -14,12 +14,10 @@ import pytest
 from benchmarks import chaos, chaos_load
 from benchmarks.chaos_load import Act, Load, Truth
 from deployments import graph
-from heliostat.settings import ClockSettings, ServingSettings, Settings
-from heliostat.storage.embedded import EmbeddedServer
 from heliostat.workspace import Workspace
+from tests.chaos_project import DEADLINE_MS, chaos_project
 
 RATE = 40.0
-DEADLINE_MS = 3_000.0
 Play = Callable[[chaos.Stage, Act], Awaitable[None]]
 
 
@@ -54,24 +52,11 @@ class Theatre:
 
 @pytest.fixture(scope="module")
 def theatre(session_home: Path, ray_local: None) -> Iterator[Theatre]:  # noqa: ARG001 - it must run
-    home = session_home / "chaos"
-    bare = Settings(
-        project="chaos",
-        home=home,
-        clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-        serving=ServingSettings(deadline_ms=DEADLINE_MS),
-    )
-    try:
-        with Workspace.open(chaos.settings_of(bare)) as workspace:
-            truth = chaos_load.prepare(workspace)
-            url = graph.deploy(workspace.settings)
-            theatre = Theatre(workspace, truth, url)
-            # Both replicas have seen everybody, and the models have shown themselves.
-            asyncio.run(chaos.capacity(url, truth, seconds=1.0))
-            yield theatre
-            graph.undeploy()
-    finally:
-        EmbeddedServer.stop(home)
+    with chaos_project(session_home / "chaos") as (workspace, truth):
+        url = graph.deploy(workspace.settings)
+        # Both replicas have seen everybody, and the models have shown themselves.
+        asyncio.run(chaos.capacity(url, truth, seconds=1.0))
+        yield Theatre(workspace, truth, url)
 
 
 @pytest.mark.slow

@@ -22,22 +22,23 @@ from deployments.stages import gateway_parts
 from heliostat.client import AsyncClient, Client, Sent
 from heliostat.errors import GatewayError, GatewayUnreachableError
 from heliostat.ingestion.intake import EventResult, Intake
+from heliostat.serving.telemetry import Meter
 from heliostat.settings import IngestionSettings, Settings, load_settings
 from heliostat.workspace import Workspace
 from tests.integration.test_ingestion import ROOT
-from tests.integration.test_serving import Shop, Tally, purchase, register, shop  # noqa: F401 - a fixture
+from tests.integration.test_serving import Shop, purchase, register, shop  # noqa: F401 - a fixture
 
 
 class Gateway:
     """A gateway of one project on a port of its own, served by uvicorn in a thread."""
 
     def __init__(self, settings: Settings) -> None:
-        self.tally = Tally()
+        self.meter = Meter()
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             # The parts belong to the server's loop: they are made on it.
             if self._app is None:
-                self._app = build_app(gateway_parts(Workspace.open(settings), self.tally))
+                self._app = build_app(gateway_parts(Workspace.open(settings), self.meter))
             await self._app(scope, receive, send)
 
         self._app: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -113,6 +114,30 @@ def test_a_head_is_found_again_and_leaves_nothing_behind(home: Path) -> None:
     assert not cluster.stop_head(home)
     assert not Path(head["folder"]).exists()
     assert {path.name for path in Path("/dev/shm").iterdir()} <= before  # noqa: S108 - as above
+
+
+_HEIR = """
+import os, signal, subprocess, sys, time
+def go(*_):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], start_new_session=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, go)
+print("ready", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes")
+def test_what_a_head_starts_while_it_ends_is_ended_too(home: Path) -> None:
+    folder = home / "head"
+    folder.mkdir(parents=True)
+    environment = {**os.environ, "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder)}
+    with subprocess.Popen([sys.executable, "-c", _HEIR], env=environment, stdout=subprocess.PIPE) as head:
+        assert head.stdout is not None
+        assert head.stdout.readline() == b"ready\n"
+        (home / "ray-head.json").write_text(json.dumps({"pid": head.pid, "folder": str(folder)}))
+        assert cluster.stop_head(home)
+    assert cluster._members(folder) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes")

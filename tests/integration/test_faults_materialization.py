@@ -68,7 +68,7 @@ def _drive(settings: Settings, reached: str) -> None:
             Path(reached).touch()
             time.sleep(60)
 
-    world.materialize(SPENDING, on_step=step)
+    world.materialize(SPENDING, on_step=step, concurrency=1)
 
 
 def test_a_driver_that_is_killed_in_the_middle_is_resumed_where_it_was(settings: Settings, home: Path) -> None:

@@ -34,7 +34,7 @@ from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore
-from heliostat.storage.streams import AsyncStreams, Streams, actual_record, event_entries
+from heliostat.storage.streams import AsyncStreams, Streams, actual_record, event_entries, record_key
 from heliostat.workspace import Workspace
 from jobs import ingest_events
 
@@ -435,6 +435,39 @@ def test_predictions_and_actuals_of_asyncio_are_drained(settings: Settings, sink
     asyncio.run(append())
     assert sink.drain_once() == Drained(predictions=1, actuals=1, trimmed=2)
     assert sink.offline_store.read_actuals("churn", start_us=0, end_us=9).column("value").to_pylist() == [1.0]
+
+
+def test_a_connection_that_the_server_closed_meanwhile_costs_no_prediction(settings: Settings, sink: Sink) -> None:
+    config = OnlineConfig.of(settings)
+
+    async def append() -> None:
+        streams = AsyncStreams(config)
+        await streams.append_predictions([_prediction("a")])
+        with config.connect() as other:
+            assert other.client_kill_filter(_type="normal", skipme=True) >= 1
+        await streams.append_predictions([_prediction("b")])
+        await streams.aclose()
+
+    asyncio.run(append())
+    assert sink.drain_once() == Drained(predictions=2, actuals=0, trimmed=2)
+
+
+def test_a_server_that_refuses_an_entry_says_so(settings: Settings) -> None:
+    config = OnlineConfig.of(settings)
+
+    async def append() -> None:
+        streams = AsyncStreams(config)
+        with config.connect() as other:
+            other.set(record_key(config, "predictions"), "no stream")
+        try:
+            with pytest.raises(OnlineStoreUnavailableError, match="WRONGTYPE"):
+                await streams.append_predictions([_prediction("a")])
+        finally:
+            with config.connect() as other:
+                other.delete(record_key(config, "predictions"))
+            await streams.aclose()
+
+    asyncio.run(append())
 
 
 def test_waiting_entries_can_be_counted_and_their_age_told(sink: Sink) -> None:

@@ -207,6 +207,30 @@ def test_live_events_that_no_table_has_yet_are_kept_when_their_tile_is_replaced(
     world.check()
 
 
+def test_what_is_committed_when_a_run_has_begun_is_in_its_rings(world: World) -> None:
+    world.bulk(sales(range(40)))
+    more = iter([sales(range(40, 80))])
+
+    def commit_once(_: Step) -> None:
+        world.bulk(next(more, []))
+
+    read = [each.events for each in world.materialize(on_step=commit_once)]
+    world.check()
+    assert read == [each.events for each in world.materialize(full=True)]
+
+
+def test_two_buckets_at_once_make_the_same_rings_as_one_after_the_other(world: World) -> None:
+    world.bulk(sales(range(300)))
+    world.live(sales(range(290, 340)))
+    done = world.materialize()
+    together = world.rings()
+    assert together
+    again = world.materialize(full=True, concurrency=1)
+    assert [each.rings.written for each in again] == [0] * len(VIEWS)
+    assert world.rings() == together
+    assert sent(again) == sent(done)
+
+
 def test_a_view_that_is_added_gets_what_live_events_did_before_it_was(world: World) -> None:
     world.live(sales(range(50)))
     world.views = (*VIEWS, ADDED)
@@ -228,13 +252,13 @@ def test_a_long_history_is_read_without_ids_where_none_are_needed_and_gives_the_
             return super().read(buckets, columns=columns, min_time_us=min_time_us, **options)
 
     monkeypatch.setattr(event_log, "LogVersion", Watched)
-    world.materialize()
+    world.materialize(concurrency=1)
     together = world.rings()
     assert [ids for ids, _ in read] == [True] * 2 * N_BUCKETS
     world.lose()
     read.clear()
     monkeypatch.setattr(bucket_history, "_READ_TOGETHER", 0)
-    world.materialize()
+    world.materialize(concurrency=1)
     assert [ids for ids, _ in read] == [True, False] * 2 * N_BUCKETS
     assert None not in {first_us for ids, first_us in read if ids}, "no ids of all of the past"
     assert world.rings() == together
@@ -458,7 +482,7 @@ def test_what_a_killed_run_has_done_is_not_done_again(world: World) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        world.materialize(SPENDING, on_step=die)
+        world.materialize(SPENDING, on_step=die, concurrency=1)
     assert [(step.done, step.total) for step in seen] == [(0, N_BUCKETS), (1, N_BUCKETS)]
     (rest,) = world.materialize(SPENDING)
     assert (rest.buckets, rest.entities + seen[-1].entities) == (N_BUCKETS - 1, USERS)
@@ -475,13 +499,16 @@ def test_another_bound_on_lateness_begins_anew(world: World) -> None:
     assert done.full == N_BUCKETS
 
 
-def test_a_rate_limit_is_kept_over_all_that_is_written(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_rate_limit_is_kept_over_all_that_is_written(
+    world: World, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
     slept: list[float] = []
     monkeypatch.setattr("heliostat.online.bucket_rings.time.sleep", slept.append)
     monkeypatch.setattr("heliostat.online.bucket_rings.time.monotonic", lambda: 0.0)
     world.bulk(sales(range(200)))
-    world.materialize(SPENDING, rate=RateLimit(entities_per_s=4.0))
-    assert sum(slept) == pytest.approx(USERS / 4.0)
+    world.materialize(SPENDING, rate=RateLimit(entities_per_s=4.0), concurrency=at_once)
+    assert sum(slept) == pytest.approx(at_once * USERS / 4.0), "buckets under way wait side by side"
     assert RateLimit(None, 100.0).shared(2).seconds(5, 100) == 2.0
 
 

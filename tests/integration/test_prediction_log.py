@@ -16,10 +16,11 @@ from deployments.gateway import build_app
 from deployments.stages import gateway_parts
 from heliostat.clock import parse_instant_us
 from heliostat.ingestion.sink import Sink
+from heliostat.serving.telemetry import Meter
 from heliostat.settings import OnlineSettings, Settings
 from heliostat.telemetry import _TextFormatter
 from heliostat.workspace import Workspace
-from tests.integration.test_serving import NOWHERE, Client, Shop, Tally, purchase
+from tests.integration.test_serving import NOWHERE, Client, Shop, purchase
 from tests.sinks import kill, start_sink
 
 END_US = parse_instant_us("1998-07-02")
@@ -105,7 +106,7 @@ def test_each_answered_prediction_is_in_the_table_once_though_connections_are_cu
         serving = shop.serving(log=log, batch_max_entities=5)
         online = OnlineSettings(url=url, timeout_s=10.0)
         parts = gateway_parts(
-            Workspace.open(workspace.settings.model_copy(update={"serving": serving, "online": online})), Tally()
+            Workspace.open(workspace.settings.model_copy(update={"serving": serving, "online": online})), Meter()
         )
         transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
         async with Client(transport=transport, base_url="http://gateway") as client:

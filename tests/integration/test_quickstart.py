@@ -66,4 +66,4 @@ def test_every_command_of_the_quickstart_works_in_its_order(environment: dict[st
     assert answers[0]["model_version"] == 1
     assert len(answers[0]["predictions"]) == 2
     assert answers[1]["accepted"] == 1
-    assert "stopped" in said["heliostat down"]
+    assert "answered and logged, stopped" in said["heliostat down"]

@@ -28,10 +28,11 @@ from heliostat.monitoring.parity import Match
 from heliostat.replay import replay
 from heliostat.serving.answers import PredictAnswer, Predictions
 from heliostat.serving.prediction_log import log_record
+from heliostat.serving.telemetry import Meter
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.workspace import Workspace
 from tests.integration.cdnow_shop import JULY_US, fill
-from tests.integration.test_serving import Client, Tally
+from tests.integration.test_serving import Client
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def predicted(workspace: Workspace, **request: Any) -> list[dict[str, Any]]:
     """What a gateway answers, entity by entity."""
 
     async def main() -> list[dict[str, Any]]:
-        parts = gateway_parts(Workspace.open(workspace.settings), Tally())
+        parts = gateway_parts(Workspace.open(workspace.settings), Meter())
         transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
         async with Client(transport=transport, base_url="http://gateway") as client:
             reply = await client.post("/predict", json=request)

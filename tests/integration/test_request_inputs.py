@@ -29,8 +29,7 @@ from heliostat.models.registry import ModelVersion
 from heliostat.models.spine import ModelSpine
 from heliostat.online.retrieval import FeatureReader
 from heliostat.schema import TIMESTAMP, text_code
-from heliostat.serving.answers import PredictAnswer
-from heliostat.serving.breaker import State
+from heliostat.serving.telemetry import Meter
 from heliostat.settings import ClockSettings, Settings, StorageSettings, TrainingSettings
 from heliostat.training.dataset import build_training_set, split_spine
 from heliostat.training.fitting import Recipe
@@ -190,18 +189,6 @@ def test_the_rings_serve_what_the_spine_trains_on(workspace: Workspace) -> None:
 # ── Over HTTP, without Ray ──────────────────────────────────────────────────────────
 
 
-class _Silent:
-    """A meter that counts nothing."""
-
-    def answered(self, route: str, status: int, latency_ms: float) -> None: ...
-
-    def predicted(self, answer: PredictAnswer) -> None: ...
-
-    def breaker(self, dependency: str, state: State) -> None: ...
-
-    def took_in(self, source: str, outcome: str, events: int) -> None: ...
-
-
 def _promoted(workspace: Workspace) -> ModelPackage:
     """A version that serves, trained on the spine in this process."""
     spine = ModelSpine.of(made_spine(), fraud, workspace.event_log.n_buckets)
@@ -242,7 +229,7 @@ def test_what_is_served_over_http_is_what_the_log_gives_again(workspace: Workspa
     cards, amounts = list(range(20)), [float(each) for each in range(20)]
 
     async def scenario() -> dict[str, Any]:
-        parts = gateway_parts(Workspace.open(workspace.settings), _Silent())
+        parts = gateway_parts(Workspace.open(workspace.settings), Meter())
         transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             taken = [

@@ -6,10 +6,10 @@ import asyncio
 import math
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,7 +17,6 @@ import lightgbm as lgb
 import numpy as np
 import orjson
 import pytest
-import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
@@ -25,42 +24,19 @@ from benchmarks import load, serving
 from deployments import graph
 from deployments.access import forced_variant
 from deployments.gateway import build_app
-from deployments.stages import gateway_parts
-from heliostat.errors import DeploymentFailedError, ForcedVariantError
+from deployments.stages import ModelReplica, gateway_parts
+from heliostat.errors import DeploymentFailedError, ForcedVariantError, UnknownVersionError
+from heliostat.experiments.assignment import RoutingDocument
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.profile import Profile
 from heliostat.serving.access import CALLER, Caller, granted
-from heliostat.serving.answers import PredictAnswer
-from heliostat.serving.breaker import State
 from heliostat.serving.stages import ModelRunner
+from heliostat.serving.telemetry import Meter
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.storage.streams import rows_from
-from heliostat.telemetry import METRICS
 from heliostat.workspace import Workspace
 from tests.slow_clients import SlowClients
-
-
-class Tally:
-    """A meter that remembers."""
-
-    def __init__(self) -> None:
-        self.answers: list[tuple[str, int]] = []
-        self.predictions = 0
-        self.events: dict[str, int] = {}
-        self.states: dict[str, State] = {}
-
-    def answered(self, route: str, status: int, latency_ms: float) -> None:
-        assert latency_ms > 0
-        self.answers.append((route, status))
-
-    def predicted(self, answer: PredictAnswer) -> None:
-        self.predictions += len(answer.predictions)
-
-    def breaker(self, dependency: str, state: State) -> None:
-        self.states[dependency] = state
-
-    def took_in(self, source: str, outcome: str, events: int) -> None:
-        self.events[f"{source} {outcome}"] = self.events.get(f"{source} {outcome}", 0) + events
+from tests.unit.serving.collaborators import House
 
 
 def register(workspace: Workspace, seed: int) -> int:
@@ -96,7 +72,7 @@ class Shop:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.tally = Tally()
+        self.meter = Meter()
         register(workspace, 1)
         register(workspace, 2)
         workspace.rollout.serve("churn", 1, reason="the first one")
@@ -106,7 +82,7 @@ class Shop:
         settings = self.workspace.settings.model_copy(update={"serving": self.serving(), **changes})
 
         async def main() -> None:
-            parts = gateway_parts(Workspace.open(settings), self.tally)
+            parts = gateway_parts(Workspace.open(settings), self.meter)
             transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
             async with Client(transport=transport, base_url="http://gateway") as client:
                 await scenario(client)
@@ -162,7 +138,7 @@ def test_a_model_is_asked_by_its_path_and_the_path_holds(shop: Shop) -> None:
         assert (unknown.status_code, unknown.json()["error"]) == (404, "unknown_model")
 
     shop.run(scenario)
-    assert ("/models/{model}/predict", 200) in shop.tally.answers
+    assert shop.meter.board.value("heliostat_requests_total", "/models/{model}/predict", 200)
 
 
 def test_an_event_changes_the_features_and_the_prediction_of_the_next_request(shop: Shop) -> None:
@@ -181,10 +157,10 @@ def test_an_event_changes_the_features_and_the_prediction_of_the_next_request(sh
         assert features["view"] == "recent_purchases@1"
 
     shop.run(scenario)
-    assert shop.tally.events == {"purchases accepted": 6}
-    assert shop.tally.predictions == 2
-    assert ("/features/{view}/{entity:path}", 200) in shop.tally.answers
-    assert ("/predict", 200) in shop.tally.answers
+    assert shop.meter.board.value("heliostat_events_total", "purchases", "accepted") == 6
+    assert shop.meter.board.value("heliostat_predictions_total", "churn", 1, "control") == 2
+    assert shop.meter.board.value("heliostat_requests_total", "/features/{view}/{entity:path}", 200)
+    assert shop.meter.board.value("heliostat_requests_total", "/predict", 200)
 
 
 def test_wrong_events_are_refused_one_by_one_with_reasons_and_the_right_ones_taken_once(shop: Shop) -> None:
@@ -362,6 +338,61 @@ def test_health_and_readiness_tell_apart_what_runs_and_what_can_be_reached(shop:
     shop.run(without_store, online=NOWHERE)
 
 
+def test_nobody_is_ready_before_a_version_serves_or_while_what_serves_cant_be_loaded(settings: Settings) -> None:
+    async def main(workspace: Workspace) -> None:
+        parts = gateway_parts(Workspace.open(workspace.settings), Meter())
+        transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
+        async with Client(transport=transport, base_url="http://gateway") as client:
+
+            async def state() -> tuple[int, list[str]]:
+                await asyncio.sleep(1.05)  # it is looked for once a second
+                reply = await client.get("/readyz")
+                assert (await client.get("/v2/health/ready")).status_code == reply.status_code
+                return reply.status_code, list(reply.json().get("problems", ()))
+
+            assert await state() == (503, ["model churn"])
+            workspace.rollout.serve("churn", register(workspace, 1), reason="the first one")
+            assert await state() == (200, [])
+            second = register(workspace, 2)
+            (workspace.settings.home / "data" / "artifacts" / workspace.models.get("churn", second).artifact).rename(
+                workspace.settings.home / "elsewhere"
+            )
+            workspace.rollout.serve("churn", second, reason="whose files are gone")
+            assert await state() == (503, ["model churn"])
+            assert (await client.get("/healthz")).status_code == 200
+            answer = (await client.post("/predict", json={"entity_ids": [1]})).json()
+            assert answer["fallback"] == "last_good_version"
+        await parts.close()
+
+    with Workspace.open(settings) as workspace:
+        asyncio.run(main(workspace))
+
+
+def test_one_model_of_several_that_cant_be_loaded_keeps_no_replica_from_starting() -> None:
+    asyncio.run(graph.warm_up(House().predictor, ["churn", "upsell"]))  # of which nothing serves yet
+    house = House()
+    house.catalog["churn"] = RoutingDocument.single("churn", 1, revision=1)
+    house.catalog["upsell"] = RoutingDocument.single("upsell", 3, revision=1)
+    house.versions.broken.add(3)
+    asyncio.run(graph.warm_up(house.predictor, ["upsell", "churn"]))
+    with pytest.raises(UnknownVersionError):
+        asyncio.run(graph.warm_up(house.predictor, ["upsell"]))
+
+
+def test_a_model_stage_takes_calls_once_what_serves_is_loaded(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It reports to Serve, which isn't here.
+    monkeypatch.setattr("deployments.stages.Exporter", lambda _: SimpleNamespace(start=lambda: None))
+
+    async def main() -> None:
+        stage = object.__new__(ModelReplica)
+        await stage.__init__(shop.workspace.settings)  # as Serve does it
+        loaded = set(stage._stage._held)
+        await stage._standby.close()
+        assert ("churn", 1) in loaded
+
+    asyncio.run(main())
+
+
 # ── What goes wrong ─────────────────────────────────────────────────────────────────
 
 BAD = [
@@ -497,7 +528,7 @@ def test_a_broken_artifact_is_answered_by_the_version_that_was_in_production_bef
             answer = (await client.post("/predict", json={"entity_ids": [1]})).json()
             assert (answer["model_version"], answer["fallback"]) == (1, "last_good_version")
             assert answer["predictions"] == expected
-        assert shop.tally.states["model churn/2"] == "open"
+        assert shop.meter.board.value("heliostat_breaker_state", "model churn/2") == 2
 
     shop.run(scenario)
 
@@ -562,7 +593,7 @@ def test_nobody_forces_a_variant_without_scope_admin(scopes: tuple[str, ...]) ->
 def test_what_is_registered_is_loaded_before_it_serves(shop: Shop) -> None:
     async def main() -> None:
         settings = shop.workspace.settings
-        parts = gateway_parts(Workspace.open(settings.model_copy(update={"serving": shop.serving()})), shop.tally)
+        parts = gateway_parts(Workspace.open(settings.model_copy(update={"serving": shop.serving()})), shop.meter)
         runner = parts.predictor._stages.runner
         assert isinstance(runner, ModelRunner)
         try:
@@ -700,23 +731,6 @@ def test_on_serve_errors_keep_their_status_and_their_document(fused_url: str) ->
         assert (reply.status_code, reply.json()["error"]) == (413, "body_too_large")
         reply = client.get("/nope")
         assert (reply.status_code, reply.json()["error"]) == (404, "unknown_path")
-
-
-@pytest.mark.slow
-def test_what_is_counted_is_there_for_prometheus(fused_url: str) -> None:
-    with httpx.Client(base_url=fused_url) as client:
-        client.post("/predict", json={"entity_ids": [1, 2]})
-        client.get("/nope")
-        limit = time.monotonic() + 40
-        port = ray.nodes()[0]["MetricsExportPort"]
-        wanted = [f"ray_{metric.name}" for metric in METRICS if metric.name.split("_")[1] in ("requests", "request")]
-        wanted += ["ray_heliostat_predictions_total", 'route="/predict"', 'status="404"']
-        while time.monotonic() < limit:
-            shown = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-            if all(each in shown for each in wanted):
-                return
-            time.sleep(0.5)
-    raise AssertionError([each for each in wanted if each not in shown])
 
 
 @pytest.mark.slow

@@ -26,8 +26,7 @@ from heliostat.errors import StaleVersionError, ViewInUseError
 from heliostat.feature_store import FeatureStore
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.rows import ModelRows, version_features
-from heliostat.serving.answers import PredictAnswer
-from heliostat.serving.breaker import State
+from heliostat.serving.telemetry import Meter
 from heliostat.settings import Settings
 from heliostat.training.dataset import build_training_set, split_instants
 from heliostat.training.fitting import Recipe, Trial
@@ -57,18 +56,6 @@ SECOND = COMMON + RECENT_2 + CHURN % "recent_2"
 CUSTOMERS = list(range(1, 41))
 
 
-class Silent:
-    """A meter that counts nothing."""
-
-    def answered(self, route: str, status: int, latency_ms: float) -> None: ...
-
-    def predicted(self, answer: PredictAnswer) -> None: ...
-
-    def breaker(self, dependency: str, state: State) -> None: ...
-
-    def took_in(self, source: str, outcome: str, events: int) -> None: ...
-
-
 class Project:
     """One project under several definitions modules, one after the other."""
 
@@ -91,7 +78,7 @@ class Project:
 
         async def main() -> Any:
             workspace = Workspace.open(settings.model_copy(update={"serving": patient}))
-            parts = gateway_parts(workspace, Silent())
+            parts = gateway_parts(workspace, Meter())
             transport = httpx.ASGITransport(build_app(parts), raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
                 answer = await scenario(client)

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from heliostat.telemetry import _JsonFormatter, _TextFormatter
-from heliostat.tracing import CURRENT, Trace
+from heliostat.tracing import CURRENT, Trace, random_hex
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -74,3 +76,24 @@ def test_a_line_of_the_log_names_the_request_that_it_is_about() -> None:
 
 def test_a_trace_knows_how_long_ago_it_arrived() -> None:
     assert 4.0 <= Trace("a" * 32, begun_s=time.perf_counter() - 0.005).age_ms < 1_000
+
+
+def test_random_texts_are_as_long_as_asked_for_and_never_the_same() -> None:
+    texts = [random_hex(16) for _ in range(10_000)]
+    assert len(set(texts)) == 10_000
+    assert {len(text) for text in texts} == {32}
+    assert len(random_hex(8)) == 16
+    assert all(set(text) <= set("0123456789abcdef") for text in texts)
+
+
+def test_a_forked_process_draws_others_than_its_parent() -> None:
+    random_hex(16)  # some lie ready
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        theirs = set(pool.map(random_hex, [16] * 200))
+    assert not theirs & {random_hex(16) for _ in range(400)}
+
+
+def test_threads_never_draw_the_same() -> None:
+    with ThreadPoolExecutor(8) as threads:
+        texts = list(threads.map(random_hex, [16] * 20_000))
+    assert len(set(texts)) == 20_000

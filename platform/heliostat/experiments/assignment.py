@@ -9,12 +9,11 @@ variant, the control, serves them too, and they count for nobody.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +21,14 @@ import orjson
 from numpy.typing import NDArray
 
 from heliostat.errors import InvalidRouteError
+
+try:
+    # Python's own: for a few bytes it takes a third as long as OpenSSL's.
+    from _md5 import md5 as _md5  # type: ignore[import-not-found]
+except ImportError:  # built without it
+    from hashlib import md5
+
+    _md5 = partial(md5, usedforsecurity=False)
 
 N_SLOTS: Final = 10_000
 OUTSIDE: Final = -1
@@ -31,7 +38,7 @@ _FORMAT: Final = 1
 
 
 def slot_of(salt: str, entity: str) -> int:
-    """The slot of one entity, in [0, 10,000).
+    """The slot of one entity, in [0, 10,000): the first eight bytes, as a number, of the MD5 of ``salt:entity``.
 
     A salt of its own for each experiment keeps experiments independent: with one hash for all, the same
     entities would be the guinea pigs each time.
@@ -40,13 +47,14 @@ def slot_of(salt: str, entity: str) -> int:
         salt: The experiment's.
         entity: The entity's key as text (`Entity.text`).
     """
-    digest = hashlib.md5(f"{salt}:{entity}".encode(), usedforsecurity=False).digest()
-    return int.from_bytes(digest[:8], "big") % N_SLOTS
+    return int(slots_of(salt, [entity])[0])
 
 
 def slots_of(salt: str, entities: Iterable[str]) -> NDArray[np.int32]:
     """The slots of many entities, shape ``(n,)``."""
-    return np.fromiter((slot_of(salt, entity) for entity in entities), dtype=np.int32)
+    prefix = f"{salt}:"
+    digests = b"".join([_md5((prefix + entity).encode()).digest() for entity in entities])
+    return (np.frombuffer(digests, dtype=">u8")[::2] % N_SLOTS).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,7 @@ bytes each; Ray's tasks cost 0.3 s before they answer anything, and their answer
 _AT_ONCE = 2**17  # rows and events: fewer are mostly Python's work, more don't fit into caches
 _FEWEST_AT_ONCE = 2**14
 _MOST_THREADS = 4  # numpy lets others run while it works, Python doesn't
+_KEPT_BYTES = 2**25 - 2**16  # glibc takes no array for a hint that is larger
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,11 @@ class EntityJoin:
     n_buckets: int
     known_at_us: int | None
     request: RequestTypes = field(default_factory=dict)
+
+    @cached_property
+    def _needed(self) -> dict[str, list[str]]:
+        """What is read of each source's events."""
+        return {views[0].source.name: [*needed_columns(views), TIE] for views in self.sources}
 
     def events_by_bucket(self, buckets: Sequence[int], as_of_us: IntArray) -> dict[int, int]:
         """How many events rows of some buckets make it read, at most: those of the files it opens.
@@ -85,7 +91,7 @@ class EntityJoin:
         for views in self.sources:
             events = self.logs[views[0].source.name].read(
                 buckets,
-                columns=[*needed_columns(views), TIE],
+                columns=self._needed[views[0].source.name],
                 min_time_us=earliest_us(views, as_of_us),
                 max_time_us=int(as_of_us.max()),
                 known_at_us=self.known_at_us,
@@ -115,6 +121,7 @@ class EntityJoin:
         brought = request or {}
         if not len(keys):
             return {name: np.empty(0) for name in self.names}
+        _keep_freed_memory()
         parts = self._parts(np.bincount(buckets), as_of_us, threads)
         if len(parts) == 1:
             return self.columns(parts[0].buckets, keys, as_of_us, brought)
@@ -155,6 +162,17 @@ class EntityJoin:
             _Part(buckets[first:cut].tolist(), slice(int(ends[first - 1]) if first else 0, int(ends[cut - 1])))
             for first, cut in zip(firsts, cuts, strict=True)
         ]
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let this process use again what it freed, rather than give it back and have every page cleared anew.
+
+    A join makes hundreds of arrays of a few 100 KiB. Until a process has freed a large one, glibc hands each of
+    them back to the kernel at once, and a quarter of a small join is spent there. An array that is never touched
+    costs nothing, and afterwards up to 64 MiB stay at hand: as they do in any program that works with large arrays.
+    """
+    np.empty(_KEPT_BYTES, dtype=np.uint8)
 
 
 @dataclass(frozen=True)

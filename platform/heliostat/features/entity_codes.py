@@ -24,6 +24,7 @@ class EntityCodes:
 
     Attributes:
         n: How many distinct keys there are.
+        keys: They, by their numbers, length ``n``.
         rows: Each row's number, ``0 ≤ number < n``, shape ``(m,)``.
     """
 
@@ -36,19 +37,21 @@ class EntityCodes:
             asked = np.zeros(high - low + 1, dtype=np.bool_)
             asked[integers - low] = True
             # The number beyond the last one is that of every other key.
-            self._table = np.append(np.where(asked, np.cumsum(asked) - 1, -1), -1)
-            self._low, self.n = low, int(np.count_nonzero(asked))
+            distinct = np.flatnonzero(asked)
+            self._low, self.n, self.keys = low, len(distinct), pa.array(distinct + low)
+            self._table = np.full(len(asked) + 1, -1)
+            self._table[distinct] = np.arange(len(distinct))
             self.rows: IntArray = self._table[integers - low]
         else:
             encoded = keys.dictionary_encode()
-            self._known = encoded.dictionary
-            self.n = len(self._known)
+            self.keys = encoded.dictionary
+            self.n = len(self.keys)
             self.rows = encoded.indices.to_numpy().astype(np.int64)
 
     def of(self, keys: pa.Array) -> IntArray:
         """The number of each key, -1 where no row has it; shape ``(len(keys),)``."""
         if not self._is_table:
-            found: NDArray[np.int32] = pc.fill_null(pc.index_in(keys, value_set=self._known), -1).to_numpy()
+            found: NDArray[np.int32] = pc.fill_null(pc.index_in(keys, value_set=self.keys), -1).to_numpy()
             return found.astype(np.int64)
         # Differences below zero wrap around: as unsigned numbers they are beyond the table as well.
         places = (keys.to_numpy() - self._low).view(np.uint64)

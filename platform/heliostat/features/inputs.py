@@ -42,7 +42,7 @@ class Input:
     texts: bool = False
     categories: Categories = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal for inputs that mean the same."""
         nulls = " | nulls" if self.nulls else ""

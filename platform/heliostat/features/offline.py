@@ -183,14 +183,16 @@ class _Edge:
     """One event of each row's window; shape ``(m,)`` each.
 
     Attributes:
-        event: Its place among the events that were given; any where there is none.
+        position: Its place in order; any where there is none.
         found: Whether there is one.
-        time: Its time; infinite where there is none.
+        event: Its place among the events that were given, by the caller's order of rows; any where there is none.
+        missing: The rows without one, in the caller's order: their places.
     """
 
-    event: IntArray
+    position: IntArray
     found: NDArray[np.bool_]
-    time: FloatArray
+    event: IntArray
+    missing: IntArray
 
 
 @dataclass
@@ -270,6 +272,11 @@ class _Timeline:
         expired = self._expired(view)
         columns: dict[str, FloatArray] = {}
         for name, aggregation in view.base_features.items():
+            states = aggregation.states()
+            if states[0].op in ("first", "last") and not isinstance(aggregation, Quantile):
+                hop_us = aggregation.hop_us or US_PER_DAY
+                columns[name] = self._values_at_edge(states[0], aggregation.window_us, hop_us, expired)
+                continue
             column = np.empty(len(self.rows))
             column[self.rows] = self._value(aggregation, expired)
             columns[name] = column
@@ -280,25 +287,28 @@ class _Timeline:
         """A feature of each row, nothing's where the view's ttl has ended."""
         hop_us = aggregation.hop_us or US_PER_DAY
         states = aggregation.states()
-        if isinstance(aggregation, Quantile) or states[0].op in ("first", "last"):
-            values = (
-                self._quantile(aggregation, hop_us)
-                if isinstance(aggregation, Quantile)
-                else self._value_at_edge(states[0], aggregation.window_us, hop_us)
-            )
+        if isinstance(aggregation, Quantile):
+            values = self._quantile(aggregation, hop_us)
             return values if expired is None else np.where(expired, np.nan, values)
         parts = [self._state(state, aggregation.window_us, hop_us) for state in states]
         if expired is not None:
             parts = [emptied(state, part, expired) for part, state in zip(parts, states, strict=True)]
         return aggregation.finalize(parts, as_of_us=self.as_of_us)
 
-    def _value_at_edge(self, state: State, window_us: int | None, hop_us: int) -> FloatArray:
-        """The first or last value of each window, looked up where the events were given."""
+    def _values_at_edge(
+        self, state: State, window_us: int | None, hop_us: int, expired: NDArray[np.bool_] | None
+    ) -> FloatArray:
+        """The first or last value of each window, looked up where the events were given; in the caller's order."""
         given = self.inputs[state.source.key]
-        edge = self._edge_of(given, self._range(window_us, hop_us), first=state.op == "first")
         if not len(self.times):
-            return np.full(len(edge.found), np.nan)
-        return np.where(edge.found, given.given.values[edge.event] + 0.0, np.nan)
+            return np.full(len(self.rows), np.nan)
+        edge = self._edge_of(given, self._range(window_us, hop_us), first=state.op == "first")
+        values: FloatArray = given.given.values[edge.event]
+        values += 0.0  # no -0.0
+        values[edge.missing] = np.nan
+        if expired is not None:
+            values[self.rows[expired]] = np.nan
+        return values
 
     def _quantile(self, aggregation: Quantile, hop_us: int) -> FloatArray:
         """A row's quantile, without a row of bins."""
@@ -334,7 +344,7 @@ class _Timeline:
                 case "max", "one", "add":
                     merged = tiles_with(self._tile(hop_us), given.used, ranges)
                 case "max" | "min", "time", _:
-                    merged = self._edge_of(given, ranges, first=state.op == "min").time
+                    merged = self._time_at_edge(given, ranges, first=state.op == "min")
                 case _:
                     merged = self._folded(state, given, ranges, window_us, hop_us)
             self._merged[key] = merged
@@ -365,15 +375,18 @@ class _Timeline:
         key = (id(ranges), first, None if given.uses_every else id(given))
         if key not in self._edges:
             position, found = edges(given.used, ranges, first=first)
-            if len(self.times):
-                event, time = (
-                    self.order[position],
-                    np.where(found, self.times[position], np.inf if first else -np.inf),
-                )
-            else:
-                event, time = position, np.full(len(position), np.inf if first else -np.inf)
-            self._edges[key] = _Edge(event, found, time)
+            event = np.empty(len(position), dtype=np.int64)
+            event[self.rows] = self.order[position] if len(self.times) else 0
+            self._edges[key] = _Edge(position, found, event, self.rows[~found])
         return self._edges[key]
+
+    def _time_at_edge(self, given: OrderedInput, ranges: Ranges, *, first: bool) -> FloatArray:
+        """The time of the first or last usable event of each window; infinite where there is none."""
+        nothing = np.inf if first else -np.inf
+        edge = self._edge_of(given, ranges, first=first)
+        if not len(self.times):
+            return np.full(len(edge.found), nothing)
+        return np.where(edge.found, self.times[edge.position], nothing)
 
     def _folded(
         self, state: State, given: OrderedInput, ranges: Ranges, window_us: int | None, hop_us: int

@@ -264,13 +264,14 @@ def _joined(
     """The features of a table's rows, by name, in its order."""
     check_spine(spine.column_names, joins, as_of)
     asked = JoinRows.of(spine, joins, as_of)
-    columns = {name: np.full(spine.num_rows, np.nan) for join in joins for name in join.names}
+    columns: dict[str, FloatArray] = {name: np.empty(0) for join in joins for name in join.names}
     if spine.num_rows == 0:
         return columns
     if sum(rows.size for rows in asked) <= SMALL_JOIN:
         for rows in asked:
             columns |= rows.columns_here(concurrency)
         return columns
+    columns = {name: np.full(spine.num_rows, np.nan) for name in columns}
     for rows in asked:
         blocks = _bucket_blocks(rows)
         blocks.sort(key=partial(_events_behind, rows.events_by_bucket), reverse=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -137,3 +138,18 @@ def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column
     values = column.to_numpy()
     return pa.chunked_array([pa.array(values, column.type, mask=np.isnan(values))])
+
+
+def alike(rows: Sequence[Mapping[str, Any] | None]) -> tuple[tuple[str, ...], list[float]] | None:
+    """Names, and values row after row, where all rows give the same names in one order, and floats alone.
+
+    That is what programs send. None of anything else: then each row has to be looked at.
+
+    Args:
+        rows: At least one.
+    """
+    names = tuple(rows[0] or ())
+    if not names or any(each is None or tuple(each) != names for each in rows):
+        return None
+    values = list(chain.from_iterable(each.values() for each in rows if each is not None))
+    return (names, values) if set(map(type, values)) == {float} else None

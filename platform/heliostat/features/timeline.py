@@ -56,7 +56,8 @@ class EventIndex:
             order = np.argsort(packed)
         self._packed = packed[order]
         self.order = _tied_in_order(order, self._packed, ties)
-        self.begins: IntArray = np.searchsorted(self._packed, np.arange(n_codes) << self._bits)
+        self.begins: IntArray = np.zeros(n_codes, dtype=np.int64)
+        np.cumsum(np.bincount(codes, minlength=n_codes)[:-1], out=self.begins[1:])
 
     @property
     def codes(self) -> IntArray:

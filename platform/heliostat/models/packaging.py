@@ -21,6 +21,7 @@ import orjson
 from numpy.typing import NDArray
 
 from heliostat.errors import InvalidPackageError, SignatureMismatchError, UnknownFeatureError
+from heliostat.models.boosters import BoosterPredictor
 from heliostat.models.categories import Categories
 from heliostat.models.definitions import ModelSpec
 
@@ -295,7 +296,7 @@ class LoadedModel:
 
     def __init__(self, package: ModelPackage, booster: lgb.Booster) -> None:
         self.package = package
-        self._booster = booster
+        self._booster, self._scores = booster, BoosterPredictor(booster)
 
     @property
     def signature(self) -> Signature:
@@ -319,8 +320,7 @@ class LoadedModel:
             self.signature.check(names, what="the feature matrix")
         if len(known := self._encoded(matrix)) == 0:
             return np.empty(0, dtype=np.float64)
-        # One thread: a replica scores small batches, and its neighbours have the other cores.
-        scores = np.asarray(self._booster.predict(known, num_threads=1), dtype=np.float64)
+        scores = self._scores(known)
         return scores if self.package.calibration is None else self.package.calibration(scores)
 
     def contributions(self, matrix: FloatArray) -> FloatArray:

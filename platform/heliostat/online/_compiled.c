@@ -350,14 +350,15 @@ static PyObject *names(PyObject *module, PyObject *const *arguments, Py_ssize_t 
             if (!PyUnicode_Check(each) || !PyUnicode_IS_ASCII(each))
                 Py_RETURN_NONE;
         }
-    if (!PyList_Check(texts))
+    if (!PyList_Check(texts) && !PyTuple_Check(texts))
         Py_RETURN_NONE;
-    Py_ssize_t n = PyList_GET_SIZE(texts), n_prefixes = PyTuple_GET_SIZE(prefixes);
+    PyObject **items = PySequence_Fast_ITEMS(texts);
+    Py_ssize_t n = PySequence_Fast_GET_SIZE(texts), n_prefixes = PyTuple_GET_SIZE(prefixes);
     found = PyList_New(n * n_prefixes);
     if (found == NULL)
         return NULL;
     for (Py_ssize_t row = 0; row < n; row++) {
-        PyObject *text = PyList_GET_ITEM(texts, row);
+        PyObject *text = items[row];
         uint64_t key;
         if (!integer_of(text, &key)) {
             Py_DECREF(found);

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left as _before
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from heliostat.features.aggregations import InputValues, evaluate
 from heliostat.features.definitions import FeatureView
+from heliostat.features.entity_codes import EntityCodes
+from heliostat.features.offline import needed_columns
 from heliostat.features.timeline import EventIndex
 from heliostat.online.tiles import (
     BoolArray,
@@ -63,6 +66,11 @@ class RingPlan:
         return tuple(group for layout in self.layouts for group in layout.groups)
 
     @cached_property
+    def needed(self) -> tuple[str, ...]:
+        """The columns of events that they are made from."""
+        return needed_columns(self.views)
+
+    @cached_property
     def prefixes(self) -> tuple[str, ...]:
         """What each group's keys begin with."""
         return tuple(
@@ -98,7 +106,7 @@ class BucketRings:
     texts: list[str]
     present: list[BoolArray]
     _events: _SortedEvents
-    _recent: dict[str, list[str]]
+    _recent: dict[int, list[str]]
 
     @classmethod
     def of(
@@ -116,17 +124,19 @@ class BucketRings:
         """
         source, entity = plan.views[0].source, plan.views[0].entity
         what = f"events of {source.name!r}"
-        encoded = entity.encode(events, what=what).dictionary_encode()
-        texts: list[str] = encoded.dictionary.cast(pa.string()).to_pylist()
+        numbered = EntityCodes(entity.encode(events, what=what))
+        texts: list[str] = numbered.keys.cast(pa.string()).to_pylist()
         texts += sorted(set(also) - set(texts))
         prefix = plan.keys.seen(source.name, entity.name, "", bucket)
-        seen: dict[str, list[str]] = {}
+        places = pc.index_in(
+            entity.encode(recent, what=what).cast(pa.string()), pa.array(texts, pa.string())
+        ).fill_null(-1)  # such an entity is out of reach
         ids = recent.column(source.event_id).cast(pa.string()).to_pylist()
-        for text, event_id in zip(entity.encode(recent, what=what).cast(pa.string()).to_pylist(), ids, strict=True):
-            seen.setdefault(text, []).append(prefix + event_id)
+        seen: dict[int, list[str]] = {}
+        for place, event_id in sorted(zip(places.to_pylist(), ids, strict=True)):
+            seen.setdefault(place, []).append(prefix + event_id)
         present = [np.zeros(len(texts), dtype=np.bool_) for _ in plan.groups]
-        codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        return cls(plan, bucket, texts, present, _SortedEvents.of(plan, events, codes), seen)
+        return cls(plan, bucket, texts, present, _SortedEvents.of(plan, events, numbered.rows), seen)
 
     def writes(self) -> Iterator[EntityRings]:
         """All entities' rings, some entities' at a time; fills in ``present``."""
@@ -134,13 +144,17 @@ class BucketRings:
         prefixes = [prefix + tag for prefix in self.plan.prefixes]
         ring_bytes = sum(group.most_bytes for group in groups)
         at_once = max(1, _RINGS_AT_ONCE_BYTES // ring_bytes)
+        recent = list(self._recent)
         for first, last in self._events.chunks(len(self.texts), at_once):
             chunk, texts = self._events.of_entities(first, last), self.texts[first:last]
             yield EntityRings(
                 first,
                 [[prefix + text for text in texts] for prefix in prefixes],
                 [self._rings(at, group, chunk, first, last) for at, group in enumerate(groups)],
-                {place: self._recent[text] for place, text in enumerate(texts) if text in self._recent},
+                {
+                    place - first: self._recent[place]
+                    for place in recent[_before(recent, first) : _before(recent, last)]
+                },
             )
 
     def _rings(self, at: int, group: RingGroup, chunk: _SortedEvents, first: int, last: int) -> RingBytes:

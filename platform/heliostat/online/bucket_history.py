@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.errors import StreamEntryError
-from heliostat.features.offline import earliest_us, needed_columns, unique_events
+from heliostat.features.offline import earliest_us, unique_events
 from heliostat.online.backfill import RingPlan
 from heliostat.schema import ID_HASH, INGESTED, TIMESTAMP, hash64, times_us
 from heliostat.storage.event_files import cut
@@ -84,6 +84,7 @@ class HistoryReader:
         event_log: The log.
         store: The server with the streams.
         present: Whether the plan's instant is the present: then streams count, and what is a little ahead.
+        known: A version of the log that was opened lately; opening it again is spared while nothing was committed.
     """
 
     plan: RingPlan
@@ -91,6 +92,7 @@ class HistoryReader:
     event_log: EventLog
     store: OnlineStore
     present: bool
+    known: LogVersion | None = None
     _tail: StreamTail | None = None
 
     def read(self) -> BucketHistory:
@@ -108,7 +110,9 @@ class HistoryReader:
             streams = [self.store.keys.events(source.name, bucket) for bucket in buckets]
             self._tail = StreamTail(self.store, streams, most=_LONGEST_TAIL)
             tail = self.tail_events()
-        log = self.event_log.opened(source, entity)
+        # Looked up after the streams: a version that is current now holds what has left them.
+        is_current = self.known is not None and self.known.is_current
+        log = self.known if self.known is not None and is_current else self.event_log.opened(source, entity)
         events, recent = self._read(log)
         none = entity.encode(recent.slice(0, 0))
         history = BucketHistory(self.bucket, events, recent, log.version, tail is not None, none, self)
@@ -119,7 +123,7 @@ class HistoryReader:
         plan, source, entity = self.plan, self.plan.views[0].source, self.plan.views[0].entity
         until_us = plan.as_of_us + (plan.limits.future_tolerance_us if self.present else 0)
         first_us, open_us = earliest_us(plan.views, np.array([plan.as_of_us])), plan.open_us
-        columns = (*needed_columns(plan.views), ID_HASH)
+        columns = (*plan.needed, ID_HASH)
         short = tuple(dict.fromkeys((*entity.key_columns, source.event_id)))
         every = tuple(dict.fromkeys((*columns, *short, INGESTED)))
         older = first_us is None or first_us < open_us

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -24,9 +25,10 @@ from heliostat.features.definitions import FeatureView
 from heliostat.online.backfill import BucketRings, RingPlan
 from heliostat.online.bucket_history import BucketHistory, HistoryReader
 from heliostat.online.live import remember_ms
-from heliostat.online.tiles import RingLimits, ring_layout
+from heliostat.online.tiles import RingLayout, RingLimits
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_log import EventLog
+from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import BucketLease, RingCall, RingCounts, RingLayouts, RingOutcome
 
@@ -93,9 +95,9 @@ class BucketState:
             return None
 
 
-def layout_name(view: FeatureView, limits: RingLimits) -> str:
+def layout_name(layout: RingLayout, limits: RingLimits) -> str:
     """What has to be the same for a bucket's state to hold."""
-    return ",".join([*(group.name for group in ring_layout(view, limits).groups), str(limits.lateness_us)])
+    return ",".join([*(group.name for group in layout.groups), str(limits.lateness_us)])
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class BucketDone:
         entities: Entities whose rings were sent.
         rings: What became of them.
         n_bytes: Of rings that were sent.
-        present: For each group, hashes of the entities with events in reach, if all were looked at.
+        present: For each group, hashes of the entities with events in reach, if all were looked at and
+            somebody wants to know.
     """
 
     bucket: int
@@ -168,6 +171,8 @@ class BucketTask:
         present: Whether the instant is the present: then what live events have done is read as well, and
             what was done is remembered.
         rate: How fast this task may write.
+        known: The log as it was when all this began.
+        sweeps: Whether somebody wants to know which entities have events (`BucketDone.present`).
     """
 
     views: tuple[FeatureView, ...]
@@ -178,8 +183,10 @@ class BucketTask:
     limits: RingLimits
     present: bool = True
     rate: RateLimit = RateLimit()
+    known: LogVersion | None = None
+    sweeps: bool = True
 
-    @property
+    @cached_property
     def plan(self) -> RingPlan:
         """The rings."""
         return RingPlan(self.views, self.online.keys, self.as_of_us, self.limits)
@@ -206,7 +213,7 @@ class BucketTask:
         left, last = self._settled(lease, rings.texts, history, tally, store)
         if self.present:
             self._remember(job, full, left, store)
-        present = tuple(rings.hashes(at).tobytes() for at in range(len(plan.groups))) if full else ()
+        present = tuple(rings.hashes(at).tobytes() for at in range(len(plan.groups))) if full and self.sweeps else ()
         return BucketDone(
             job.bucket, full, last.token, lease.epoch, n_events, tally.entities, tally.rings, tally.n_bytes, present
         )
@@ -234,7 +241,7 @@ class BucketTask:
         return store.begin_bucket(self.views[0].source.name, self.views[0].entity.name, bucket)
 
     def _read(self, bucket: int, store: OnlineStore) -> BucketHistory:
-        return HistoryReader(self.plan, bucket, self.event_log, store, self.present).read()
+        return HistoryReader(self.plan, bucket, self.event_log, store, self.present, self.known).read()
 
     def _due(self, job: BucketJob, history: BucketHistory) -> pa.Array | None:
         """Encoded keys of the entities that have to be looked at; None if that can't be told."""
@@ -301,10 +308,10 @@ class BucketTask:
         full_us = self.as_of_us if full else job.full_us
         store.put_many(
             {
-                store.keys.bucket_state(view.ref, job.bucket): BucketState(
-                    layout_name(view, self.limits), version, self.as_of_us, full_us, left[:_MOST_LEFT]
+                store.keys.bucket_state(layout.view.ref, job.bucket): BucketState(
+                    layout_name(layout, self.limits), version, self.as_of_us, full_us, left[:_MOST_LEFT]
                 ).to_bytes()
-                for view in self.views
+                for layout in self.plan.layouts
             }
         )
 
@@ -316,9 +323,11 @@ def _batches(calls: Iterable[RingCall]) -> Iterator[list[RingCall]]:
 
 
 def _absorb(tally: _Tally, written: Future[list[RingOutcome]]) -> None:
-    for counts, busy in written.result():
-        tally.rings += replace(counts, busy=0)  # those that stay so are counted at the end
-        tally.busy.update(busy)
+    outcomes = written.result()
+    # Those that stay busy are counted at the end.
+    tally.rings += replace(RingCounts.total(outcome.counts for outcome in outcomes), busy=0)
+    for outcome in outcomes:
+        tally.busy.update(outcome.busy)
 
 
 JOB_SCHEMA = pa.schema(

@@ -12,9 +12,11 @@ then (``full_every_us``) all entities are looked at, and rings that nothing is l
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -45,6 +47,8 @@ from heliostat.storage.log_version import NO_VERSION
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import BucketLease, EntityRings, RingBytes, RingCounts, RingLayouts
 from heliostat.storage.table_changes import TableChanges, table_changes
+
+_AT_ONCE_HERE = 2  # one bucket is read and added up while the server takes another
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ def materialize(
         full: Look at all entities, also where nothing has changed.
         full_every_us: Do so by itself after this long.
         rate: How fast rings may be written, over all tasks.
-        concurrency: Most buckets at once; None: as many as there are CPUs.
-        on_ray: False: in this process, one bucket after the other.
+        concurrency: Most buckets at once; None: as many as there are CPUs, or two in this process.
+        on_ray: False: in this process, by threads.
         on_step: Told how far it is.
 
     Returns:
@@ -172,8 +176,8 @@ def materialize(
     """
     done = []
     for together in views_together(list(views)):
-        version = event_log.version(together[0].source, together[0].entity)
-        task = BucketTask(together, event_log, version, online, as_of_us, limits, present)
+        log = event_log.opened(together[0].source, together[0].entity)
+        task = BucketTask(together, event_log, log.version, online, as_of_us, limits, present, known=log)
         done.append(_Run(task, full, full_every_us, rate or RateLimit(), concurrency, on_ray, on_step).run())
     return tuple(done)
 
@@ -198,10 +202,13 @@ class _Run:
             jobs = self._jobs(store)
             # What comes during the run comes from events; only what was there before may have none left.
             swept = [view for view in task.views if task.present and any(store.scan(_rings_of(store, view)))]
+            self.task = replace(task, sweeps=bool(swept))
             self._say(len(jobs))
-            for done in self._over(jobs):
-                self.finished.append(done)
-                self._say(len(jobs))
+            # Closed, so that nothing more is begun after an error.
+            with contextlib.closing(self._over(jobs)) as over:
+                for done in over:
+                    self.finished.append(done)
+                    self._say(len(jobs))
             cleared = self._swept(swept, store)
             result = Materialization(
                 views=tuple(view.ref for view in task.views),
@@ -224,13 +231,18 @@ class _Run:
             entities = sum(done.entities for done in self.finished)
             self.on_step(Step(tuple(view.ref for view in self.task.views), len(self.finished), total, entities))
 
-    def _over(self, jobs: Sequence[BucketJob]) -> Iterator[BucketDone]:
+    def _over(self, jobs: Sequence[BucketJob]) -> Generator[BucketDone, None, None]:
         if not jobs:
             return
         if not self.on_ray:
-            task = replace(self.task, rate=self.rate)
+            at_once = min(self.concurrency or _AT_ONCE_HERE, len(jobs))
+            task = replace(self.task, rate=self.rate.shared(at_once))
             with OnlineStore(task.online) as store:
-                yield from (task.run(job, store) for job in jobs)
+                if at_once == 1:
+                    yield from (task.run(job, store) for job in jobs)
+                    return
+                with ThreadPoolExecutor(at_once) as pool:
+                    yield from pool.map(lambda job: task.run(job, store), jobs)
             return
         # So that programs without Ray don't wait for its import.
         import ray
@@ -270,7 +282,7 @@ class _Run:
     def _states(self, store: OnlineStore) -> dict[int, BucketState]:
         """What each bucket's rings were made from, where that holds for all views."""
         task, found = self.task, dict[int, BucketState]()
-        layouts = {view.ref: layout_name(view, task.limits) for view in task.views}
+        layouts = {each.view.ref: layout_name(each, task.limits) for each in task.plan.layouts}
         for bucket in task.event_log.buckets:
             documents = store.read([store.keys.bucket_state(ref, bucket) for ref in layouts])
             states = [BucketState.of(document) for document in documents]

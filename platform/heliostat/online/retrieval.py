@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Self, TypeAlias
 
 import numpy as np
@@ -25,6 +24,7 @@ from heliostat.errors import (
 )
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
+from heliostat.features.request import alike
 from heliostat.online.compiled import MergeProgram, can_run, ring_names
 from heliostat.online.merging import MergePlan, merge_rings, parse_rings
 from heliostat.online.tiles import BoolArray, RingGroup, RingLimits, Rings, ring_layout
@@ -343,9 +343,9 @@ class FeatureReader:
     def _given(self, overrides: Sequence[Overrides | None]) -> dict[int, dict[str, Given]]:
         """Rows and values by view and feature."""
         found: dict[int, dict[str, Given]] = {}
-        alike = _alike(overrides)
-        if alike is not None:
-            names, values = alike
+        plain = _same_floats(overrides)
+        if plain is not None:
+            names, values = plain
             for name, column in zip(names, values.T, strict=True):
                 for position, feature in self._overridden(name):
                     found.setdefault(position, {})[feature] = (slice(None), column)
@@ -368,18 +368,18 @@ class FeatureReader:
         """
         if not overrides or isinstance(entity_texts, Mapping) or len(overrides) != len(entity_texts):
             return None
-        alike = _alike(overrides)
-        if alike is None or len(alike[0]) < len(self._columns):
+        plain = _same_floats(overrides)
+        if plain is None or len(plain[0]) < len(self._columns):
             return None
         places: dict[tuple[int, str], int] = {}
-        for at, name in enumerate(alike[0]):
+        for at, name in enumerate(plain[0]):
             places.update(dict.fromkeys(self._overridden(name), at))
         columns = [places[column] for column in self._columns if column in places]
         if len(columns) < len(self._columns):
             return None
-        n = len(alike[1])
+        n = len(plain[1])
         absent = np.zeros((n, len(self._plans)), dtype=np.bool_)
-        return FeatureBatch(self.names, alike[1].take(columns, axis=1), self.views, absent, np.full(n, np.nan))
+        return FeatureBatch(self.names, plain[1].take(columns, axis=1), self.views, absent, np.full(n, np.nan))
 
     def _overridden(self, name: str) -> tuple[tuple[int, str], ...]:
         places = self.overridable.get(name)
@@ -456,19 +456,16 @@ def _replaced(column: FloatArray, given: Given | None) -> FloatArray:
     return column
 
 
-def _alike(overrides: Sequence[Overrides | None]) -> tuple[tuple[str, ...], FloatArray] | None:
+def _same_floats(overrides: Sequence[Overrides | None]) -> tuple[tuple[str, ...], FloatArray] | None:
     """Names and values, shape ``(n, n_names)``, if all rows give the same features, as finite floats or NaN.
 
     None if they don't.
     """
-    names = tuple(overrides[0] or ())
-    if not names or any(each is None or tuple(each) != names for each in overrides):
+    found = alike(overrides)
+    if found is None:
         return None
-    flat = list(chain.from_iterable(each.values() for each in overrides if each is not None))
-    if set(map(type, flat)) != {float}:
-        return None
-    values = np.array(flat).reshape(len(overrides), len(names))
-    return None if np.isinf(values).any() else (names, values)
+    values = np.array(found[1]).reshape(len(overrides), len(found[0]))
+    return None if np.isinf(values).any() else (found[0], values)
 
 
 def _number(name: str, value: float | bool | None) -> float:

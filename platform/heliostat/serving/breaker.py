@@ -11,6 +11,7 @@ machine is pure, it is told the time; `guarded` puts it around a call.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -56,7 +57,6 @@ class Breaker:
         name: Of the dependency, as errors and metrics name it.
         rule: When it opens.
         now: Tells the time, seconds, never backwards.
-        changed: Called with name and state at every change.
     """
 
     def __init__(
@@ -64,10 +64,9 @@ class Breaker:
         name: str,
         rule: BreakerRule,
         now: Callable[[], float],
-        changed: Callable[[str, State], object] | None = None,
     ) -> None:
         self.name, self.reason = name, ""
-        self._rule, self._now, self._changed = rule, now, changed
+        self._rule, self._now = rule, now
         self._state = State.CLOSED
         self._epoch = 0
         self._failures = 0
@@ -78,6 +77,14 @@ class Breaker:
     def state(self) -> State:
         """As it is now; an open one that is due for a trial is still open."""
         return self._state
+
+    @property
+    def prospect(self) -> State:
+        """What the next call would meet: of an open one that is due for a trial, half-open.
+
+        Nobody asks a version again that was rolled back; it isn't to look shut off for ever.
+        """
+        return self._state if self._state is not State.OPEN or self._now() < self._until else State.HALF_OPEN
 
     @property
     def opens_in_s(self) -> float:
@@ -126,10 +133,7 @@ class Breaker:
     def _go(self, state: State) -> None:
         self._epoch += 1
         self._failures = 0
-        told = state is not self._state
         self._state = state
-        if told and self._changed is not None:
-            self._changed(self.name, state)
 
 
 class Breakers:
@@ -137,31 +141,23 @@ class Breakers:
 
     Args:
         rule: Theirs.
-        now: Tells the time, seconds; by default the running event loop's.
-        changed: Called with name and state when a breaker is made, and at every change.
+        now: Tells the time, seconds, never backwards.
     """
 
-    def __init__(
-        self,
-        rule: BreakerRule | None = None,
-        now: Callable[[], float] | None = None,
-        changed: Callable[[str, State], object] | None = None,
-    ) -> None:
-        self._rule, self._now, self._changed = rule or BreakerRule(), now or _loop_time, changed
+    def __init__(self, rule: BreakerRule | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._rule, self._now = rule or BreakerRule(), now
         self._made: dict[str, Breaker] = {}
 
     def of(self, name: str) -> Breaker:
         """The breaker of a dependency."""
         made = self._made.get(name)
         if made is None:
-            made = self._made[name] = Breaker(name, self._rule, self._now, self._changed)
-            if self._changed is not None:
-                self._changed(name, made.state)
+            made = self._made[name] = Breaker(name, self._rule, self._now)
         return made
 
     def states(self) -> dict[str, State]:
-        """The state of each, by name."""
-        return {name: breaker.state for name, breaker in self._made.items()}
+        """What the next call would meet, by name (`Breaker.prospect`)."""
+        return {name: breaker.prospect for name, breaker in self._made.items()}
 
 
 def guarded(call: Callable[[QueryT], Awaitable[AnswerT]], breaker: Breaker) -> Callable[[QueryT], Awaitable[AnswerT]]:
@@ -193,7 +189,3 @@ def guarded(call: Callable[[QueryT], Awaitable[AnswerT]], breaker: Breaker) -> C
         return answer
 
     return ask
-
-
-def _loop_time() -> float:
-    return asyncio.get_running_loop().time()

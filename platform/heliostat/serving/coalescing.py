@@ -19,9 +19,11 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from heliostat.errors import BatchResultError, OverloadedError, ShuttingDownError
+from heliostat.serving.timers import Limits
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -51,6 +53,7 @@ class Coalescer(Generic[ItemT, ResultT]):
         patience_s: How long those who wait leave a call alone before another one starts beside it, seconds. Two
             calls at once are two small batches: for work on one processor that is no gain.
         max_waiting: Items that may wait; one more is refused.
+        limit_s: How long an item's result is waited for, seconds; None: until it is there.
         weigh: The weight of an item, such as its number of entities; 1 by default.
     """
 
@@ -62,11 +65,13 @@ class Coalescer(Generic[ItemT, ResultT]):
         max_in_flight: int = 2,
         patience_s: float = 0.0,
         max_waiting: int = 1_024,
+        limit_s: float | None = None,
         weigh: Callable[[ItemT], int] | None = None,
     ) -> None:
         self._call = call
         self._max_weight, self._max_in_flight, self._max_waiting = max_weight, max_in_flight, max_waiting
         self._weigh, self._patience_s = weigh, patience_s
+        self._limits = None if limit_s is None else Limits(limit_s)
         self._started_at = -math.inf
         self._impatient: asyncio.TimerHandle | None = None
         self._waiting: deque[_Waiter[ItemT, ResultT]] = deque()
@@ -85,14 +90,13 @@ class Coalescer(Generic[ItemT, ResultT]):
         """Calls under way."""
         return len(self._running)
 
-    async def submit(self, item: ItemT, *, until: float = math.inf) -> ResultT:
+    async def submit(self, item: ItemT) -> ResultT:
         """Wait for one item's result.
 
         Cancelling the wait is safe at any time: an item that no call has taken yet is dropped.
 
         Args:
             item: Goes into a call.
-            until: When to stop waiting, on the event loop's clock, seconds.
 
         Raises:
             OverloadedError: If too many wait already.
@@ -112,14 +116,13 @@ class Coalescer(Generic[ItemT, ResultT]):
         self._waiting.append(waiter)
         self._submitted += 1
         self._start_soon(loop)
-        if until == math.inf:
+        if self._limits is None:
             return await waiter.future
-        # A timer on the future alone: asyncio.timeout would cancel the task, at several times the price.
-        timer = loop.call_at(until, _expire, waiter.future)
+        due = self._limits.call(partial(_expire, waiter.future))
         try:
             return await waiter.future
         finally:
-            timer.cancel()
+            due.cancel()
 
     async def close(self) -> None:
         """Refuse new items and wait until the accepted ones are answered."""

@@ -24,8 +24,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 import orjson
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from heliostat.clock import US_PER_S, Clock, parse_instant_us
 from heliostat.errors import UnservableModelError
 from heliostat.serving.breaker import Breakers
+from heliostat.serving.telemetry import Board, cause_of
 from heliostat.storage.online_store import OnlineKeys
 
 FloatArray = NDArray[np.float64]
@@ -97,6 +99,12 @@ class BatchCache:
         self, read: Callable[[Sequence[str]], Awaitable[list[bytes | None]]], keys: OnlineKeys, clock: Clock
     ) -> None:
         self._read, self._keys, self._clock = read, keys, clock
+        self._hits = self._misses = 0
+
+    def report(self, board: Board) -> None:
+        """Put into numbers how many predictions were there when they were needed."""
+        board.set("heliostat_cache_total", "batch_predictions", "hit", value=self._hits)
+        board.set("heliostat_cache_total", "batch_predictions", "miss", value=self._misses)
 
     async def __call__(self, model: str, entities: Sequence[str]) -> dict[int, Cached]:
         """The predictions that are there, by position.
@@ -106,7 +114,9 @@ class BatchCache:
         """
         found = await self._read([self._keys.batch(model, entity) for entity in entities])
         now_us = self._clock.now_us()
-        documents = ((row, orjson.loads(each)) for row, each in enumerate(found) if each is not None)
+        documents = [(row, orjson.loads(each)) for row, each in enumerate(found) if each is not None]
+        self._hits += len(documents)
+        self._misses += len(found) - len(documents)
         return {
             row: Cached(each["score"], each["version"], (now_us - parse_instant_us(each["as_of"])) / US_PER_S)
             for row, each in documents
@@ -121,6 +131,7 @@ class Scored:
         scores: Shape ``(n,)``, all finite.
         version: The version that answered, or whose prior did.
         rung: None if the version that was asked answered.
+        cause: Why it didn't (see `heliostat.serving.telemetry.CAUSES`).
         cached: Batch predictions that are among the scores, by row.
     """
 
@@ -128,6 +139,14 @@ class Scored:
     version: int
     rung: Rung | None = None
     cached: Mapping[int, Cached] = field(default_factory=dict)
+    cause: str | None = None
+
+
+class _Refusal(NamedTuple):
+    """Why a version gave no scores."""
+
+    reason: str
+    cause: str
 
 
 class VersionLadder:
@@ -179,15 +198,17 @@ class VersionLadder:
             UnservableModelError: If no rung has an answer.
         """
         candidates = list(self._candidates(model, version, control))
-        reason = "there was no time for it"
+        first = _Refusal("there was no time for it", "timeout")
         for at, (rung, candidate) in enumerate(candidates):
             last = at == len(candidates) - 1
             found = await self._ask(model, candidate, score, rows=rows, until=until, last=last)
-            if isinstance(found, str):
-                reason = found if at == 0 else reason
+            if isinstance(found, _Refusal):
+                first = found if at == 0 else first
             elif found is not None:
-                return Scored(found, candidate, rung)
-        return await self._without_a_model(model, [each for _, each in candidates], entities, rows, until, reason)
+                return Scored(found, candidate, rung, cause=None if rung is None else first.cause)
+        versions = [each for _, each in candidates]
+        scored = await self._without_a_model(model, versions, entities, rows, until, first.reason)
+        return replace(scored, cause=first.cause)
 
     def _candidates(self, model: str, version: int, control: int) -> Iterator[tuple[Rung | None, int]]:
         yield None, version
@@ -208,7 +229,7 @@ class VersionLadder:
         rows: int,
         until: float,
         last: bool,
-    ) -> FloatArray | str | None:
+    ) -> FloatArray | _Refusal | None:
         """A version's scores; or why there are none; or None if there is no time to ask."""
         now = asyncio.get_running_loop().time()
         if now >= until:
@@ -216,7 +237,7 @@ class VersionLadder:
         breaker = self._breakers.of(breaker_name(model, version))
         permit = breaker.enter()
         if permit is None:
-            return breaker.reason
+            return _Refusal(breaker.reason, "open")
         # Who could stand in gets its share of the time as well.
         share = (until - now) * (1.0 if last else 0.5)
         try:
@@ -225,12 +246,12 @@ class VersionLadder:
             if scores.shape == (rows,) and np.isfinite(scores).all():
                 breaker.succeeded(permit)
                 return scores
-            reason = f"it gave no finite number for each of {rows} rows"
+            reason, cause = f"it gave no finite number for each of {rows} rows", "error"
         except Exception as error:  # noqa: BLE001 - whatever a model does, the request is answered
-            reason = str(error) or type(error).__name__
+            reason, cause = str(error) or type(error).__name__, cause_of(error)
         breaker.failed(permit, reason)
         _logger.warning("version %d of model %s can't answer: %s", version, model, reason)
-        return reason
+        return _Refusal(reason, cause)
 
     async def _without_a_model(
         self,

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from heliostat.errors import HeliostatError, PredictionLogError
 from heliostat.serving.answers import FORCED, PredictAnswer, Predictions
 from heliostat.serving.requests import Inputs
+from heliostat.serving.telemetry import Board
 from heliostat.tracing import Trace
 
 FloatArray = NDArray[np.float64]
@@ -128,6 +129,7 @@ class PredictionLog:
         buffer_rows: Rows that may be in memory only when their answers leave; 0: none.
         late_rows: With ``answer``: rows that may wait in memory for a server that doesn't answer.
         max_delay_s: How long the oldest of them may have waited, seconds.
+        grace_s: How long `close` tries to write what lies in memory, seconds.
     """
 
     def __init__(
@@ -138,14 +140,20 @@ class PredictionLog:
         buffer_rows: int = 0,
         late_rows: int = 0,
         max_delay_s: float = 1.0,
+        grace_s: float = 4.0,
     ) -> None:
         self._append, self._when_fails = append, when_fails
         self._buffer_rows, self._late_rows, self._max_delay_s = buffer_rows, late_rows, max_delay_s
+        self._grace_s = grace_s
         self._buffer: deque[_Buffered] = deque()
         self._flushing: asyncio.Task[None] | None = None
         self._closed = False
         self.buffered_rows = 0
         """Rows that are in memory only."""
+
+    def report(self, board: Board) -> None:
+        """Put into numbers what lies in the buffer."""
+        board.set("heliostat_log_buffer_rows", value=self.buffered_rows)
 
     async def write(self, records: list[bytes], *, rows: int, until: float) -> bool:
         """Make records durable, now or (with a buffer) soon.
@@ -179,16 +187,12 @@ class PredictionLog:
             return False
         return True
 
-    async def close(self, *, grace_s: float = 4.0) -> None:
-        """Write what is in the buffer; from now on writes wait.
-
-        Args:
-            grace_s: How long to try, seconds.
-        """
+    async def close(self) -> None:
+        """Write what is in the buffer; from now on writes wait."""
         self._closed = True
         flushing = self._flushing
         if flushing is not None:
-            await asyncio.wait([flushing], timeout=grace_s)
+            await asyncio.wait([flushing], timeout=self._grace_s)
             flushing.cancel()
         if self.buffered_rows:
             _logger.error("%d predictions that were answered are lost: the log can't be written", self.buffered_rows)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
@@ -48,6 +47,8 @@ from heliostat.serving.stages import (
     ScoreQuery,
     shown,
 )
+from heliostat.serving.telemetry import Meter, cause_of
+from heliostat.tracing import random_hex
 
 FloatArray = NDArray[np.float64]
 _Lane = tuple[str, bool, bool, bool]
@@ -58,8 +59,9 @@ SHADOW_NAME = "shadow"
 """The variant of predictions that answered nobody."""
 
 # Of the time that is left when a batch starts, features are waited for until this share has
-# passed, models until that one; the rest is the log's.
+# passed, variants (which the process knows itself) and models until those; the rest is the log's.
 _FEATURES_SHARE = 0.5
+_VARIANTS_SHARE = 0.6
 _MODELS_SHARE = 0.8
 # Explanations are made while the log is written, and given up a little before the answer is.
 _EXPLANATIONS_SHARE = 0.9
@@ -209,6 +211,7 @@ class Predictor:
         breakers: Remember what failed: model versions, and by `STORE` the online store, which guards itself.
         spares: Stand in for features; by default what was seen last and medians.
         ladder: Stands in for versions; by default without knowing any that was good before, or batch predictions.
+        meter: Counts; by default for nobody.
     """
 
     def __init__(
@@ -226,6 +229,7 @@ class Predictor:
         breakers: Breakers | None = None,
         spares: SpareFeatures | None = None,
         ladder: VersionLadder | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._stages, self._readers, self._versions, self._log, self._clock = stages, readers, versions, log, clock
         self._deadline_ms = deadline_ms
@@ -233,6 +237,8 @@ class Predictor:
         self._breakers = breakers or Breakers()
         self._spares = spares or SpareFeatures(readers, clock)
         self._ladder = ladder or VersionLadder(versions.prior, self._breakers)
+        self._meter = meter or Meter()
+        self._meter.watch(self._lines)
         self._queues: dict[_Lane, Coalescer[_Waiting, PredictAnswer]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
         self._shadows: set[asyncio.Task[None]] = set()
@@ -259,13 +265,20 @@ class Predictor:
                 max_in_flight=_BATCHES_AT_ONCE,
                 patience_s=self._patience_s,
                 max_waiting=self._max_waiting,
+                limit_s=self._deadline_ms / 1e3,
                 weigh=lambda waiting: len(waiting.request.entities),
             )
         deadline = asyncio.get_running_loop().time() + self._deadline_ms / 1e3
         try:
-            return await queue.submit(_Waiting(request, deadline), until=deadline)
+            return await queue.submit(_Waiting(request, deadline))
         except TimeoutError:
             raise DeadlineError(self._deadline_ms) from None
+
+    def _lines(self) -> Iterator[tuple[str, int, int]]:
+        """How many requests wait, and how many batches are under way, by model."""
+        for model in {lane[0] for lane in self._queues}:
+            lanes = [queue for lane, queue in self._queues.items() if lane[0] == model]
+            yield f"predict {model}", sum(each.waiting for each in lanes), sum(each.in_flight for each in lanes)
 
     def _weight_of(self, request: PredictRequest) -> int:
         """How many entities a batch may have: who forces a variant is alone."""
@@ -283,6 +296,23 @@ class Predictor:
         route = await self._stages.spare_router(RouteQuery(model, None, ()))
         for version in dict.fromkeys(route.versions):
             await self.prepare(model, version)
+
+    async def check(self, model: str) -> None:
+        """Go the way of a request for a model, for nobody: features and route, variants, every version that serves.
+
+        Raises:
+            DeadlineError: If it takes longer than a request may.
+            UnknownAliasError: If no version of it serves.
+            HeliostatError: Whatever doesn't answer.
+        """
+        try:
+            async with asyncio.timeout(self._deadline_ms / 1e3):
+                block = await self._stages.features(FeatureQuery(model, self._looked_up(model), ()))
+                route = await self._stages.router(RouteQuery(model, block.route, ()))
+                for version in dict.fromkeys(route.versions):
+                    await self.prepare(model, version)
+        except TimeoutError:
+            raise DeadlineError(self._deadline_ms) from None
 
     async def prepare(self, model: str, version: int) -> None:
         """Do for a version what its first request would wait for.
@@ -302,21 +332,40 @@ class Predictor:
         await self._log.close()
 
     async def _answer_in_time(self, waiting: list[_Waiting]) -> list[PredictAnswer | Exception]:
-        too_late = asyncio.get_running_loop().time() + _TOO_LATE_SHARE * self._deadline_ms / 1e3
+        now, limit_s = asyncio.get_running_loop().time(), self._deadline_ms / 1e3
+        too_late = now + _TOO_LATE_SHARE * limit_s
         in_time = [each for each in waiting if each.deadline > too_late]
         if not in_time:
             return [DeadlineError(self._deadline_ms) for _ in waiting]
-        answers = iter(await self._answer([each.request for each in in_time], min(each.deadline for each in in_time)))
+        requests = [each.request for each in in_time]
+        marks = [now]
+        try:
+            answers = iter(await self._answer(requests, min(each.deadline for each in in_time), marks))
+        finally:
+            self._meter.of(requests[0].model).batch(
+                [limit_s - each.deadline + now for each in in_time],
+                rows=sum(len(each.entities) for each in requests),
+                marks_s=marks,
+            )
         return [next(answers) if each.deadline > too_late else DeadlineError(self._deadline_ms) for each in waiting]
 
-    async def _answer(self, requests: list[PredictRequest], deadline: float) -> list[PredictAnswer | Exception]:
-        now = asyncio.get_running_loop().time()
-        features_until, models_until = (now + share * (deadline - now) for share in (_FEATURES_SHARE, _MODELS_SHARE))
+    async def _answer(
+        self, requests: list[PredictRequest], deadline: float, marks: list[float]
+    ) -> list[PredictAnswer | Exception]:
+        """Answers; ``marks`` takes the times, on the event loop's clock, at which stages were done."""
+        clock = asyncio.get_running_loop().time
+        now = clock()
+        features_until, variants_until, models_until = (
+            now + share * (deadline - now) for share in (_FEATURES_SHARE, _VARIANTS_SHARE, _MODELS_SHARE)
+        )
         query = self._query(requests)
         block = await self._features(query, until=features_until)
-        assignment = await self._assign(query, block, until=models_until, forced=requests[0].variant)
+        marks.append(clock())
+        assignment = await self._assign(query, block, until=variants_until, forced=requests[0].variant)
         batch = await self._widened(_Batch(requests, query, block, assignment), until=models_until)
+        marks.append(clock())
         predictions = await self._score(batch, until=models_until)
+        marks.append(clock())
         if requests[0].strict and any(predictions.fallbacks):  # whoever shares a queue shares this
             return await self._refuse(batch, predictions, deadline)
         answers = _answers(batch, predictions)
@@ -335,6 +384,10 @@ class Predictor:
         finally:
             if explaining is not None:
                 explaining.cancel()
+            marks.append(clock())
+        meter = self._meter.of(batch.model)
+        meter.routed(assignment.revision, assignment.versions[0])
+        meter.predicted(predictions.versions, predictions.variants, predictions.missing, logged=logged)
         if not logged:
             answers = [replace(answer, logged=False) for answer in answers]
         if explanations is not None:
@@ -355,7 +408,7 @@ class Predictor:
             worst = max((row for row in rows if predictions.fallbacks[row]), default=None)
             found.append(None if worst is None else self._refusal(batch, predictions, worst))
         clean = [request for request, error in zip(batch.requests, found, strict=True) if error is None]
-        answers = iter(await self._answer(clean, deadline) if clean else ())
+        answers = iter(await self._answer(clean, deadline, []) if clean else ())
         return [next(answers) if error is None else error for error in found]
 
     def _refusal(self, batch: _Batch, predictions: Predictions, row: int) -> DegradedAnswerError:
@@ -366,12 +419,17 @@ class Predictor:
 
     # ── Features and variants ───────────────────────────────────────────────────────
 
-    def _query(self, requests: list[PredictRequest]) -> FeatureQuery:
-        model = requests[0].model
+    def _looked_up(self, model: str) -> tuple[str, ...]:
+        """The features that are looked up for a model: those it declares, until a version that serves needs more."""
         names = self._names.get(model)
         if names is None:
             declared = self._readers.definitions
             names = self._names[model] = declared.lookup_names(declared.model(model).pinned_names)
+        return names
+
+    def _query(self, requests: list[PredictRequest]) -> FeatureQuery:
+        model = requests[0].model
+        names = self._looked_up(model)
         if len(requests) == 1:
             return FeatureQuery(model, names, requests[0].entities, requests[0].overrides, requests[0].inputs)
         overrides: dict[int, Mapping[str, float]] = {}
@@ -388,11 +446,11 @@ class Predictor:
         try:
             async with asyncio.timeout_at(until):
                 block = await self._stages.features(query)
-        except DependencyOpenError:
-            return self._spares.block(query)
+        except DependencyOpenError as error:
+            return replace(self._spares.block(query), cause=cause_of(error))
         except Exception as error:  # noqa: BLE001 - whatever a stage does, the request is answered
             _logger.warning("features of model %s can't be read: %s", query.model, _told(error))
-            return self._spares.block(query)
+            return replace(self._spares.block(query), cause=cause_of(error))
         self._spares.keep(query, block)
         return block
 
@@ -405,6 +463,8 @@ class Predictor:
                 found = await self._stages.router(routing)
         except UnknownAliasError:
             raise
+        except DependencyOpenError:
+            found = await self._stages.spare_router(routing)
         except Exception as error:  # noqa: BLE001 - whatever a stage does, the request is answered
             _logger.warning("the router of model %s doesn't answer: %s", query.model, _told(error))
             found = await self._stages.spare_router(routing)
@@ -487,6 +547,8 @@ class Predictor:
         predictions = _predictions(scored.scores, scored.version, scored.rung, names, matrix)
         if scored.rung is not None or not block.stored:
             _mark(predictions, scored, block, rows, spared.get(scored.version) if by_a_model else None)
+            cause = block.cause if scored.rung is None else scored.cause
+            self._meter.of(batch.model).fell_back(predictions.fallbacks, cause or "error")
         return predictions
 
     async def _explain(self, batch: _Batch, predictions: Predictions, *, until: float) -> list[Explanation | str]:
@@ -626,9 +688,7 @@ def _answers(batch: _Batch, predictions: Predictions) -> list[PredictAnswer]:
         served_by = set(part.versions)
         version = served_by.pop() if len(served_by) == 1 else batch.assignment.versions[0]
         answers.append(
-            PredictAnswer(
-                secrets.token_hex(16), request.model, version, batch.assignment.revision, request.entity_ids, part
-            )
+            PredictAnswer(random_hex(16), request.model, version, batch.assignment.revision, request.entity_ids, part)
         )
         first = last
     return answers

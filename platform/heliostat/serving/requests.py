@@ -17,7 +17,7 @@ import orjson
 from heliostat.clock import parse_instant_us
 from heliostat.errors import InvalidFieldError, MalformedBodyError, MissingInputError, UnknownOverrideError
 from heliostat.features.definitions import Entity
-from heliostat.features.request import EXPECTED, RequestTypes, request_value
+from heliostat.features.request import EXPECTED, RequestTypes, alike, request_value
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.schema import text_code
 from heliostat.tracing import CURRENT, Trace
@@ -125,7 +125,9 @@ def parse_predict(
     overrides: Overrides = {}
     if given is not None:
         known = overridable(spec)
-        overrides = _by_row("features", given, spec, entities, lambda each, at: _values(each, spec, known, at))
+        overrides = _plain(given, len(entities), known) or _by_row(
+            "features", given, spec, entities, lambda each, at: _values(each, spec, known, at)
+        )
     inputs = _required_inputs(brought, spec, entities)
     explain = document.get("explain")
     if explain is not None and not isinstance(explain, bool):
@@ -317,6 +319,15 @@ def _inputs(given: object, spec: ModelSpec, needed: RequestTypes, where: str) ->
         except ValueError:
             raise InvalidFieldError(f"{where}.{name}", f"is {_kind(value)}", EXPECTED[needed[name]]) from None
     return values
+
+
+def _plain(given: object, n: int, known: AbstractSet[str]) -> Overrides | None:
+    """The overrides, where all entities are given the same features as finite floats; None of anything else."""
+    if not isinstance(given, list) or len(given) != n or set(map(type, given)) != {dict}:
+        return None
+    found = alike(given)
+    fits = found is not None and known >= set(found[0]) and math.isfinite(sum(found[1]))
+    return dict(enumerate(given)) if fits else None
 
 
 def _values(given: object, spec: ModelSpec, known: AbstractSet[str], where: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ from heliostat.clock import US_PER_S, Clock
 from heliostat.serving.fallback import Rung
 from heliostat.serving.last_seen import LastSeen
 from heliostat.serving.stages import FeatureBlock, FeatureQuery, FeatureReaders, shown
+from heliostat.serving.telemetry import Board
 
 FloatArray = NDArray[np.float64]
 
@@ -45,7 +46,13 @@ class SpareFeatures:
     def __init__(self, readers: FeatureReaders, clock: Clock, rule: SpareRule | None = None) -> None:
         self._readers, self._clock, self._rule = readers, clock, rule or SpareRule()
         self._seen: dict[str, LastSeen] = {}
+        self._hits = self._misses = 0
         self._remembers = Rung.LAST_SEEN in self._rule.rungs and self._rule.entities > 0
+
+    def report(self, board: Board) -> None:
+        """Put into numbers how often what was seen last stood in, and how often nothing was known."""
+        board.set("heliostat_cache_total", "last_seen_features", "hit", value=self._hits)
+        board.set("heliostat_cache_total", "last_seen_features", "miss", value=self._misses)
 
     def keep(self, query: FeatureQuery, block: FeatureBlock) -> None:
         """Remember what was looked up; not of entities whose features the request gave."""
@@ -73,6 +80,8 @@ class SpareFeatures:
                 found = seen.recall(entity, now_us=now_us)
                 if found is not None:
                     known[row], ages_s[row] = found[0], found[1] / US_PER_S
+        self._hits += len(known)
+        self._misses += len(ages_s) - len(known)
         return self._readers.blank(query, as_of_us=now_us, seen=known, ages_s=ages_s)
 
     def completed(

@@ -41,6 +41,7 @@ from heliostat.online.tiles import RingLimits
 from heliostat.serving.breaker import Breaker, guarded
 from heliostat.serving.lanes import Lane, in_thread
 from heliostat.serving.requests import Inputs, Overrides
+from heliostat.serving.telemetry import Board
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys
 
 FloatArray = NDArray[np.float64]
@@ -114,6 +115,7 @@ class FeatureBlock:
         as_of_us: The instant of the features, microseconds since the epoch.
         stored: False if the store couldn't be read: then values are the client's, what was seen last, or NaN.
         newest_us: See `FeatureBatch.newest_us`; None if the store couldn't be read.
+        cause: Where it couldn't: why (see `heliostat.serving.telemetry.CAUSES`).
         ages_s: Where it couldn't: how old what was seen last is, seconds; None where nothing was. By row.
     """
 
@@ -126,6 +128,7 @@ class FeatureBlock:
     stored: bool = True
     newest_us: FloatArray | None = None
     ages_s: Sequence[float | None] = ()
+    cause: str | None = None
 
     def matrix(self, names: tuple[str, ...], rows: NDArray[np.intp] | None = None) -> FloatArray:
         """Some columns in another order, of some rows or (None) of all: C-contiguous.
@@ -497,6 +500,14 @@ class ModelRunner:
         self._load, self._capacity_bytes, self._threads, self._isolated = load, capacity_bytes, threads, isolated
         self._held: OrderedDict[tuple[str, int], _Held] = OrderedDict()
         self._loading: dict[tuple[str, int], asyncio.Task[_Held]] = {}
+        self._hits = self._misses = 0
+
+    def report(self, board: Board) -> None:
+        """Put into numbers what is held, and how often it was what was asked for."""
+        board.set("heliostat_models_loaded", value=len(self._held))
+        board.set("heliostat_model_memory_bytes", value=self.bytes_held)
+        board.set("heliostat_cache_total", "models", "hit", value=self._hits)
+        board.set("heliostat_cache_total", "models", "miss", value=self._misses)
 
     @property
     def bytes_held(self) -> int:
@@ -512,8 +523,10 @@ class ModelRunner:
         key = query.model, query.version
         held = self._held.get(key)
         if held is None:
+            self._misses += 1
             held = await self._loaded(key)
         else:
+            self._hits += 1
             self._held.move_to_end(key)
         if query.explain:
             return await held.lane.call(held.model.contributions, query.matrix)

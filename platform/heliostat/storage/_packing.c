@@ -1,6 +1,6 @@
 /* A read as bytes of the Redis protocol: one pass over its keys, instead of an object for each.
  *
- * The twin of `quick_reads._packed`, which is what there is where this wasn't built.
+ * The twin of `quick_commands._packed`, which is what there is where this wasn't built.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -95,6 +95,12 @@ class Table:
             except TableNotFoundError:
                 return None
 
+    def has_commit(self, version: int) -> bool:
+        """Whether a version was committed, and its commit not yet cleaned up: after 30 days, by Delta's own rule."""
+        with self._reached():
+            found = self.filesystem().get_file_info(f"_delta_log/{version:020d}.json")
+            return bool(found.is_file)
+
     def ensure(self, schema: pa.Schema, configuration: Mapping[str, str] | None = None) -> DeltaTable:
         """Open the table; create it when absent, and add columns that the schema has gained.
 

@@ -49,6 +49,11 @@ class LogVersion:
     created_with: int
     n_buckets: int
 
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was committed since: a look for one file, in a tenth of the time that opening takes."""
+        return not self.place.has_commit(self.version + 1)
+
     def read(
         self,
         buckets: Collection[int] | None,

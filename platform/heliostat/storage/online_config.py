@@ -17,7 +17,7 @@ from redis.retry import Retry
 
 from heliostat.errors import OnlineStoreUnavailableError
 from heliostat.settings import Settings
-from heliostat.storage.quick_reads import AsyncQuickReads, QuickReads
+from heliostat.storage.quick_commands import AsyncQuickCommands, CommandPacker, QuickCommands
 
 _FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
@@ -149,27 +149,29 @@ class OnlineConfig:
     def connect(self) -> Any:  # noqa: ANN401 - redis.Redis or RedisCluster, which share no type
         """A blocking client; nothing is sent before its first command, except to a cluster."""
         kind = redis.RedisCluster if self.cluster else redis.Redis
-        return kind.from_url(self.url, retry=_once_more(), **self._options())
+        # A cluster's client has its own way of sending.
+        packer = {} if self.cluster else {"command_packer": CommandPacker()}
+        return kind.from_url(self.url, retry=_once_more(), **self._options(), **packer)
 
     def connect_async(self) -> Any:  # noqa: ANN401 - as above
         """An asyncio client, for the loop that uses it first."""
         kind = redis.asyncio.RedisCluster if self.cluster else redis.asyncio.Redis
         return kind.from_url(self.url, retry=_once_more_async(), **self._options())
 
-    def reads(self) -> QuickReads | None:
-        """Connections for reads alone; a cluster's client has to know where each key is, so it has none."""
+    def quick(self) -> QuickCommands | None:
+        """Connections for quick commands alone; a cluster's client has to know where each key is, so it has none."""
         if self.cluster:
             return None
-        return QuickReads(redis.ConnectionPool.from_url(self.url, retry=_once_more(), **self._options()))
+        return QuickCommands(redis.ConnectionPool.from_url(self.url, retry=_once_more(), **self._options()))
 
-    def reads_async(self) -> AsyncQuickReads | None:
+    def quick_async(self) -> AsyncQuickCommands | None:
         """The same for asyncio, for the loop that uses them first."""
         if self.cluster:
             return None
-        # One timer a read, instead of one for each thing that a connection waits for.
+        # One timer a command, instead of one for each thing that a connection waits for.
         options = self._options() | {"socket_timeout": None}
         pool = redis.asyncio.ConnectionPool.from_url(self.url, retry=_once_more_async(), **options)
-        return AsyncQuickReads(pool, self.timeout_s)
+        return AsyncQuickCommands(pool, self.timeout_s)
 
     def _options(self) -> dict[str, Any]:
         return {

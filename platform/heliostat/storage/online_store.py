@@ -99,7 +99,7 @@ class OnlineStore:
         self.keys = config.keys
         with self.config.reported():
             self.client = config.connect()
-            self._reads = config.reads()
+            self._reads = config.quick()
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -281,7 +281,7 @@ class AsyncOnlineStore:
         self.config = config
         self.keys = config.keys
         self.client = config.connect_async()
-        self._reads = config.reads_async()
+        self._reads = config.quick_async()
 
     @classmethod
     def open(cls, settings: Settings) -> Self:

@@ -6,9 +6,11 @@ what they have in common (the layouts, the script's own start) is paid for once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
+from operator import attrgetter
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -49,6 +51,12 @@ class RingCounts:
 
     def __add__(self, other: RingCounts) -> RingCounts:
         return RingCounts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(RingCounts)))
+
+    @classmethod
+    def total(cls, many: Iterable[RingCounts]) -> RingCounts:
+        """All of them together."""
+        own = attrgetter(*(each.name for each in fields(cls)))
+        return cls(*map(sum, zip(*map(own, many), strict=True)))
 
     @classmethod
     def of(cls, codes: Sequence[int]) -> RingCounts:
@@ -184,6 +192,7 @@ class RingLayouts:
         for at, seen in entities.seen_keys.items():
             n_seen[at + 1] = len(seen)
         bytes_before, seen_before = offsets.sum(axis=0), np.cumsum(n_seen)
+        seen_places = sorted(entities.seen_keys)
         at_once = max(1, _RINGS_A_CALL // n_layouts)
         waiting = [(first, min(first + at_once, n_entities)) for first in range(0, n_entities, at_once)][::-1]
         while waiting:
@@ -196,7 +205,8 @@ class RingLayouts:
                 continue
             some_seen = seen_before[last] > seen_before[first]
             counts = n_seen[first + 1 : last + 1].astype(_U4).tobytes() if some_seen else b""
-            seen_keys = [entities.seen_keys.get(at, ()) for at in range(first, last)] if some_seen else []
+            seen_here = seen_places[bisect_left(seen_places, first) : bisect_left(seen_places, last)]
+            seen_keys = [entities.seen_keys[at] for at in seen_here]
             own = sizes[:, first:last]
             rings = [
                 each.data[begin[first] : begin[last]] for each, begin in zip(entities.rings, offsets, strict=True)

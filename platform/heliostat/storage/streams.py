@@ -215,11 +215,14 @@ class AsyncStreams:
         self.config = config
         self.client = config.connect_async() if client is None else client
         self._owned = client is None
+        self._quick = config.quick_async() if self._owned else None
 
     async def append(self, name: StreamName, records: Sequence[bytes]) -> list[StreamId]:
         """As `Streams.append`."""
         stream = record_key(self.config, name)
         with self.config.reported():
+            if len(records) == 1 and self._quick is not None:
+                return [_stream_id(await self._quick.xadd(stream, RECORD_FIELD, records[0]))]
             if len(records) == 1:  # a pipeline costs as much again
                 return [_stream_id(await self.client.xadd(stream, {RECORD_FIELD: records[0]}))]
             async with self.client.pipeline(transaction=False) as pipeline:
@@ -235,6 +238,8 @@ class AsyncStreams:
         """Close all connections that are its own."""
         if self._owned:
             await self.client.aclose()
+        if self._quick is not None:
+            await self._quick.aclose()
 
 
 def record_key(config: OnlineConfig, name: StreamName) -> str:

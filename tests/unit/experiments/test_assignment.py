@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import replace
 
@@ -40,6 +41,13 @@ def documents(draw: st.DrawFn) -> RoutingDocument:
 )
 def test_slots_are_part_of_the_storage_format(salt: str, entity: str, slot: int) -> None:
     assert slot_of(salt, entity) == slot
+
+
+@given(st.text(max_size=20), st.lists(st.text(max_size=20), max_size=20))
+def test_slots_of_many_are_those_of_each(salt: str, entities: list[str]) -> None:
+    digests = [hashlib.new("md5", f"{salt}:{each}".encode(), usedforsecurity=False) for each in entities]
+    expected = [int(digest.hexdigest()[:16], 16) % N_SLOTS for digest in digests]
+    assert slots_of(salt, entities).tolist() == [slot_of(salt, each) for each in entities] == expected
 
 
 def test_slots_are_spread_evenly() -> None:

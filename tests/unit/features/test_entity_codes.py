@@ -19,6 +19,7 @@ def test_each_distinct_key_has_one_number_and_other_keys_have_none(rows: list[in
     codes = EntityCodes(pa.array(rows, pa.int64()))
     numbers = dict(zip(rows, codes.rows.tolist(), strict=True))
     assert sorted(numbers.values()) == list(range(codes.n)) == list(range(len(set(rows))))
+    assert [numbers[key] for key in codes.keys.to_pylist()] == list(range(codes.n))
     found = codes.of(pa.array([*others, *rows], pa.int64())).tolist()
     assert found == [numbers.get(key, -1) for key in (*others, *rows)]
 

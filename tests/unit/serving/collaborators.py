@@ -27,6 +27,7 @@ from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.predictor import STORE, Predictor, Stages, VersionBook, VersionFacts
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.stages import ABRouter, FeatureLookup, FeatureReaders, ModelRunner
+from heliostat.serving.telemetry import Meter
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.streams import rows_from
 
@@ -205,6 +206,7 @@ class House:
         self.breakers = Breakers(rule or BreakerRule())
         self.last_good: dict[str, tuple[int, ...]] = {}
         self.runner = ModelRunner(self.versions.load)
+        self.meter = Meter()
         book = VersionBook(self.versions.facts)
         self.predictor = Predictor(
             Stages(
@@ -222,6 +224,7 @@ class House:
                 last_good=lambda model: self.last_good.get(model, ()),
                 cached=BatchCache(guarded(self.store.read, self.breakers.of(STORE)), KEYS, self.clock),
             ),
+            meter=self.meter,
         )
 
 

@@ -105,7 +105,7 @@ def test_after_close_writes_wait_and_what_couldnt_be_written_is_said(caplog: pyt
         stream.down = True
         lost = PredictionLog(stream.append, buffer_rows=10)
         await lost.write([b"b"], rows=7, until=soon())
-        await lost.close(grace_s=0.05)
+        await lost.close()
         assert stream.records == [b"a"]
 
     with caplog.at_level(logging.ERROR, "heliostat.serving"):

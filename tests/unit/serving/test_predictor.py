@@ -19,6 +19,7 @@ from heliostat.errors import (
     ShuttingDownError,
     UnknownAliasError,
     UnknownVariantError,
+    UnknownVersionError,
     UnservableModelError,
 )
 from heliostat.experiments.assignment import RoutingDocument
@@ -402,6 +403,29 @@ def test_once_the_stores_breaker_is_open_nobody_waits_for_it_and_when_it_is_back
         await asyncio.sleep(0.3)
         assert (await told(house, 1))[0].fallback is None
         assert house.breakers.states()[STORE] is State.CLOSED
+
+    asyncio.run(scenario())
+
+
+def test_a_check_goes_the_way_of_a_request_for_nobody_and_says_what_doesnt_answer() -> None:
+    async def scenario() -> None:
+        house = House(deadline_ms=200)
+        await house.predictor.check("churn")
+        assert (len(house.store.reads), house.versions.loads, house.stream.records) == (1, [1], [])
+        house.store.gate = asyncio.Event()
+        with pytest.raises(DeadlineError):
+            await house.predictor.check("churn")
+        house.store.gate.set()
+        house.store.down = True
+        with pytest.raises(OnlineStoreUnavailableError):
+            await house.predictor.check("churn")
+        house.store.down = False
+        house.store.publish(split(2, challenger=3))
+        house.versions.broken.add(3)
+        with pytest.raises(UnknownVersionError):
+            await house.predictor.check("churn")
+        with pytest.raises(UnknownAliasError):
+            await house.predictor.check("upsell")
 
     asyncio.run(scenario())
 

@@ -76,6 +76,31 @@ def test_overrides_by_place_and_by_entity_mean_the_same() -> None:
         assert math.isnan(asked.overrides[1][NAMES[1]])
 
 
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from([*NAMES, "unheard_of"]),
+            st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([3, True, None, "text", [1]]),
+            max_size=3,
+        )
+        | st.none(),
+        min_size=1,
+        max_size=4,
+    )
+    | st.lists(st.fixed_dictionaries(dict.fromkeys(NAMES[:2], st.floats(-1e308, 1e308))), min_size=1, max_size=4)
+)
+def test_what_rows_give_does_not_depend_on_the_rows_beside_them(rows: list[dict[str, object] | None]) -> None:
+    ids = list(range(len(rows)))
+    try:
+        alone = [read(entity_ids=[at], features={str(at): row or {}}).overrides.get(0) for at, row in enumerate(rows)]
+    except HeliostatError as error:
+        with pytest.raises(type(error)):
+            read(entity_ids=ids, features=rows)
+        return
+    together = read(entity_ids=ids, features=rows).overrides
+    assert [repr(together.get(at)) for at in ids] == [repr(each or None) for each in alone]
+
+
 def test_overrides_by_entity_hold_wherever_the_entity_is_repeated() -> None:
     assert list(read(entity_ids=[1, 2, 1], features={"1": {NAMES[0]: 3}}).overrides) == [0, 2]
 

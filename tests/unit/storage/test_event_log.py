@@ -279,6 +279,18 @@ def test_an_opened_version_is_read_again_and_again_wherever_it_was_sent(
     assert opened.read([]).num_rows == opened.statistics([]).rows == 0
 
 
+def test_an_opened_version_is_current_until_something_is_committed(log: EventLog) -> None:
+    nothing = log.opened(SALES, USER)
+    assert nothing.is_current
+    log.append(SALES, events((1, "a", 10)), ingested_us=0)
+    first = log.opened(SALES, USER)
+    assert (nothing.is_current, first.is_current) == (False, True)
+    log.append(SALES, events((2, "b", 20)), ingested_us=0)
+    assert not first.is_current
+    assert log.opened(SALES, USER).is_current
+    assert pickle.loads(pickle.dumps(log.opened(SALES, USER))).is_current
+
+
 def test_rows_of_a_file_are_in_order_of_event_time(log: EventLog) -> None:
     one = EventLog(log.root, n_buckets=1)
     one.append(SALES, events((1, "c", 3), (2, "a", 1), (3, "b", 2)), ingested_us=0)
