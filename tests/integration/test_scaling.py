@@ -134,7 +134,8 @@ def test_replicas_that_are_replaced_answer_what_they_began_and_write_the_whole_a
     act, _, _ = house.run(scenario, rate=60)
     assert len(replicas()) == 2
     assert act.failed == 0
-    assert act.unlogged == act.requests + 6, "with an asynchronous log no answer says that it is logged"
+    # A replica that stops, or whose oldest row has waited for its second, has its answers wait for the log instead.
+    assert act.unlogged > act.requests / 2, "with an asynchronous log answers leave before they are logged"
     assert not act.fallbacks
 
 
