@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from fastapi import FastAPI
@@ -11,12 +11,10 @@ from fastapi.openapi.utils import get_openapi
 
 from deployments.access import ROUTES
 from deployments.answer_schemas import SCHEMAS, Document, many, ref
+from deployments.gateway import Api
 from deployments.open_inference import PREFIX, OpenInference
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.serving.open_inference import ENTITY, HEADER_LENGTH, OUTPUTS
-
-if TYPE_CHECKING:
-    from deployments.gateway import Api
 
 DESCRIPTION = """
 Predictions from features that events have just changed.

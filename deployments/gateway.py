@@ -1,31 +1,27 @@
-"""The HTTP ingress: predictions, events, actuals, features, models, health.
+"""What the HTTP ingress' routes do: predictions, events, actuals, features, models, health.
 
-`build_app` makes the application from its parts; it knows nothing of Ray, so that it can be
-run, and debugged, by any ASGI server. `deployments.stages` puts it on Ray Serve.
+It knows nothing of Ray: `deployments.application` makes an ASGI application of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
-from deployments import documentation
-from deployments.access import AccessControl, forced_variant
-from deployments.http import RETRY_AFTER, answer_to, install_error_handlers, json_response, read_body, unless_gone
-from deployments.open_inference import OpenInference
+from deployments.access import forced_variant
+from deployments.http import RETRY_AFTER, json_response, read_body, unless_gone
 from heliostat.clock import Clock, format_instant
 from heliostat.errors import HeliostatError, StorageError, TooManyEventsError, UnknownAliasError
 from heliostat.experiments.assignment import RoutingDocument
@@ -47,8 +43,6 @@ from heliostat.serving.timers import Limits
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams, actual_record
-from heliostat.tracing import CURRENT, Trace
-from heliostat.tracing import HEADER as TRACE_HEADER
 
 _logger = logging.getLogger("heliostat.gateway")
 
@@ -59,6 +53,7 @@ _WATCHED_AFTER_S = 0.2
 _EVENTS_AT_ONCE = 100
 
 
+T = TypeVar("T")
 EventCoalescer = Coalescer[list[Any], list[EventResult]]
 
 
@@ -134,7 +129,7 @@ class Api:
         begin = time.perf_counter()
         variant = forced_variant(scope)
         body = await self.body(scope, receive)
-        answer = await unless_gone(receive, self.predictions(body, model, variant), self._patience)
+        answer = await self.unless_gone(receive, self.predictions(body, model, variant))
         return json_response(answer.document((time.perf_counter() - begin) * 1e3))
 
     async def predictions(
@@ -152,6 +147,10 @@ class Api:
         )
         self._parts.meter.of(asked.model).parsed((time.perf_counter() - begin) * 1e3)
         return await self._parts.predictor.predict(asked)
+
+    async def unless_gone(self, receive: Receive, work: Awaitable[T]) -> T:
+        """What a prediction request's work gives; given up when its client has gone."""
+        return await unless_gone(receive, work, self._patience)
 
     def overridable_of(self, spec: ModelSpec) -> frozenset[str]:
         """The features that a request for a model may give."""
@@ -352,77 +351,3 @@ class Api:
                 problems[f"model {model}"] = HeliostatError(f"{type(error).__name__}: {error}")
         # A model that was declared and not trained yet is no reason; if that is all of them, nobody can be answered.
         return idle if idle and len(idle) == len(self._parts.definitions.models) else problems
-
-
-class Application:
-    """The ASGI application: ``POST /predict`` answered at once, everything else by FastAPI.
-
-    FastAPI's middlewares and dependency solving cost a prediction a tenth of its time. Its own route of the
-    same path documents it, and answers below another root path.
-
-    Args:
-        api: Answers predictions.
-        app: Answers the rest.
-        meter: Counts all of it.
-    """
-
-    def __init__(self, api: Api, app: FastAPI, meter: Meter) -> None:
-        self._api, self._app, self._meter = api, app, meter
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request and count it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        trace = Trace.of(next((value for name, value in scope["headers"] if name == TRACE_HEADER), None))
-        token = CURRENT.set(trace)
-        status = 500
-        self._meter.in_flight += 1
-        try:
-            if scope["path"] == "/predict" and scope["method"] == "POST":
-                response = await self._predict(scope, receive)
-                status = response.status_code
-                response.raw_headers.append((TRACE_HEADER, trace.header))
-                await response(scope, receive, send)
-                return
-
-            async def noting(message: Message) -> None:
-                nonlocal status
-                if message["type"] == "http.response.start":
-                    status = message["status"]
-                    message["headers"] = [*message.get("headers", ()), (TRACE_HEADER, trace.header)]
-                await send(message)
-
-            await self._app(scope, receive, noting)
-        finally:
-            self._meter.in_flight -= 1
-            route = "/predict" if scope["path"] == "/predict" else getattr(scope.get("route"), "path", "(unknown)")
-            self._meter.answered(route, status, trace.age_ms)
-            CURRENT.reset(token)
-
-    async def _predict(self, scope: Scope, receive: Receive) -> Response:
-        try:
-            return await self._api.answer_predict(scope, receive)
-        except Exception as error:  # noqa: BLE001 - whatever happens is answered
-            return answer_to(error)
-
-
-def build_app(parts: Parts) -> ASGIApp:
-    """The application.
-
-    Args:
-        parts: What its routes work with.
-    """
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await api.close()
-        await parts.close()
-
-    api = Api(parts)
-    inference = OpenInference(parts, api)
-    app = FastAPI(title="Heliostat", description=documentation.DESCRIPTION, version="1", lifespan=lifespan)
-    documentation.add_routes(app, api, inference, parts.definitions)
-    install_error_handlers(app)
-    return AccessControl(Application(api, app, parts.meter), app.routes, parts.keys, parts.meter)

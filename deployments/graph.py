@@ -30,7 +30,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from deployments.gateway import build_app
+from deployments.application import build_app
 from deployments.http import RETRY_AFTER_S
 from deployments.meter import Exporter
 from deployments.stages import ABRouterReplica, FeatureLookupReplica, ModelReplica, gateway_parts, waiting_limit

@@ -10,12 +10,14 @@ import asyncio
 import functools
 import importlib.metadata
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
+from starlette.types import Receive, Scope
 
 from deployments.access import forced_variant
+from deployments.gateway import Api, Parts
 from deployments.http import RETRY_AFTER, answer_to, as_protocol_has_it, json_response
 from heliostat.errors import (
     HeliostatError,
@@ -33,9 +35,6 @@ from heliostat.serving.open_inference import (
     parse_infer,
     server_document,
 )
-
-if TYPE_CHECKING:
-    from deployments.gateway import Api, Parts
 
 PREFIX = "/v2"
 
@@ -119,28 +118,30 @@ class OpenInference:
             return json_response({"name": spec.name, "ready": False}, 503)
         return json_response({"name": spec.name, "ready": True})
 
-    @_answered
     async def infer(self, request: Request, name: str) -> Response:
         """Predictions for the entities of a tensor."""
-        return await self._infer(request, name, None)
+        return await self.answer_infer(request.scope, request.receive, name)
 
-    @_answered
     async def infer_version(self, request: Request, name: str, version: str) -> Response:
         """The same, if this version is the one that answers everybody."""
-        return await self._infer(request, name, version)
+        return await self.answer_infer(request.scope, request.receive, name, version)
 
-    async def _infer(self, request: Request, name: str, version: str | None) -> Response:
+    @_answered
+    async def answer_infer(self, scope: Scope, receive: Receive, name: str, version: str | None = None) -> Response:
+        """As `infer`, for whoever has no request object."""
         spec = self._parts.definitions.model(name)
         if version is not None:
             serving = tuple(str(each) for each in await self._serving(spec, version))
             if serving != (version,):
                 raise VersionNotServingError(spec.name, version, serving)
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding != "identity":
+        encoding = _header(scope, b"content-encoding")
+        if encoding not in (None, "identity"):
             raise InvalidFieldError("header 'Content-Encoding'", f"is {encoding!r}", "a body that isn't compressed")
-        body = await self._api.body(request.scope, request.receive)
-        asked = parse_infer(body, _header_length(request), spec)
-        answer = await self._api.predictions(asked.body, spec.name, forced_variant(request.scope))
+        body = await self._api.body(scope, receive)
+        asked = parse_infer(body, _header_length(scope), spec)
+        answer = await self._api.unless_gone(
+            receive, self._api.predictions(asked.body, spec.name, forced_variant(scope))
+        )
         others = {str(each) for each in answer.predictions.versions} - {version}
         if version is not None and others:  # promoted meanwhile, or a fallback: not what was asked for
             raise VersionNotServingError(spec.name, version, tuple(sorted(others)))
@@ -171,8 +172,12 @@ class OpenInference:
         return versions
 
 
-def _header_length(request: Request) -> int | None:
-    text = request.headers.get(HEADER_LENGTH)
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for each, value in scope["headers"] if each == name), None)
+
+
+def _header_length(scope: Scope) -> int | None:
+    text = _header(scope, HEADER_LENGTH.lower().encode())
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) <= 12):

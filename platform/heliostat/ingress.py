@@ -17,8 +17,8 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-PATH = "/predict"
-"""Whose requests are meant."""
+PREDICTIONS = ("/predict", "/infer")
+"""How the paths end whose ``POST`` requests are meant."""
 
 # Serve's own header, by which a client says the same.
 _UNWATCHED = (b"x-request-disconnect-disabled", b"?1")
@@ -71,7 +71,7 @@ class QuickAnswers:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request on."""
-        if scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(PREDICTIONS):
             scope["headers"] = [*scope["headers"], _UNWATCHED]
             cycle: Any = getattr(send, "__self__", None)  # uvicorn's, of this request and its answer
             transport = getattr(cycle, "transport", None)

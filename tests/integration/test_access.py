@@ -26,7 +26,8 @@ from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from benchmarks.processes import replica_pid
 from deployments import graph
 from deployments.access import ROUTES, AccessControl
-from deployments.gateway import Parts, build_app
+from deployments.application import build_app
+from deployments.gateway import Parts
 from deployments.stages import gateway_parts
 from heliostat import cli
 from heliostat.clock import ManualClock, SystemClock, parse_instant_us

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import uvicorn
 
-from deployments.gateway import build_app
+from deployments.application import build_app
 from deployments.stages import gateway_parts
 from heliostat.client import AsyncClient, Client, Sent
 from heliostat.errors import GatewayError, GatewayUnreachableError

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
-from deployments.gateway import build_app
+from deployments.application import build_app
 from deployments.stages import gateway_parts
 from heliostat.ingestion.sink import Sink
 from heliostat.serving.telemetry import Meter

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from deployments.gateway import build_app
+from deployments.application import build_app
 from deployments.stages import gateway_parts
 from heliostat.clock import parse_instant_us
 from heliostat.ingestion.sink import Sink

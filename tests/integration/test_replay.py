@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from configs.churn.definitions import churn, purchases
-from deployments.gateway import build_app
+from deployments.application import build_app
 from deployments.stages import gateway_parts
 from heliostat.batch import output_schema
 from heliostat.clock import US_PER_DAY

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from deployments.gateway import build_app
+from deployments.application import build_app
 from deployments.stages import gateway_parts
 from heliostat.batch import scorer_of
 from heliostat.clock import US_PER_DAY, parse_instant_us

@@ -23,7 +23,7 @@ from ray.serve.schema import ServeDeploySchema
 from benchmarks import load, serving
 from deployments import graph
 from deployments.access import forced_variant
-from deployments.gateway import build_app
+from deployments.application import build_app
 from deployments.stages import ModelReplica, gateway_parts
 from heliostat.errors import DeploymentFailedError, ForcedVariantError, UnknownVersionError
 from heliostat.experiments.assignment import RoutingDocument

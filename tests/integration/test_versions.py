@@ -18,7 +18,7 @@ import pytest
 
 from configs.churn.cdnow import write_parquet
 from configs.churn.definitions import purchases
-from deployments.gateway import build_app
+from deployments.application import build_app
 from deployments.stages import gateway_parts
 from heliostat.batch import scorer_of
 from heliostat.clock import parse_instant_us

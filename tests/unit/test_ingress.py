@@ -11,10 +11,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.http import read_body, unless_gone
 from heliostat.errors import SlowBodyError
-from heliostat.ingress import PATH, QuickAnswers
+from heliostat.ingress import QuickAnswers
 from heliostat.serving.timers import Limits
 
 ANSWER = b'{"predictions": [0.25]}'
+TOLD = (
+    *((path, b"told: ?1") for path in ("/predict", "/models/churn/predict", "/v2/models/churn/infer")),
+    *((path, b"told: \r\n") for path in ("/events", "/models", "/v2/models/churn")),
+)
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
@@ -64,7 +68,7 @@ async def served(app: ASGIApp) -> AsyncIterator[Callable[[], Awaitable[Connectio
         await running
 
 
-def request(path: str = PATH, *headers: str, body: bytes = b"{}") -> bytes:
+def request(path: str = "/predict", *headers: str, body: bytes = b"{}") -> bytes:
     lines = [f"POST {path} HTTP/1.1", "Host: here", f"Content-Length: {len(body)}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -95,7 +99,7 @@ def test_head_and_body_of_an_answer_arrive_in_one_piece() -> None:
 def test_serve_is_told_not_to_watch_predictions_and_nothing_of_other_requests() -> None:
     async def scenario() -> None:
         async with served(QuickAnswers(answering)) as connect:
-            for path, told in ((PATH, b"told: ?1"), ("/events", b"told: \r\n")):
+            for path, told in TOLD:
                 connection = await connect()
                 connection.transport.write(request(path))
                 assert told in await connection.until(lambda found: found.endswith(ANSWER))
@@ -159,7 +163,7 @@ def test_an_answer_in_parts_and_one_without_a_body_arrive_whole() -> None:
             connection.transport.write(request())
             await connection.until(lambda found: found.endswith(b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n"))
             connection.pieces.clear()
-            connection.transport.write(request(PATH, "Wants: nothing"))
+            connection.transport.write(request("/predict", "Wants: nothing"))
             assert (await connection.until(lambda found: b"\r\n\r\n" in found)).startswith(b"HTTP/1.1 204")
 
     asyncio.run(scenario())

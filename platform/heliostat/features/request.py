@@ -11,9 +11,9 @@ Null is a value: the function gets NaN. A value that isn't there at all is an er
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -140,16 +140,51 @@ def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(values, column.type, mask=np.isnan(values))])
 
 
-def alike(rows: Sequence[Mapping[str, Any] | None]) -> tuple[tuple[str, ...], list[float]] | None:
-    """Names, and values row after row, where all rows give the same names in one order, and floats alone.
+class UniformOverrides(Mapping[int, Mapping[str, float]]):
+    """Feature values that requests give, by row, where all rows give the same features: an array, not a dict a row.
 
-    That is what programs send. None of anything else: then each row has to be looked at.
+    That is what programs send. To whoever looks at single rows it is a mapping like any other.
 
     Args:
-        rows: At least one.
+        names: The features, at least one, as the requests name them.
+        matrix: Shape ``(n, len(names))``, ``n ≥ 1``; NaN for null, nothing infinite.
     """
-    names = tuple(rows[0] or ())
-    if not names or any(each is None or tuple(each) != names for each in rows):
-        return None
-    values = list(chain.from_iterable(each.values() for each in rows if each is not None))
-    return (names, values) if set(map(type, values)) == {float} else None
+
+    __slots__ = ("matrix", "names")
+
+    def __init__(self, names: tuple[str, ...], matrix: FloatArray) -> None:
+        self.names, self.matrix = names, matrix
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any] | None]) -> Self | None:
+        """What rows give, if all give the same names in one order, and finite numbers or NaN alone; None if not."""
+        names = tuple(rows[0] or ()) if rows else ()
+        if not names or any(each is None or tuple(each) != names for each in rows):
+            return None
+        given = list(chain.from_iterable(each.values() for each in rows if each is not None))
+        if not set(map(type, given)) <= {float, int}:
+            return None
+        try:
+            values = np.array(given, dtype=np.float64).reshape(len(rows), len(names))
+        except OverflowError:
+            return None
+        return None if np.isinf(values).any() else cls(names, values)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Mapping[int, Mapping[str, float]]]) -> Self | None:
+        """Several, one after the other, if all of them are uniform and name the same; None if not."""
+        uniform = [each for each in parts if isinstance(each, cls)]
+        if not uniform or len(uniform) < len(parts) or any(each.names != uniform[0].names for each in uniform):
+            return None
+        return cls(uniform[0].names, np.concatenate([each.matrix for each in uniform]))
+
+    def __getitem__(self, row: int) -> Mapping[str, float]:
+        if not 0 <= row < len(self.matrix):
+            raise KeyError(row)
+        return dict(zip(self.names, self.matrix[row].tolist(), strict=True))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.matrix)))
+
+    def __len__(self) -> int:
+        return len(self.matrix)

@@ -24,7 +24,7 @@ from heliostat.errors import (
 )
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
-from heliostat.features.request import alike
+from heliostat.features.request import UniformOverrides
 from heliostat.online.compiled import MergeProgram, can_run, ring_names
 from heliostat.online.merging import MergePlan, merge_rings, parse_rings
 from heliostat.online.tiles import BoolArray, RingGroup, RingLimits, Rings, ring_layout
@@ -34,6 +34,9 @@ from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineS
 
 Overrides: TypeAlias = Mapping[str, float | int | bool | None]
 """Features that a request gives itself, by qualified or unambiguous bare name; None is null."""
+
+RowOverrides: TypeAlias = Sequence[Overrides | None] | UniformOverrides
+"""What each of ``n`` rows gives."""
 
 Given: TypeAlias = tuple[slice | NDArray[np.intp], FloatArray]
 """Which rows of a column are given, and their values."""
@@ -232,7 +235,7 @@ class FeatureReader:
         values: Sequence[bytes | None],
         *,
         as_of_us: int,
-        overrides: Sequence[Overrides | None] | None = None,
+        overrides: RowOverrides | None = None,
         inputs: Inputs | None = None,
     ) -> FeatureBatch:
         """Merge rings into feature vectors.
@@ -243,7 +246,7 @@ class FeatureReader:
         Args:
             values: The values of `keys`.
             as_of_us: Now: later than every event in the rings.
-            overrides: For each entity, or None.
+            overrides: For each entity, or None; None: none for anybody.
             inputs: What the request brings for derived features.
 
         Raises:
@@ -340,46 +343,43 @@ class FeatureReader:
             lengths = tuple(sorted({len(value) for value in values if value is not None}))
             raise RingCorruptError(plan.view.ref, group.name, lengths, group.slot_bytes) from None
 
-    def _given(self, overrides: Sequence[Overrides | None]) -> dict[int, dict[str, Given]]:
+    def _given(self, overrides: RowOverrides) -> dict[int, dict[str, Given]]:
         """Rows and values by view and feature."""
         found: dict[int, dict[str, Given]] = {}
-        plain = _same_floats(overrides)
+        plain = _uniform(overrides)
         if plain is not None:
-            names, values = plain
-            for name, column in zip(names, values.T, strict=True):
+            for name, column in zip(plain.names, plain.matrix.T, strict=True):
                 for position, feature in self._overridden(name):
                     found.setdefault(position, {})[feature] = (slice(None), column)
             return found
         single: dict[tuple[int, str], dict[int, float]] = {}
-        for row, features in enumerate(overrides):
-            for name, value in (features or {}).items():
+        for row in range(len(overrides)):
+            for name, value in (overrides[row] or {}).items():
                 for place in self._overridden(name):
                     single.setdefault(place, {})[row] = _number(name, value)
         for (position, feature), each in single.items():
             found.setdefault(position, {})[feature] = (np.array(list(each)), np.array(list(each.values())))
         return found
 
-    def _given_alone(
-        self, entity_texts: EntityTexts, overrides: Sequence[Overrides | None] | None
-    ) -> FeatureBatch | None:
+    def _given_alone(self, entity_texts: EntityTexts, overrides: RowOverrides | None) -> FeatureBatch | None:
         """The vectors, where every row gives all that is asked for: then no ring needs to be read.
 
         None if there is something to read. Whether the store holds a view isn't known then, and not said.
         """
         if not overrides or isinstance(entity_texts, Mapping) or len(overrides) != len(entity_texts):
             return None
-        plain = _same_floats(overrides)
-        if plain is None or len(plain[0]) < len(self._columns):
+        plain = _uniform(overrides)
+        if plain is None or len(plain.names) < len(self._columns):
             return None
         places: dict[tuple[int, str], int] = {}
-        for at, name in enumerate(plain[0]):
+        for at, name in enumerate(plain.names):
             places.update(dict.fromkeys(self._overridden(name), at))
         columns = [places[column] for column in self._columns if column in places]
         if len(columns) < len(self._columns):
             return None
-        n = len(plain[1])
+        n = len(plain)
         absent = np.zeros((n, len(self._plans)), dtype=np.bool_)
-        return FeatureBatch(self.names, plain[1].take(columns, axis=1), self.views, absent, np.full(n, np.nan))
+        return FeatureBatch(self.names, plain.matrix.take(columns, axis=1), self.views, absent, np.full(n, np.nan))
 
     def _overridden(self, name: str) -> tuple[tuple[int, str], ...]:
         places = self.overridable.get(name)
@@ -393,7 +393,7 @@ class FeatureReader:
         entity_texts: EntityTexts,
         *,
         as_of_us: int,
-        overrides: Sequence[Overrides | None] | None = None,
+        overrides: RowOverrides | None = None,
         inputs: Inputs | None = None,
         also: Sequence[str] = (),
     ) -> tuple[FeatureBatch, list[bytes | None]]:
@@ -427,7 +427,7 @@ class FeatureReader:
         entity_texts: EntityTexts,
         *,
         as_of_us: int,
-        overrides: Sequence[Overrides | None] | None = None,
+        overrides: RowOverrides | None = None,
         inputs: Inputs | None = None,
         also: Sequence[str] = (),
     ) -> tuple[FeatureBatch, list[bytes | None]]:
@@ -456,16 +456,8 @@ def _replaced(column: FloatArray, given: Given | None) -> FloatArray:
     return column
 
 
-def _same_floats(overrides: Sequence[Overrides | None]) -> tuple[tuple[str, ...], FloatArray] | None:
-    """Names and values, shape ``(n, n_names)``, if all rows give the same features, as finite floats or NaN.
-
-    None if they don't.
-    """
-    found = alike(overrides)
-    if found is None:
-        return None
-    values = np.array(found[1]).reshape(len(overrides), len(found[0]))
-    return None if np.isinf(values).any() else (found[0], values)
+def _uniform(overrides: RowOverrides) -> UniformOverrides | None:
+    return overrides if isinstance(overrides, UniformOverrides) else UniformOverrides.of(overrides)
 
 
 def _number(name: str, value: float | bool | None) -> float:

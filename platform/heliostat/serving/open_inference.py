@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,6 +22,7 @@ import numpy as np
 import orjson
 
 from heliostat.errors import InvalidFieldError, MalformedBodyError
+from heliostat.features.request import UniformOverrides
 from heliostat.models.definitions import ModelSpec
 from heliostat.serving.answers import PredictAnswer
 from heliostat.storage.streams import prediction_ids
@@ -153,18 +154,28 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
         known = f"a tensor {ENTITY!r}: variants are assigned, and predictions logged, by entity"
         raise InvalidFieldError("field 'inputs'", f"has {', '.join(map(repr, columns)) or 'no tensors'}", known)
     asked: dict[str, Any] = {"entity_ids": columns.pop(ENTITY)}
-    for field, names in (
-        ("inputs", [name for name in columns if name in spec.inputs]),
-        ("features", [name for name in columns if name not in spec.inputs]),
-    ):
-        if names:
-            asked[field] = [
-                dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)
-            ]
+    inputs = {name: columns[name] for name in columns if name in spec.inputs}
+    features = {name: columns[name] for name in columns if name not in spec.inputs}
+    if inputs:
+        asked["inputs"] = _rows(inputs)
+    if features:
+        asked["features"] = _uniform(features) or _rows(features)
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidFieldError("field 'id'", f"is {request_id!r}", "a text")
     return InferRequest(asked, request_id, _wanted(document))
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _uniform(columns: Mapping[str, list[Any]]) -> UniformOverrides | None:
+    """Tensors as one array, where all of them hold finite numbers alone: as nearly all do."""
+    if any(not column or not set(map(type, column)) <= {float, int} for column in columns.values()):
+        return None
+    values = np.array(list(columns.values()), dtype=np.float64).T  # JSON's whole numbers have 64 bits at most
+    return UniformOverrides(tuple(columns), values) if np.isfinite(values).all() else None
 
 
 def _columns(tensors: list[Any], data: memoryview) -> dict[str, list[Any]]:
@@ -331,22 +342,22 @@ def infer_body(answer: PredictAnswer, asked: InferRequest) -> tuple[bytes, int |
         The body, and how much of it is JSON where bytes follow.
     """
     rows = answer.predictions
-    values: dict[str, list[Any]] = {
-        "prediction": rows.scores,
-        "model_version": rows.versions,
-        "variant": rows.variants,
-        "prediction_id": prediction_ids(answer.request_id, len(rows)),
-        "fallback": [each or "" for each in rows.fallbacks],
+    values: dict[str, Callable[[], list[Any]]] = {
+        "prediction": lambda: rows.scores,
+        "model_version": lambda: rows.versions,
+        "variant": lambda: rows.variants,
+        "prediction_id": lambda: prediction_ids(answer.request_id, len(rows)),
+        "fallback": lambda: [each or "" for each in rows.fallbacks],
     }
     outputs: list[dict[str, Any]] = []
     chunks: list[bytes] = []
     for name, binary in asked.outputs:
         tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": [len(rows)]}
         if binary:
-            chunks.append(_to_bytes(values[name], OUTPUTS[name]))
+            chunks.append(_to_bytes(values[name](), OUTPUTS[name]))
             tensor["parameters"] = {"binary_data_size": len(chunks[-1])}
         else:
-            tensor["data"] = values[name]
+            tensor["data"] = values[name]()
         outputs.append(tensor)
     document: dict[str, Any] = {
         "model_name": answer.model,

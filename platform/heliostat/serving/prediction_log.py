@@ -45,7 +45,7 @@ def log_record(
     newest_us: FloatArray | None = None,
     traces: Sequence[Trace | None] | None = None,
 ) -> bytes:
-    """The stream entry of requests that were answered together, as JSON: a list a column.
+    """The stream entry of requests that were answered together, as JSON: a list a column, or one value for all rows.
 
     Args:
         answers: What is to be answered, by one model and one revision of its routing document.
@@ -79,6 +79,7 @@ def log_record(
         columns["fallback"] = predictions.fallbacks
     if given is not None:
         columns["given"] = given
+    same = {name: columns.pop(name)[0] for name in ("variant", "version", "given") if _is_same(columns.get(name))}
     if newest_us is not None:
         columns["newest_event"] = newest_us
     if infinite := _infinite(predictions.vectors):
@@ -94,9 +95,15 @@ def log_record(
             "at_us": at_us,
             "requests": requests,
             "columns": columns,
+            "same": same,
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
+
+
+def _is_same(column: Sequence[Any] | None) -> bool:
+    """Whether a column says the same of every row: it is written once then."""
+    return column is not None and column.count(column[0]) == len(column)
 
 
 def _infinite(vectors: FloatArray | list[FloatArray]) -> list[list[list[int]] | None] | None:

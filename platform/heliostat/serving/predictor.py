@@ -29,6 +29,7 @@ from heliostat.errors import (
     StaleVersionError,
     UnknownAliasError,
 )
+from heliostat.features.request import UniformOverrides
 from heliostat.models.packaging import AS_IT_IS, RawScale
 from heliostat.serving.answers import FORCED, Explanation, PredictAnswer, Predictions
 from heliostat.serving.breaker import Breakers
@@ -432,15 +433,15 @@ class Predictor:
         names = self._looked_up(model)
         if len(requests) == 1:
             return FeatureQuery(model, names, requests[0].entities, requests[0].overrides, requests[0].inputs)
-        overrides: dict[int, Mapping[str, float]] = {}
-        inputs: dict[int, Mapping[str, float]] = {}
-        first = 0
-        for request in requests:
-            overrides.update({first + at: values for at, values in request.overrides.items()})
-            inputs.update({first + at: values for at, values in request.inputs.items()})
-            first += len(request.entities)
         entities = tuple(itertools.chain.from_iterable(request.entities for request in requests))
-        return FeatureQuery(model, names, entities, overrides, inputs)
+        overrides = UniformOverrides.joined([request.overrides for request in requests])
+        return FeatureQuery(
+            model,
+            names,
+            entities,
+            _joined(requests, lambda each: each.overrides) if overrides is None else overrides,
+            _joined(requests, lambda each: each.inputs),
+        )
 
     async def _features(self, query: FeatureQuery, *, until: float) -> FeatureBlock:
         try:
@@ -615,6 +616,18 @@ class Predictor:
                 )
             except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
                 _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)
+
+
+def _joined(
+    requests: Sequence[PredictRequest], part: Callable[[PredictRequest], Mapping[int, Mapping[str, float]]]
+) -> dict[int, Mapping[str, float]]:
+    """What requests say of their rows, as of the rows of all of them."""
+    joined: dict[int, Mapping[str, float]] = {}
+    first = 0
+    for request in requests:
+        joined.update((first + at, values) for at, values in part(request).items())
+        first += len(request.entities)
+    return joined
 
 
 def _told(error: Exception) -> str:

@@ -17,7 +17,7 @@ import orjson
 from heliostat.clock import parse_instant_us
 from heliostat.errors import InvalidFieldError, MalformedBodyError, MissingInputError, UnknownOverrideError
 from heliostat.features.definitions import Entity
-from heliostat.features.request import EXPECTED, RequestTypes, alike, request_value
+from heliostat.features.request import EXPECTED, RequestTypes, UniformOverrides, request_value
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.schema import text_code
 from heliostat.tracing import CURRENT, Trace
@@ -125,7 +125,7 @@ def parse_predict(
     overrides: Overrides = {}
     if given is not None:
         known = overridable(spec)
-        overrides = _plain(given, len(entities), known) or _by_row(
+        overrides = _uniform(given, len(entities), known) or _by_row(
             "features", given, spec, entities, lambda each, at: _values(each, spec, known, at)
         )
     inputs = _required_inputs(brought, spec, entities)
@@ -321,13 +321,13 @@ def _inputs(given: object, spec: ModelSpec, needed: RequestTypes, where: str) ->
     return values
 
 
-def _plain(given: object, n: int, known: AbstractSet[str]) -> Overrides | None:
+def _uniform(given: object, n: int, known: AbstractSet[str]) -> UniformOverrides | None:
     """The overrides, where all entities are given the same features as finite floats; None of anything else."""
-    if not isinstance(given, list) or len(given) != n or set(map(type, given)) != {dict}:
-        return None
-    found = alike(given)
-    fits = found is not None and known >= set(found[0]) and math.isfinite(sum(found[1]))
-    return dict(enumerate(given)) if fits else None
+    if isinstance(given, list) and len(given) == n and set(map(type, given)) == {dict}:
+        given = UniformOverrides.of(given)
+    if isinstance(given, UniformOverrides) and len(given) == n and known >= set(given.names):
+        return given
+    return None
 
 
 def _values(given: object, spec: ModelSpec, known: AbstractSet[str], where: str) -> dict[str, float]:

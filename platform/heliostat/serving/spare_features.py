@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_S, Clock
+from heliostat.features.request import UniformOverrides
 from heliostat.serving.fallback import Rung
 from heliostat.serving.last_seen import LastSeen
 from heliostat.serving.stages import FeatureBlock, FeatureQuery, FeatureReaders, shown
@@ -64,6 +65,8 @@ class SpareFeatures:
                 block.names, entities=self._rule.entities, max_age_us=round(self._rule.max_age_s * US_PER_S)
             )
         entities, values = query.entities, block.values
+        if isinstance(query.overrides, UniformOverrides):
+            return
         if query.overrides:
             own = [row for row in range(len(entities)) if not query.overrides.get(row)]
             entities, values = tuple(entities[row] for row in own), values[own]

@@ -33,10 +33,11 @@ from heliostat.errors import (
 )
 from heliostat.experiments.assignment import OUTSIDE, RoutingDocument
 from heliostat.features.definitions import FeatureView
+from heliostat.features.request import UniformOverrides
 from heliostat.models.definitions import Definitions
 from heliostat.models.packaging import LoadedModel
 from heliostat.models.registry import PRODUCTION
-from heliostat.online.retrieval import FeatureReader
+from heliostat.online.retrieval import FeatureReader, RowOverrides
 from heliostat.online.tiles import RingLimits
 from heliostat.serving.breaker import Breaker, guarded
 from heliostat.serving.lanes import Lane, in_thread
@@ -62,6 +63,7 @@ _SLOW_CALLS = 3
 # So many calls with real features are made in a thread first: what hangs on them shows there, and holds up nobody.
 _PROVING_CALLS = 32
 _TRIAL_ROWS = 64
+_MOST_NAMINGS = 256
 
 
 def shown(name: str) -> str:
@@ -87,10 +89,12 @@ class FeatureQuery:
     overrides: Overrides = field(default_factory=dict)
     inputs: Inputs = field(default_factory=dict)
 
-    def overrides_by_row(self) -> list[Mapping[str, float] | None] | None:
+    def overrides_by_row(self) -> RowOverrides | None:
         """The overrides of every row; None if there are none at all."""
         if not self.overrides:
             return None
+        if isinstance(self.overrides, UniformOverrides):
+            return self.overrides
         return [self.overrides.get(row) for row in range(len(self.entities))]
 
     def input_columns(self, names: Iterable[str]) -> dict[str, FloatArray] | None:
@@ -166,6 +170,7 @@ class FeatureReaders:
         self.definitions, self.keys = definitions, keys
         self._n_buckets, self._limits = n_buckets, limits
         self._planned: dict[tuple[str, ...], FeatureReader] = {}
+        self._shown_as: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[str, ...]] = {}
 
     def of(self, names: tuple[str, ...]) -> FeatureReader:
         """A reader of features by qualified name; ``view@version__feature`` asks for one version of a view.
@@ -253,15 +258,21 @@ class FeatureReaders:
         """
         if not query.overrides:
             return None
-        reader = self.of(query.names)
-        told: dict[tuple[str, ...], tuple[str, ...]] = {}  # rows mostly give the same
-        found = []
-        for row in range(len(query.entities)):
-            given = query.overrides.get(row, {})
-            names = tuple(given)
-            if names not in told:
-                told[names] = tuple(sorted({shown(name) for name in self._qualified(reader, given)}))
-            found.append(told[names])
+        reader, n = self.of(query.names), len(query.entities)
+        if isinstance(query.overrides, UniformOverrides):
+            return [self._shown(reader, query.overrides.names)] * n
+        rows = (query.overrides.get(row, {}) for row in range(n))
+        return [self._shown(reader, tuple(each)) for each in rows]
+
+    def _shown(self, reader: FeatureReader, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Overrides' names as signatures have them; rows, and requests, mostly give the same."""
+        key = reader.names, names
+        found = self._shown_as.get(key)
+        if found is None:
+            if len(self._shown_as) >= _MOST_NAMINGS:  # clients may name them in any order
+                self._shown_as.clear()
+            qualified = self._qualified(reader, dict.fromkeys(names, math.nan))
+            found = self._shown_as[key] = tuple(sorted({shown(name) for name in qualified}))
         return found
 
     @staticmethod

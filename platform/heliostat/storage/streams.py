@@ -408,7 +408,8 @@ def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         for request in document["requests"]
         for prediction_id in prediction_ids(request["request_id"], request["rows"])
     ]
-    columns = {"missing": [()] * len(names), "given": [()] * len(names), **document["columns"]}
+    same = {"missing": (), "given": (), **document.get("same", {})}
+    columns = {**{name: [value] * len(names) for name, value in same.items()}, **document["columns"]}
     if "newest_event" in columns:
         columns["newest_event"] = [None if each is None else int(each) for each in columns["newest_event"]]
     for vector, places in zip(columns["features"], columns.pop("infinite", ()), strict=False):

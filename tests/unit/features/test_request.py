@@ -21,7 +21,7 @@ from heliostat.features.aggregations import Count, Mean
 from heliostat.features.bucket_join import check_spine, entity_joins
 from heliostat.features.definitions import Entity, EventSource, FeatureView, FloatArray, request_types
 from heliostat.features.offline import compute_features
-from heliostat.features.request import RequestTypes, request_columns, request_value
+from heliostat.features.request import RequestTypes, UniformOverrides, request_columns, request_value
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP
@@ -206,3 +206,47 @@ def test_a_name_is_one_input_for_all_views_of_a_vector() -> None:
         request_types([*spending, *other])
     twin = declared("twin")
     assert request_types([*spending, *twin]) == {"amount": "float64", "abroad": "bool"}
+
+
+# ── What rows give alike ────────────────────────────────────────────────────────────
+
+
+def test_rows_that_give_the_same_features_are_one_array_and_still_a_mapping_by_row() -> None:
+    rows: list[dict[str, Any]] = [{"a": 1.5, "b": 2}, {"a": float("nan"), "b": -4}]
+    found = UniformOverrides.of(rows)
+    assert found is not None
+    assert found.names == ("a", "b")
+    np.testing.assert_array_equal(found.matrix, [[1.5, 2.0], [np.nan, -4.0]])
+    assert (len(found), list(found), found[0], found.get(2), -1 in found) == (2, [0, 1], rows[0], None, False)
+    joined = UniformOverrides.joined([found, found])
+    assert joined is not None
+    assert joined[2] == rows[0]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{}],
+        [None],
+        [{"a": 1.0}, None],
+        [{"a": 1.0}, {"b": 1.0}],
+        [{"a": 1.0, "b": 1.0}, {"b": 1.0, "a": 1.0}],
+        [{"a": True}],
+        [{"a": "1"}],
+        [{"a": None}],
+        [{"a": float("inf")}],
+        [{"a": 10**400}],
+    ],
+)
+def test_rows_that_dont_give_the_same_or_no_finite_numbers_arent_uniform(rows: list[Any]) -> None:
+    assert UniformOverrides.of(rows) is None
+
+
+def test_only_what_names_the_same_is_joined() -> None:
+    one, other = UniformOverrides.of([{"a": 1.0}]), UniformOverrides.of([{"b": 1.0}])
+    assert one is not None
+    assert other is not None
+    assert UniformOverrides.joined([one, other]) is None
+    assert UniformOverrides.joined([one, {}]) is None
+    assert UniformOverrides.joined([{}, {}]) is None

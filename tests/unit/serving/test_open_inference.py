@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heliostat.errors import InvalidFieldError, MalformedBodyError
+from heliostat.features.request import UniformOverrides
 from heliostat.serving.answers import PredictAnswer, Predictions
 from heliostat.serving.open_inference import OUTPUTS, InferRequest, infer_body, model_document, parse_infer
 from tests.unit.serving.collaborators import CHURN, NAMES
@@ -51,6 +52,14 @@ def test_tensors_become_the_body_of_a_request_for_predictions() -> None:
         "entity_ids": [1, 2],
         "features": [{NAMES[0]: 3.5, "mean": 1}, {NAMES[0]: None, "mean": 2}],
     }
+
+
+def test_tensors_of_numbers_alone_stay_an_array() -> None:
+    found = asked(
+        tensor("entity_id", "INT64", [1, 2]), tensor(NAMES[0], "FP64", [3.5, 4]), tensor("mean", "INT32", [1, 2])
+    )["features"]
+    assert isinstance(found, UniformOverrides)
+    assert found == {0: {NAMES[0]: 3.5, "mean": 1.0}, 1: {NAMES[0]: 4.0, "mean": 2.0}}
 
 
 def test_nested_and_flat_data_are_the_same() -> None:

@@ -58,10 +58,25 @@ def test_a_record_becomes_the_rows_of_the_prediction_table() -> None:
 def test_a_record_without_anything_out_of_the_ordinary_says_so_by_saying_nothing() -> None:
     plain = Predictions([0.5], [3], [None], np.array([[1.0]]), [()], ["control"], [()])
     record = log_record([PredictAnswer("r", "churn", 3, 9, (7,), plain)], plain, ["7"], at_us=1)
-    assert set(orjson.loads(record)["columns"]) == {"entity", "variant", "version", "score", "features"}
+    document = orjson.loads(record)
+    assert set(document["columns"]) == {"entity", "score", "features"}
+    assert document["same"] == {"variant": "control", "version": 3}
     (row,) = rows_from("predictions", [((1, 0), record)])["churn"][1].to_pylist()
     assert (row["missing"], row["given"], row["source"]) == ([], [], "model")
     assert (row["fallback"], row["inputs"]) == (None, None)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_what_all_rows_share_is_written_once_and_read_back_for_each(other: bool) -> None:
+    versions, variants = ([3, 4, 3], ["a", "b", "a"]) if other else ([3] * 3, ["a"] * 3)
+    given = [("v__x", "v__y"), ("v__x",) if other else ("v__x", "v__y"), ("v__x", "v__y")]
+    rows = Predictions([0.5] * 3, versions, [None] * 3, np.ones((3, 2)), [()] * 3, variants, [()] * 3)
+    record = log_record([PredictAnswer("r", "churn", 3, 9, (7, 8, 9), rows)], rows, ENTITIES, at_us=1, given=given)
+    assert record.count(b"v__x") == (3 if other else 1)
+    found = rows_from("predictions", [((1, 0), record)])["churn"][1].to_pylist()
+    assert [row["version"] for row in found] == versions
+    assert [row["variant"] for row in found] == variants
+    assert [row["given"] for row in found] == list(map(list, given))
 
 
 def test_a_row_says_whose_trace_it_is_how_old_the_request_was_and_how_fresh_its_features() -> None:
