@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.http import answer_to, as_protocol_has_it
+from deployments.http import answer_to, as_protocol_has_it, path_of
 from heliostat.errors import (
     AccessError,
     ForcedVariantError,
@@ -148,10 +148,7 @@ class AccessControl:
         await self._app(scope, receive, send)
 
     def _rule(self, scope: Scope) -> _Rule:
-        path, method = scope["path"], scope["method"]
-        root = scope.get("root_path", "")
-        if root and path.startswith(root):
-            path = path[len(root) :]
+        path, method = path_of(scope), scope["method"]
         rule = self._exact.get((method, path))
         if rule is not None:
             return rule
@@ -162,7 +159,7 @@ class AccessControl:
 
     async def _refuse(self, error: Exception, rule: _Rule, scope: Scope, receive: Receive, send: Send) -> None:
         begin = time.perf_counter()
-        response = as_protocol_has_it(scope["path"], answer_to(error))
+        response = as_protocol_has_it(path_of(scope), answer_to(error))
         if isinstance(error, MissingScopeError):
             response.headers["WWW-Authenticate"] = f'{_REALM}, error="insufficient_scope", scope="{error.needed}"'
         elif isinstance(error, InvalidKeyError):

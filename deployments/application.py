@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments import documentation
 from deployments.access import AccessControl
 from deployments.gateway import Api, Parts
-from deployments.http import answer_to, install_error_handlers
+from deployments.http import answer_to, install_error_handlers, path_of
 from deployments.open_inference import OpenInference
 from heliostat.serving.telemetry import Meter
 from heliostat.tracing import CURRENT, Trace
@@ -27,7 +27,7 @@ class Application:
     """The ASGI application: predictions answered at once, everything else by FastAPI.
 
     FastAPI's middlewares and dependency solving cost a prediction a tenth of its time. Its own routes of the
-    same paths document them, and answer below another root path.
+    same paths only document them.
 
     Args:
         api: Answers predictions.
@@ -73,7 +73,7 @@ class Application:
 
     def _prediction(self, scope: Scope, receive: Receive) -> tuple[str, Awaitable[Response] | None]:
         """The route of a prediction, and what answers it; None of any other request."""
-        match scope["path"].split("/"):
+        match path_of(scope).split("/"):
             case ["", "predict"]:
                 return "/predict", self._api.answer_predict(scope, receive)
             case ["", "models", model, "predict"] if model:

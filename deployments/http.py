@@ -39,6 +39,13 @@ def json_response(document: Any, status: int = 200, headers: dict[str, str] | No
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
+def path_of(scope: Scope) -> str:
+    """A request's path below the prefix at which the application is served."""
+    path: str = scope["path"]
+    root = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int, limits: Limits) -> bytes:
     """A request's body, given up as soon as it is larger than allowed, whatever its headers say, or late.
 
@@ -173,7 +180,7 @@ def install_error_handlers(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path} isn't served"
         fix = "see /docs for what is"
         document = {"error": codes.get(status, f"http_{status}"), "message": message, "fix": fix}
-        return as_protocol_has_it(request.scope["path"], json_response(document, status, headers))
+        return as_protocol_has_it(path_of(request.scope), json_response(document, status, headers))
 
     async def invalid(_: Request, error: Exception) -> Response:
         first = error.errors()[0] if isinstance(error, RequestValidationError) else {}

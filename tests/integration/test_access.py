@@ -306,6 +306,8 @@ def test_below_another_root_path_the_same_holds(guarded: Guarded) -> None:
             for who, status in {"no key": 401, "read bearer": 403, "predict bearer": 200}.items():
                 reply = await client.post("/predict", json=asked, headers=guarded.headers[who])
                 assert reply.status_code == status, (who, reply.text)
+            refused = await client.post("/v2/models/churn/infer", json={}, headers=guarded.headers["no key"])
+            assert (refused.status_code, set(refused.json())) == (401, {"error"})
         await parts.close()
 
     asyncio.run(main())
