@@ -1,13 +1,14 @@
 """What Serve's HTTP server does before and after an application: said by the environment, so for all of them.
 
-For predictions, which take fractions of a millisecond, two things that it does for every request cost too much:
+For predictions, which take fractions of a millisecond, some of it costs too much:
 
 - Serve watches each connection, to cancel the work of clients who have gone: two tasks and a queue a request. Those
   that wait longer are looked after by our application itself (`deployments.http.unless_gone`).
 - uvicorn gives the system an answer's head and its body one after the other: two system calls of 25 µs each, and two
   wake-ups of the ingress. Here the head waits for the body.
+- Serve names a request that brings no ``X-Request-ID``, by a UUID: 7 µs. Here it has a plain name before.
 
-Both fall away without a word where Serve or uvicorn are made otherwise than we know them.
+All of this falls away without a word where Serve or uvicorn are made otherwise than we know them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from heliostat.tracing import random_hex
+
 PREDICTIONS = ("/predict", "/infer")
 """How the paths end whose ``POST`` requests are meant."""
 
 # Serve's own header, by which a client says the same.
 _UNWATCHED = (b"x-request-disconnect-disabled", b"?1")
+_REQUEST_ID = b"x-request-id"
 _INTERIM = b"HTTP/1.1 100"
 
 
@@ -72,7 +76,10 @@ class QuickAnswers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request on."""
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(PREDICTIONS):
-            scope["headers"] = [*scope["headers"], _UNWATCHED]
+            added = [_UNWATCHED]
+            if all(name != _REQUEST_ID for name, _ in scope["headers"]):
+                added.append((_REQUEST_ID, random_hex(16).encode()))
+            scope["headers"] = [*scope["headers"], *added]
             cycle: Any = getattr(send, "__self__", None)  # uvicorn's, of this request and its answer
             transport = getattr(cycle, "transport", None)
             if transport is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -77,7 +78,8 @@ async def answering(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with a document, and tells in a header what it was told."""
     await receive()
     told = b", ".join(value for name, value in scope["headers"] if name == b"x-request-disconnect-disabled")
-    headers = [(b"content-length", b"%d" % len(ANSWER)), (b"told", told)]
+    named = b", ".join(value for name, value in scope["headers"] if name == b"x-request-id")
+    headers = [(b"content-length", b"%d" % len(ANSWER)), (b"told", told), (b"named", named)]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": ANSWER})
 
@@ -103,6 +105,20 @@ def test_serve_is_told_not_to_watch_predictions_and_nothing_of_other_requests() 
                 connection = await connect()
                 connection.transport.write(request(path))
                 assert told in await connection.until(lambda found: found.endswith(ANSWER))
+
+    asyncio.run(scenario())
+
+
+def test_a_prediction_has_a_name_of_its_own_unless_it_brings_one() -> None:
+    async def scenario() -> None:
+        async with served(QuickAnswers(answering)) as connect:
+            connection = await connect()
+            connection.transport.write(request() + request() + request("/predict", "X-Request-ID: mine"))
+            whole = await connection.until(lambda found: found.count(ANSWER) == 3)
+            first, second, third = re.findall(rb"named: (.*)\r\n", whole)
+            assert re.fullmatch(rb"[0-9a-f]{32}", first)
+            assert first != second
+            assert third == b"mine"
 
     asyncio.run(scenario())
 
