@@ -26,6 +26,7 @@ from heliostat.models.profile import Profile, mean_prediction
 from heliostat.models.rows import version_features
 from heliostat.online.tiles import RingLimits
 from heliostat.serving.access import KeyRing
+from heliostat.serving.backlog import Backlog
 from heliostat.serving.breaker import BreakerRule, Breakers, guarded
 from heliostat.serving.fallback import BatchCache, Rung, VersionLadder
 from heliostat.serving.keys import KeyBook
@@ -47,7 +48,7 @@ from heliostat.serving.standby import CatalogLook, Standby
 from heliostat.serving.telemetry import Board, Meter
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
-from heliostat.storage.streams import AsyncStreams
+from heliostat.storage.streams import AsyncStreams, StreamName, record_key
 from heliostat.workspace import Workspace
 
 _NO_LIMIT = 1_000_000
@@ -168,6 +169,17 @@ def key_ring(workspace: Workspace) -> KeyRing | None:
     return KeyRing(book.known, book.clock, within_s=serving.keys_within_s, hold_s=serving.keys_hold_s)
 
 
+def stream_names(workspace: Workspace) -> dict[str, list[str]]:
+    """The keys of all streams, as metrics name them: a source's are one."""
+    config, buckets = workspace.online_config, range(workspace.settings.storage.buckets)
+    events = {
+        f"events {source}": [config.keys.events(source, bucket) for bucket in buckets]
+        for source in workspace.definitions.sources
+    }
+    records: tuple[StreamName, ...] = ("predictions", "actuals")
+    return events | {name: [record_key(config, name)] for name in records}
+
+
 def waiting_limit(settings: Settings) -> int:
     """How many prediction requests may wait for their turn in a replica."""
     queued = settings.serving.max_queued_requests
@@ -250,12 +262,15 @@ def gateway_parts(
         meter.of(model).expect([*rungs, *rule.rungs, Rung.NULLS])
     waiting = standby(workspace, predictor.prepare, breakers)
     waiting.start()
+    backlog = Backlog(streams, stream_names(workspace), meter.board)
+    backlog.start()
     intake, keys = Intake.of(workspace, store), key_ring(workspace)
 
     async def close() -> None:
         if keys is not None:
             await keys.close()
         await waiting.close()
+        await backlog.close()
         await predictor.close()
         await streams.aclose()
         await store.aclose()

@@ -87,6 +87,8 @@ METRICS: tuple[Metric, ...] = (
         "heliostat_breaker_state", "0 closed, 1 half-open, 2 open", ("dependency",), "Whether a dependency is asked"
     ),
     _gauge("heliostat_log_buffer_rows", "rows", (), "Predictions that are in memory only"),
+    _gauge("heliostat_stream_entries", "entries", ("stream",), "Entries that wait for the sink"),
+    _gauge("heliostat_stream_age_seconds", "s", ("stream",), "How long the oldest of them has waited"),
     _counter("heliostat_events_total", "events", ("source", "outcome"), "Events taken in"),
 )
 

@@ -45,7 +45,7 @@ def with_rules(folder: Path, change: Callable[[dict[str, object]], object] | Non
 
 def test_prometheus_takes_the_rules(promtool: Callable[..., Ran]) -> None:
     done = promtool("check", "rules", RULES)
-    assert (done.returncode, "13 rules found" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert (done.returncode, "14 rules found" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
 def test_each_alert_rings_when_it_should_and_only_then(promtool: Callable[..., Ran], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from heliostat.online.tiles import RingLimits
 from heliostat.settings import ClockSettings, OnlineSettings, Settings
 from heliostat.storage.erasure import ServerEraser
 from heliostat.storage.online_store import AsyncOnlineStore
-from heliostat.storage.streams import AsyncStreams
+from heliostat.storage.streams import AsyncStreams, record_key
 from heliostat.workspace import Workspace
 from tests.integration.erasure_declarations import SALES, USER, shop_sales, user_sales
 
@@ -156,6 +156,9 @@ def test_asyncio_reads_features_and_the_route_and_logs_predictions(workspace: Wo
             }  # fmt: skip
             record = {"request_id": "p", "model": "churn", "revision": 1, "at_us": NOW_US, "entries": [entry]}
             await streams.append_predictions([orjson.dumps(record)])
+            predictions, actuals = (record_key(workspace.online_config, each) for each in ("predictions", "actuals"))
+            waiting, oldest = await streams.backlog([predictions, actuals])
+            assert (waiting, oldest is None) == (1, False)
             batch, route = await reader(workspace, user_sales).aread(
                 store, USERS, as_of_us=NOW_US, also=[keys.route("churn")]
             )

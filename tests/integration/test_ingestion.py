@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from heliostat.ingestion.intake import EventResult, Intake
 from heliostat.ingestion.sink import Drained, Sink
 from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import INGESTED, TIMESTAMP
+from heliostat.serving.backlog import Backlog
+from heliostat.serving.telemetry import Board
 from heliostat.settings import OnlineSettings, Settings
 from heliostat.status import status_of
 from heliostat.storage.embedded import EmbeddedServer
@@ -468,6 +471,32 @@ def test_a_server_that_refuses_an_entry_says_so(settings: Settings) -> None:
             await streams.aclose()
 
     asyncio.run(append())
+
+
+def test_a_replica_tells_what_waits_for_the_sink_and_since_when(settings: Settings, sink: Sink) -> None:
+    def look() -> dict[str, tuple[float, float]]:
+        async def once() -> None:
+            streams = AsyncStreams(OnlineConfig.of(settings))
+            await Backlog(streams, names, board).refresh()
+            await streams.aclose()
+
+        board = Board()
+        asyncio.run(once())
+        entries, age = "heliostat_stream_entries", "heliostat_stream_age_seconds"
+        return {name: (board.value(entries, name), board.value(age, name)) for name in names}
+
+    events = sink.streams.event_streams("sales")
+    names = {"predictions": [sink.streams.record_stream("predictions")], "events sales": events}
+    assert look() == {"predictions": (0, 0.0), "events sales": (0, 0.0)}
+    sink.streams.append("predictions", [_prediction("a"), _prediction("b")])
+    for number, stream in enumerate(events[:3]):
+        sink.streams.client.xadd(stream, {b"e": b"x"}, id=f"{1_000 * (number + 1)}-0")
+    found = look()
+    sink.streams.client.delete(*events[:3])
+    assert found["predictions"] == (2, pytest.approx(0, abs=60))
+    assert found["events sales"] == (3, pytest.approx(time.time() - 1.0, abs=60))
+    sink.drain_once()
+    assert look() == {"predictions": (0, 0.0), "events sales": (0, 0.0)}
 
 
 def test_waiting_entries_can_be_counted_and_their_age_told(sink: Sink) -> None:

@@ -150,6 +150,9 @@ def test_a_scrape_shows_every_metric_with_the_numbers_of_known_requests(shop: Sh
     assert value(found, "heliostat_missing_features_total", model="churn") > 0
     assert value(found, "heliostat_cache_total", cache="models", outcome="hit") >= 30
     assert value(found, "heliostat_requests_in_flight") == 0
+    waiting = scraper.until(lambda found: value(found, "heliostat_stream_entries", stream="events purchases") == 5)
+    assert value(waiting, "heliostat_stream_entries", stream="predictions") > 0
+    assert 0 < value(waiting, "heliostat_stream_age_seconds", stream="predictions") < 600
 
     for stage in STAGES:
         name = f"heliostat_{stage}_latency_ms"

@@ -234,6 +234,20 @@ class AsyncStreams:
         """Append to the prediction stream: what `serving.prediction_log` asks for."""
         return await self.append("predictions", records)
 
+    async def backlog(self, streams: Sequence[str]) -> tuple[int, StreamId | None]:
+        """How many entries wait in streams, and the oldest of them; None if none waits.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        with self.config.reported():
+            async with self.client.pipeline(transaction=False) as pipeline:
+                for stream in streams:
+                    pipeline.xlen(stream)
+                    pipeline.xrange(stream, count=1)
+                found = await pipeline.execute()
+        return sum(found[::2]), min((_stream_id(each[0][0]) for each in found[1::2] if each), default=None)
+
     async def aclose(self) -> None:
         """Close all connections that are its own."""
         if self._owned:
