@@ -24,8 +24,8 @@ from heliostat.ingestion.intake import Intake
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.profile import Profile
 from heliostat.serving.fallback import Rung
+from heliostat.serving.lookup import FeatureQuery
 from heliostat.serving.spare_features import SpareFeatures
-from heliostat.serving.stages import FeatureQuery
 from heliostat.workspace import Workspace
 
 MODEL = "churn"

@@ -35,9 +35,9 @@ from heliostat.serving.access import Scope as AccessScope
 from heliostat.serving.answers import PredictAnswer
 from heliostat.serving.breaker import Breakers
 from heliostat.serving.coalescing import Coalescer
+from heliostat.serving.lookup import FeatureReaders
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.requests import parse_actuals, parse_events, parse_predict
-from heliostat.serving.stages import FeatureReaders
 from heliostat.serving.telemetry import Meter
 from heliostat.serving.timers import Limits
 from heliostat.settings import Settings

@@ -30,22 +30,15 @@ from heliostat.serving.backlog import Backlog
 from heliostat.serving.breaker import BreakerRule, Breakers, guarded
 from heliostat.serving.fallback import BatchCache, Rung, VersionLadder
 from heliostat.serving.keys import KeyBook
+from heliostat.serving.lookup import FeatureBlock, FeatureLookup, FeatureQuery, FeatureReaders
 from heliostat.serving.prediction_log import PredictionLog
-from heliostat.serving.predictor import STORE, Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.predictor import STORE, Predictor, Stages
+from heliostat.serving.routing import ABRouter, Assignment, RouteQuery
+from heliostat.serving.scoring import ModelRunner, ScoreQuery
 from heliostat.serving.spare_features import SpareFeatures, SpareRule
-from heliostat.serving.stages import (
-    ABRouter,
-    Assignment,
-    FeatureBlock,
-    FeatureLookup,
-    FeatureQuery,
-    FeatureReaders,
-    ModelRunner,
-    RouteQuery,
-    ScoreQuery,
-)
 from heliostat.serving.standby import CatalogLook, Standby
 from heliostat.serving.telemetry import Board, Meter
+from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams, StreamName, record_key

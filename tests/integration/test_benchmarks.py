@@ -262,8 +262,8 @@ def test_processor_time_of_a_process_tree_is_counted_while_it_runs() -> None:
 
 STACKS = """
 thread (7): ray;run (threading.py:9);Predictor._answer (serving/predictor.py:2);predict (lightgbm/basic.py:4) 6
-thread (7): ray;run (threading.py:9);FeatureLookup.__call__ (heliostat/serving/stages.py:2);pack (redis/a.py:4) 3
-thread (7): ray;run (threading.py:9);ABRouter.__call__ (heliostat/serving/stages.py:2) 2
+thread (7): ray;run (threading.py:9);FeatureLookup.__call__ (heliostat/serving/lookup.py:2);pack (redis/a.py:4) 3
+thread (7): ray;run (threading.py:9);ABRouter.__call__ (heliostat/serving/routing.py:2) 2
 thread (7): ray;run (threading.py:9) 1
 thread (7): ray;run (threading.py:9);StreamReaderProtocol.data_received (asyncio/streams.py:3) 12
 thread (8): pool;_worker (concurrent/futures/thread.py:81);json_response (http.py:3) 5

@@ -20,10 +20,13 @@ from heliostat.models.registry import ModelRegistry
 from heliostat.monitoring.checks import run_checks
 from heliostat.monitoring.verdict import Severity, Verdict
 from heliostat.online.tiles import RingLimits
+from heliostat.serving.lookup import FeatureLookup, FeatureReaders
 from heliostat.serving.prediction_log import PredictionLog
-from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.predictor import Predictor, Stages
 from heliostat.serving.requests import PredictRequest
-from heliostat.serving.stages import ABRouter, FeatureLookup, FeatureReaders, ModelRunner
+from heliostat.serving.routing import ABRouter
+from heliostat.serving.scoring import ModelRunner
+from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.settings import ClockSettings, OnlineSettings, Settings
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams

@@ -30,7 +30,7 @@ from heliostat.experiments.assignment import RoutingDocument
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.models.profile import Profile
 from heliostat.serving.access import CALLER, Caller, granted
-from heliostat.serving.stages import ModelRunner
+from heliostat.serving.scoring import ModelRunner
 from heliostat.serving.telemetry import Meter
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.storage.streams import rows_from

@@ -6,15 +6,19 @@ answer is a part of it. Nothing is made for each entity until the answer is writ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heliostat.serving.fallback import FURTHER, Rung
 from heliostat.storage.streams import prediction_ids
+
+FloatArray = NDArray[np.float64]
 
 FORCED = "forced:"
 """What the variants of forced answers begin with, so that they count for no variant of an experiment."""
@@ -70,6 +74,55 @@ class Predictions:
     absent: list[tuple[str, ...]] = field(default_factory=list)
     spared: list[str | None] = field(default_factory=list)
     ages_s: list[float | None] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, scores: FloatArray, version: int, rung: Rung | None, names: tuple[str, ...], matrix: FloatArray
+    ) -> Self:
+        """What one version, or whatever stood in for it, says of some rows.
+
+        Args:
+            scores: Shape ``(n,)``.
+            version: Which version.
+            rung: What stood in; None for the normal way.
+            names: The matrix's columns.
+            matrix: The features that were used, shape ``(n, len(names))``, NaN where there was none.
+        """
+        n = len(matrix)
+        nulls = np.isnan(matrix)
+        missing: list[tuple[str, ...]] = [()] * n
+        if nulls.any():
+            missing = [tuple(itertools.compress(names, row)) for row in nulls.tolist()]
+        return cls(scores.tolist(), [version] * n, [rung] * n, matrix, missing)
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self], rows: NDArray[np.intp]) -> Self:
+        """Parts that are about some rows each, two or more in all, as one about all of them, in order.
+
+        Args:
+            parts: Without variants and absent views yet.
+            rows: The rows of the parts, one part after the other.
+        """
+        order = np.argsort(rows)
+        in_order = itemgetter(*order.tolist())
+
+        def column(name: str) -> list[Any]:
+            return list(in_order(list(itertools.chain.from_iterable(getattr(part, name) for part in parts))))
+
+        spared = any(part.spared for part in parts)
+        for part in parts if spared else ():
+            part.spared = part.spared or [None] * len(part)
+            part.ages_s = part.ages_s or [None] * len(part)
+        one_matrix = len({part.vectors[0].shape for part in parts}) == 1
+        return cls(
+            column("scores"),
+            column("versions"),
+            column("fallbacks"),
+            np.concatenate([part.vectors for part in parts])[order] if one_matrix else column("vectors"),
+            column("missing"),
+            spared=column("spared") if spared else [],
+            ages_s=column("ages_s") if spared else [],
+        )
 
     def __len__(self) -> int:
         return len(self.scores)

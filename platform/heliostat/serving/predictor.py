@@ -14,8 +14,6 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from operator import itemgetter
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,29 +24,21 @@ from heliostat.errors import (
     DegradedAnswerError,
     DependencyOpenError,
     HeliostatError,
-    StaleVersionError,
     UnknownAliasError,
 )
 from heliostat.features.request import UniformOverrides
-from heliostat.models.packaging import AS_IT_IS, RawScale
 from heliostat.serving.answers import FORCED, Explanation, PredictAnswer, Predictions
 from heliostat.serving.breaker import Breakers
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.fallback import Rung, Scored, VersionLadder, breaker_name
-from heliostat.serving.lanes import in_thread
+from heliostat.serving.lookup import FeatureBlock, FeatureQuery, FeatureReaders, shown
 from heliostat.serving.prediction_log import PredictionLog, log_record
 from heliostat.serving.requests import PredictRequest
+from heliostat.serving.routing import Assignment, RouteQuery
+from heliostat.serving.scoring import ScoreQuery
 from heliostat.serving.spare_features import SpareFeatures
-from heliostat.serving.stages import (
-    Assignment,
-    FeatureBlock,
-    FeatureQuery,
-    FeatureReaders,
-    RouteQuery,
-    ScoreQuery,
-    shown,
-)
 from heliostat.serving.telemetry import Meter, cause_of
+from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.tracing import random_hex
 
 FloatArray = NDArray[np.float64]
@@ -82,7 +72,7 @@ STORE = "online store"
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What the predictor awaits: objects of `heliostat.serving.stages`, or handles that lead to them.
+    """What the predictor awaits: objects of `lookup`, `routing` and `scoring`, or handles that lead to them.
 
     Attributes:
         features: Looks features up.
@@ -95,85 +85,6 @@ class Stages:
     router: Callable[[RouteQuery], Awaitable[Assignment]]
     runner: Callable[[ScoreQuery], Awaitable[FloatArray]]
     spare_router: Callable[[RouteQuery], Awaitable[Assignment]]
-
-
-@dataclass(frozen=True, slots=True)
-class VersionFacts:
-    """What must be known of a version to ask for its scores, or to do without them.
-
-    Attributes:
-        names: Qualified features, in the order of its matrix.
-        prior: Its mean prediction in training; None if nobody wrote it down.
-        stale: Views that are declared otherwise now than when it was trained: it can't be asked.
-        wanted: What is looked up for them: ``view@version__feature`` where it was trained on another version of
-            a view than the highest; by default ``names``.
-        scale: What contributions to its predictions are measured in.
-        medians: Of ``names`` in training, NaN where there is none; empty if nobody wrote them down.
-    """
-
-    names: tuple[str, ...]
-    prior: float | None = None
-    stale: tuple[str, ...] = ()
-    wanted: tuple[str, ...] = ()
-    scale: RawScale = AS_IT_IS
-    medians: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.wanted:
-            object.__setattr__(self, "wanted", self.names)
-
-
-class VersionBook:
-    """Facts about versions. A version never changes, so each is read once.
-
-    Args:
-        read: Reads a version's facts from the catalog; may block, and may raise.
-    """
-
-    def __init__(self, read: Callable[[str, int], VersionFacts]) -> None:
-        self._read = read
-        self._known: dict[tuple[str, int], VersionFacts] = {}
-        self._reading: dict[tuple[str, int], asyncio.Task[VersionFacts]] = {}
-
-    def known(self, model: str, version: int) -> VersionFacts | None:
-        """Facts that were read before."""
-        return self._known.get((model, version))
-
-    async def usable(self, model: str, version: int) -> VersionFacts:
-        """Facts about a version that can be asked.
-
-        Raises:
-            StaleVersionError: If its views are declared otherwise now.
-            HeliostatError: If there is no such version, or the catalog can't be read.
-        """
-        facts = self._known.get((model, version)) or await self._facts(model, version)
-        if facts.stale:
-            raise StaleVersionError(model, version, facts.stale)
-        return facts
-
-    async def prior(self, model: str, version: int) -> float | None:
-        """Its mean prediction, None if it isn't known."""
-        try:
-            return (await self._facts(model, version)).prior
-        except HeliostatError:
-            return None
-
-    async def _facts(self, model: str, version: int) -> VersionFacts:
-        """Facts, read once however many ask; reading goes on if they leave."""
-        key = model, version
-        known = self._known.get(key)
-        if known is not None:
-            return known
-        task = self._reading.get(key)
-        if task is None:
-            task = self._reading[key] = asyncio.create_task(in_thread(self._read, model, version))
-            task.add_done_callback(lambda done: self._note(key, done))
-        return await asyncio.shield(task)
-
-    def _note(self, key: tuple[str, int], done: asyncio.Task[VersionFacts]) -> None:
-        del self._reading[key]
-        if not done.cancelled() and done.exception() is None:
-            self._known[key] = done.result()
 
 
 @dataclass(slots=True, eq=False)
@@ -508,7 +419,7 @@ class Predictor:
             parts = await asyncio.gather(
                 *(self._score_rows(batch, version, each, until=until) for version, each in rows.items())
             )
-            predictions = _merged(parts, np.concatenate(list(rows.values())))
+            predictions = Predictions.merged(parts, np.concatenate(list(rows.values())))
         predictions.variants = [assignment.names[at] for at in assignment.chosen.tolist()]
         predictions.absent = batch.block.absent_views()
         return predictions
@@ -545,7 +456,7 @@ class Predictor:
             names, matrix = seen[scored.version]
         else:
             names, matrix = tuple(map(shown, block.names)), block.matrix(block.names, rows)
-        predictions = _predictions(scored.scores, scored.version, scored.rung, names, matrix)
+        predictions = Predictions.of(scored.scores, scored.version, scored.rung, names, matrix)
         if scored.rung is not None or not block.stored:
             _mark(predictions, scored, block, rows, spared.get(scored.version) if by_a_model else None)
             cause = block.cause if scored.rung is None else scored.cause
@@ -609,7 +520,7 @@ class Predictor:
                 matrix = batch.block.matrix(facts.wanted)
                 async with asyncio.timeout_at(until):
                     scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix, beside=True))
-                shadow = _predictions(scores, version, None, facts.names, matrix)
+                shadow = Predictions.of(scores, version, None, facts.names, matrix)
                 shadow.variants = [SHADOW_NAME] * len(shadow)
                 await self._log.write(
                     [self._record(batch, _answers(batch, shadow), shadow)], rows=len(shadow), until=until
@@ -634,18 +545,6 @@ def _told(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _predictions(
-    scores: FloatArray, version: int, rung: Rung | None, names: tuple[str, ...], matrix: FloatArray
-) -> Predictions:
-    """What one version, or whatever stood in for it, says of some rows."""
-    n = len(matrix)
-    nulls = np.isnan(matrix)
-    missing: list[tuple[str, ...]] = [()] * n
-    if nulls.any():
-        missing = [tuple(itertools.compress(names, row)) for row in nulls.tolist()]
-    return Predictions(scores.tolist(), [version] * n, [rung] * n, matrix, missing)
-
-
 def _mark(
     predictions: Predictions,
     scored: Scored,
@@ -666,30 +565,6 @@ def _mark(
             predictions.fallbacks[row] = spared[row]
     predictions.spared = [None] * n if spared is None else list(spared)
     predictions.ages_s = ages
-
-
-def _merged(parts: Sequence[Predictions], rows: NDArray[np.intp]) -> Predictions:
-    """Parts that are about some rows each, two or more in all, as one about all of them, in order."""
-    order = np.argsort(rows)
-    in_order = itemgetter(*order.tolist())
-
-    def column(name: str) -> list[Any]:
-        return list(in_order(list(itertools.chain.from_iterable(getattr(part, name) for part in parts))))
-
-    spared = any(part.spared for part in parts)
-    for part in parts if spared else ():
-        part.spared = part.spared or [None] * len(part)
-        part.ages_s = part.ages_s or [None] * len(part)
-    one_matrix = len({part.vectors[0].shape for part in parts}) == 1
-    return Predictions(
-        column("scores"),
-        column("versions"),
-        column("fallbacks"),
-        np.concatenate([part.vectors for part in parts])[order] if one_matrix else column("vectors"),
-        column("missing"),
-        spared=column("spared") if spared else [],
-        ages_s=column("ages_s") if spared else [],
-    )
 
 
 def _answers(batch: _Batch, predictions: Predictions) -> list[PredictAnswer]:

@@ -12,7 +12,7 @@ from heliostat.clock import US_PER_S, Clock
 from heliostat.features.request import UniformOverrides
 from heliostat.serving.fallback import Rung
 from heliostat.serving.last_seen import LastSeen
-from heliostat.serving.stages import FeatureBlock, FeatureQuery, FeatureReaders, shown
+from heliostat.serving.lookup import FeatureBlock, FeatureQuery, FeatureReaders, shown
 from heliostat.serving.telemetry import Board
 
 FloatArray = NDArray[np.float64]

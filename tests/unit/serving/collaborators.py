@@ -23,11 +23,14 @@ from heliostat.online.tiles import RingLimits, pack_rings, ring_layout, tile_sta
 from heliostat.schema import TIMESTAMP, hash64, tie48, times_us
 from heliostat.serving.breaker import BreakerRule, Breakers, guarded
 from heliostat.serving.fallback import BatchCache, VersionLadder
+from heliostat.serving.lookup import FeatureLookup, FeatureReaders
 from heliostat.serving.prediction_log import PredictionLog
-from heliostat.serving.predictor import STORE, Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.predictor import STORE, Predictor, Stages
 from heliostat.serving.requests import PredictRequest
-from heliostat.serving.stages import ABRouter, FeatureLookup, FeatureReaders, ModelRunner
+from heliostat.serving.routing import ABRouter
+from heliostat.serving.scoring import ModelRunner
 from heliostat.serving.telemetry import Meter
+from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.streams import rows_from
 

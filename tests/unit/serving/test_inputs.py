@@ -20,10 +20,13 @@ from heliostat.features.definitions import Entity, EventSource, FeatureView, Flo
 from heliostat.features.offline import compute_features
 from heliostat.models.definitions import Definitions, Label, ModelSpec
 from heliostat.schema import TIMESTAMP, text_code
+from heliostat.serving.lookup import FeatureLookup, FeatureQuery, FeatureReaders
 from heliostat.serving.prediction_log import PredictionLog
-from heliostat.serving.predictor import Predictor, Stages, VersionBook, VersionFacts
+from heliostat.serving.predictor import Predictor, Stages
 from heliostat.serving.requests import PredictRequest, parse_predict
-from heliostat.serving.stages import ABRouter, FeatureLookup, FeatureQuery, FeatureReaders, ScoreQuery
+from heliostat.serving.routing import ABRouter
+from heliostat.serving.scoring import ScoreQuery
+from heliostat.serving.version_book import VersionBook, VersionFacts
 from tests.rings import rings_of
 from tests.unit.serving.collaborators import KEYS, LIMITS, N_BUCKETS, NOW_US, OnlineMemory, Stream
 

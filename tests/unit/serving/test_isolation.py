@@ -14,7 +14,7 @@ from heliostat.errors import ArtifactCorruptError, ModelTooLargeError
 from heliostat.experiments.assignment import RoutingDocument
 from heliostat.models.packaging import LoadedModel
 from heliostat.serving.breaker import BreakerRule
-from heliostat.serving.stages import ModelRunner, ScoreQuery
+from heliostat.serving.scoring import ModelRunner, ScoreQuery
 from tests.unit.serving.collaborators import NAMES, House, Versions, request, trained
 
 DEADLINE_MS = 500.0

@@ -28,7 +28,7 @@ from heliostat.serving.answers import EntityAnswer, Explanation, PredictAnswer
 from heliostat.serving.breaker import BreakerRule, State
 from heliostat.serving.predictor import STORE
 from heliostat.serving.requests import PredictRequest
-from heliostat.serving.stages import ScoreQuery
+from heliostat.serving.scoring import ScoreQuery
 from heliostat.tracing import CURRENT, Trace
 from tests.unit.serving.collaborators import KEYS, NAMES, House, request, split, trained
 

@@ -15,7 +15,9 @@ from heliostat.errors import (
 )
 from heliostat.experiments.assignment import RoutingDocument
 from heliostat.models.packaging import LoadedModel
-from heliostat.serving.stages import ABRouter, FeatureQuery, ModelRunner, RouteQuery, ScoreQuery
+from heliostat.serving.lookup import FeatureQuery
+from heliostat.serving.routing import ABRouter, RouteQuery
+from heliostat.serving.scoring import ModelRunner, ScoreQuery
 from tests.unit.serving.collaborators import NAMES, House, Versions, split, trained
 
 # ── Features ────────────────────────────────────────────────────────────────────────
