@@ -38,7 +38,7 @@ from benchmarks.peers import ROOT, Contender, Report, Turns, facts, interleaved,
 from benchmarks.programs import Program, valkey_server
 from heliostat import cluster
 from heliostat.features.offline import compute_features
-from heliostat.online.materialize import materialize
+from heliostat.online.materialize import SMALL_MATERIALIZATION, materialize
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP
@@ -259,6 +259,8 @@ def report(plan: Plan, outcome: Outcome) -> Report:
             f"{outcome.rings:,} users have activities in the windows, and a ring; Feast writes a row for others too.",
             "Entity rows: what each wrote; Heliostat's are rings.",
             "Same server over TCP, with its append-only file, emptied before each run, so all is written.",
+            "Heliostat, one process: where no Ray is connected. Heliostat on Ray: where one is.",
+            f"Up to {SMALL_MATERIALIZATION:,} events it does the work the same way.",
             f"Medians of {plan.runs} runs in turns, warmed up.",
             "Peak memory: of all of a contender's processes together; Ray, idle, holds most of a GiB.",
             "Server: the memory of its data afterwards. Rings hold the past that windows slide over.",

@@ -7,7 +7,8 @@
 Run it after events were ingested in bulk, after a view was added or changed, and regularly: it looks
 only at entities with new events, and once a day (`materialization.full_every`) at all of them. It may
 run beside live ingestion, and again; killed, it goes on where it was. After the online server's data
-were lost, --rebuild restores everything. Exit codes: docs/operations.md.
+were lost, --rebuild restores everything. What is small it does itself, the rest on Ray. Exit codes:
+docs/operations.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Annotated
 
 import typer
 
-from heliostat import cluster
 from heliostat.cli import ConfigOption, HomeOption, run_job, shell_settings
 from heliostat.errors import InvalidValueError
 from heliostat.rebuild import materialize_views, past_instant_us, rebuild, shown
@@ -42,12 +42,11 @@ def main(
     with Workspace.open(settings) as workspace, shown() as step:
         views = None if not view else [workspace.definitions.view(name) for name in view]
         as_of_us = past_instant_us(workspace, as_of)
-        with cluster.connect(workspace.settings):
-            if everything:
-                rebuilt = rebuild(workspace, on_step=step)
-                print(json.dumps(rebuilt.describe()) if as_json else rebuilt)
-                return
-            done = materialize_views(workspace, views, as_of_us=as_of_us, full=full, on_step=step)
+        if everything:
+            rebuilt = rebuild(workspace, on_step=step)
+            print(json.dumps(rebuilt.describe()) if as_json else rebuilt)
+            return
+        done = materialize_views(workspace, views, as_of_us=as_of_us, full=full, on_step=step)
     for each in done:
         print(json.dumps(each.describe()) if as_json else each)
 

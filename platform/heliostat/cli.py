@@ -132,7 +132,7 @@ def status(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOp
 def rebuild_online(config: ConfigOption = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Restore all online state from log, catalog and tables, after the online server's data were lost."""
     settings = shell_settings(config, home)
-    with Workspace.open(settings) as workspace, shown() as step, cluster.connect(workspace.settings):
+    with Workspace.open(settings) as workspace, shown() as step:
         rebuilt = rebuild(workspace, on_step=step)
     if as_json:
         print_json(rebuilt.describe())

@@ -145,6 +145,11 @@ def connect(settings: Settings) -> Iterator[None]:
         own.close()
 
 
+def is_given(settings: Settings) -> bool:
+    """Whether `connect` joins a cluster, rather than start one: that takes ten seconds, which small work doesn't."""
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS") or head_address(settings.home))
+
+
 @contextlib.contextmanager
 def _temporary_files(folder: str) -> Iterator[None]:
     """Processes started inside leave their temporary files in a folder that somebody removes; Ray's logs stay."""

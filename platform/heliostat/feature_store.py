@@ -6,8 +6,8 @@
         store.get_historical(orders, ["spending", "scores__risk"], as_of="ordered_at")
 
 What goes in comes out: pandas gives pandas, Arrow gives Arrow, a Ray Dataset gives a Ray Dataset.
-Tables work without Ray, in this process; where Ray is connected, `materialize` and what is large of
-`get_historical` run on it, a task a bucket. Datasets are never collected here.
+Tables work without Ray, in this process; where Ray is connected, what is large of `materialize` and
+`get_historical` runs on it, a task a bucket. Datasets are never collected here.
 
 Values of a `FeatureView` come from its events alone. What programs compute themselves is
 declared as a `PrecomputedView` and written: `write_online` changes the online store at once and
@@ -201,7 +201,7 @@ class FeatureStore:
     def materialize(self, views: Sequence[ViewLike] | None = None) -> None:
         """Bring views' history from the event log into the online store; None: all views.
 
-        Safe beside live writes, and again. Runs on the connected Ray; without one, in this process.
+        Safe beside live writes, and again. What is large runs on Ray, if it is connected; all else in this process.
         """
         chosen = list(self.definitions.views.values()) if views is None else [self.view(each) for each in views]
         _materialize(chosen, self._workspace, on_ray=ray_is_connected())

@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from heliostat import cluster
 from heliostat.batch import restore_cache
 from heliostat.clock import format_instant, parse_instant_us
 from heliostat.errors import InvalidValueError
 from heliostat.features.definitions import FeatureView
 from heliostat.online.bucket_rings import RateLimit
-from heliostat.online.materialize import Materialization, OnStep, Step, materialize
+from heliostat.online.materialize import (
+    SMALL_MATERIALIZATION,
+    SMALL_WITHOUT_RAY,
+    Materialization,
+    OnStep,
+    Step,
+    materialize,
+)
 from heliostat.online.tiles import RingLimits
 from heliostat.storage.delta import StreamId
 from heliostat.storage.online_store import OnlineConfig
@@ -80,7 +89,7 @@ def materialize_views(
         views: Which; None: all versions of all.
         as_of_us: An earlier instant; None: now.
         full: Look at all entities, also where nothing has changed.
-        on_ray: On the Ray that is connected; False: in this process.
+        on_ray: What isn't small on Ray, which is joined, or started for that; False: all in this process.
         on_step: Told how far it is.
 
     Raises:
@@ -89,21 +98,33 @@ def materialize_views(
     """
     settings = workspace.settings.materialization
     chosen = list(workspace.definitions.views.values()) if views is None else views
-    for view in chosen:
-        workspace.categories.catch_up(workspace.event_log, view)
-    return materialize(
-        chosen,
-        event_log=workspace.event_log,
-        online=OnlineConfig.of(workspace.settings),
-        as_of_us=workspace.clock.now_us() if as_of_us is None else as_of_us,
-        limits=RingLimits.of(workspace.settings.ingestion),
-        present=as_of_us is None,
-        full=full,
-        full_every_us=settings.full_every_us,
-        rate=RateLimit(settings.max_entities_per_s, settings.max_bytes_per_s),
-        on_ray=on_ray,
-        on_step=on_step,
-    )
+    with _joined(workspace, on_ray):
+        for view in chosen:
+            workspace.categories.catch_up(workspace.event_log, view)
+        return materialize(
+            chosen,
+            event_log=workspace.event_log,
+            online=OnlineConfig.of(workspace.settings),
+            as_of_us=workspace.clock.now_us() if as_of_us is None else as_of_us,
+            limits=RingLimits.of(workspace.settings.ingestion),
+            present=as_of_us is None,
+            full=full,
+            full_every_us=settings.full_every_us,
+            rate=RateLimit(settings.max_entities_per_s, settings.max_bytes_per_s),
+            on_ray=on_ray,
+            small=SMALL_MATERIALIZATION if cluster.is_given(workspace.settings) else SMALL_WITHOUT_RAY,
+            connect=partial(cluster.connect, workspace.settings),
+            on_step=on_step,
+        )
+
+
+def _joined(workspace: Workspace, on_ray: bool) -> AbstractContextManager[None]:
+    """Join a cluster that there is, first of all: it says if its machines don't share the storage.
+
+    To start one takes ten seconds; that waits until Ray has something to do.
+    """
+    settings = workspace.settings
+    return cluster.connect(settings) if on_ray and cluster.is_given(settings) else nullcontext()
 
 
 def past_instant_us(workspace: Workspace, text: str | None) -> int | None:
@@ -127,13 +148,18 @@ def rebuild(workspace: Workspace, *, on_ray: bool = True, on_step: OnStep | None
 
     Args:
         workspace: All stores, clock, settings and declarations.
-        on_ray: On the Ray that is connected; False: in this process.
+        on_ray: As `materialize_views` takes it.
         on_step: Told how far it is.
 
     Raises:
         StorageError: If a store can't be reached.
         MaterializationConflictError: If another materialization of the same began meanwhile.
     """
+    with _joined(workspace, on_ray):
+        return _rebuilt(workspace, on_ray, on_step)
+
+
+def _rebuilt(workspace: Workspace, on_ray: bool, on_step: OnStep | None) -> Rebuilt:
     online, views = workspace.online, list(workspace.definitions.views.values())
     moved = advance(online, _positions(workspace))
     routes = []

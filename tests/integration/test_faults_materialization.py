@@ -192,7 +192,7 @@ def test_a_ray_worker_that_is_killed_during_a_backfill_is_replaced_and_the_resul
     beside_live_events: World, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("heliostat.online.materialize.BucketTask", mortal(home, "_write", times=1))
-    (done,) = beside_live_events.materialize(SPENDING, on_ray=True)
+    (done,) = beside_live_events.materialize(SPENDING, on_ray=True, small=0)
     assert deaths(home) == 1
     assert (done.buckets, done.entities) == (N_BUCKETS, USERS)
     beside_live_events.check(SPENDING)
@@ -207,9 +207,9 @@ def test_a_backfill_whose_workers_are_killed_again_and_again_fails_and_is_resume
     with monkeypatch.context() as patched:
         patched.setattr("heliostat.online.materialize.BucketTask", mortal(home, "_remember", times=1_000))
         with pytest.raises(WorkerCrashedError):
-            beside_live_events.materialize(SPENDING, on_ray=True)
+            beside_live_events.materialize(SPENDING, on_ray=True, small=0)
     assert deaths(home) > 1, "Ray tries again"
-    (rest,) = beside_live_events.materialize(SPENDING, on_ray=True)
+    (rest,) = beside_live_events.materialize(SPENDING, on_ray=True, small=0)
     assert rest.buckets == N_BUCKETS - 1, "the other one had come to its end"
     assert rest.rings.written == 0, "what was written before it was noted is there"
     beside_live_events.check(SPENDING)

@@ -508,7 +508,7 @@ def test_ray_materializes_views_of_several_entities_and_says_what_it_did(
     events = random_orders(600, seed=15)
     event_log.append(orders, events, ingested_us=NOW_US)
     options: dict[str, Any] = {
-        "event_log": event_log, "online": store.config, "as_of_us": NOW_US, "limits": LIMITS,
+        "event_log": event_log, "online": store.config, "as_of_us": NOW_US, "limits": LIMITS, "small": 0,
     }  # fmt: skip
     of_users, of_shops = materialize([habits, traffic], **options)
     assert (of_users.events, of_users.entities) == (600, len(set(events["user_id"].to_pylist())))

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import contextlib
 import io
+from pathlib import Path
+from typing import Any
 
+import pytest
+
+from heliostat import cluster, rebuild
 from heliostat.online.bucket_rings import BucketState
-from heliostat.online.materialize import Materialization, Step
-from heliostat.rebuild import Rebuilt, shown
+from heliostat.online.materialize import SMALL_MATERIALIZATION, SMALL_WITHOUT_RAY, Materialization, Step
+from heliostat.rebuild import Rebuilt, materialize_views, shown
+from heliostat.settings import OnlineSettings, Settings
 from heliostat.storage.ring_writes import RingCounts
+from heliostat.workspace import Workspace
 
 DONE = Materialization(("a@1",), 0, 3, 4, 1, 500, 90, RingCounts(80, 5, 0, 0, 5), 1000, 2.0)
 
@@ -58,3 +66,23 @@ def test_a_state_that_cant_be_read_is_none_at_all() -> None:
     assert BucketState.of(None) is None
     assert BucketState.of(b"{") is None
     assert BucketState.of(b'{"version": 1}') is None
+
+
+@pytest.mark.parametrize(("given", "small"), [(True, SMALL_MATERIALIZATION), (False, SMALL_WITHOUT_RAY)])
+def test_a_ray_that_would_have_to_be_started_is_worth_it_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool, small: int
+) -> None:
+    asked: list[dict[str, Any]] = []
+    joined: list[Settings] = []
+
+    def materialize(_: Any, **options: Any) -> tuple[()]:
+        asked.append(options)
+        return ()
+
+    monkeypatch.setattr(rebuild, "materialize", materialize)
+    monkeypatch.setattr(cluster, "is_given", lambda _: given)
+    monkeypatch.setattr(cluster, "connect", lambda settings: joined.append(settings) or contextlib.nullcontext())
+    settings = Settings(home=tmp_path, online=OnlineSettings(url="redis://127.0.0.1:1"))
+    materialize_views(Workspace(settings), [])
+    assert [(each["small"], each["on_ray"]) for each in asked] == [(small, True)]
+    assert len(joined) == given, "one that is there says first of all whether its machines share the storage"

@@ -6,8 +6,9 @@ planning. Their results wait for whoever takes them, and no more are begun than 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -17,6 +18,7 @@ from heliostat.cluster import cpus_a_task
 from heliostat.errors import HeliostatError
 
 Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 
 def over_buckets(
@@ -35,7 +37,7 @@ def over_buckets(
     Raises:
         HeliostatError: What a task raised, as itself.
     """
-    yield from _over(task, range(n_buckets), concurrency)
+    yield from _with_rows(over_each(task, range(n_buckets), concurrency=concurrency))
 
 
 def over_blocks(
@@ -54,36 +56,57 @@ def over_blocks(
     Raises:
         HeliostatError: What a task raised, as itself.
     """
-    yield from _over(task, blocks, concurrency)
+    yield from _with_rows(over_each(task, blocks, concurrency=concurrency))
 
 
-def _over(task: Callable[[Given], pa.Table], work: Sequence[Given], concurrency: int | None) -> Iterator[pa.Table]:
-    """Each piece of work in a task; no more are under way than are needed to keep all cores busy."""
+def over_each(
+    task: Callable[[Given], Found], work: Sequence[Given], *, concurrency: int | None = None
+) -> Generator[Found, None, None]:
+    """The same for any pieces of work, which are small; a plain object takes Ray half as long as a table.
+
+    Args:
+        task: Picklable; takes one of them.
+        work: In this order.
+        concurrency: Most at a time; None: as many as there are cores.
+
+    Yields:
+        What the tasks gave.
+
+    Raises:
+        HeliostatError: What a task raised, as itself.
+    """
     each_takes = cpus_a_task()
     at_a_time = concurrency or 2 * max(1, int(ray.cluster_resources().get("CPU", 1.0) / each_takes))
-    remote, shared = ray.remote(_run).options(num_cpus=each_takes), ray.put(task)
+    remote, shared = _IN_A_TASK.options(num_cpus=each_takes), ray.put(task)
     begun = 0
-    under_way: list[ray.ObjectRef[pa.Table]] = []
+    under_way: list[ray.ObjectRef[Found]] = []
     try:
         while begun < len(work) or under_way:
             while begun < len(work) and len(under_way) < at_a_time:
                 under_way.append(remote.remote(shared, work[begun]))
                 begun += 1
             done, under_way = ray.wait(under_way, num_returns=1)
-            table = _got(done[0])
-            if table.num_rows:
-                yield table
+            yield _got(done[0])
     finally:
         for each in under_way:
             ray.cancel(each)
 
 
-def _run(task: Callable[[Given], pa.Table], given: Given) -> pa.Table:
+def _with_rows(tables: Generator[pa.Table, None, None]) -> Iterator[pa.Table]:
+    with contextlib.closing(tables):
+        yield from (table for table in tables if table.num_rows)
+
+
+def _run(task: Callable[[Given], Found], given: Given) -> Found:
     return task(given)
 
 
-def _got(done: ray.ObjectRef[pa.Table]) -> pa.Table:
-    """A task's table; an error of ours inside it comes out as itself."""
+# Once: Ray brings every function that it is given to every worker.
+_IN_A_TASK = ray.remote(_run)
+
+
+def _got(done: ray.ObjectRef[Any]) -> Any:  # noqa: ANN401 - a task's own
+    """What a task gave; an error of ours inside it comes out as itself."""
     try:
         return ray.get(done)
     except RayTaskError as error:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from heliostat.features.aggregations import InputValues, evaluate
 from heliostat.features.definitions import FeatureView
 from heliostat.features.entity_codes import EntityCodes
-from heliostat.features.offline import needed_columns
+from heliostat.features.offline import earliest_us, needed_columns
 from heliostat.features.timeline import EventIndex
 from heliostat.online.tiles import (
     BoolArray,
@@ -83,6 +83,11 @@ class RingPlan:
         return tuple(
             (group.descriptor, self.limits.first_live_tile(self.as_of_us, group.hop_us)) for group in self.groups
         )
+
+    @cached_property
+    def first_us(self) -> int | None:
+        """Events before aren't looked at; None: all are."""
+        return earliest_us(self.views, np.array([self.as_of_us]))
 
     @property
     def open_us(self) -> int:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.errors import StreamEntryError
-from heliostat.features.offline import earliest_us, unique_events
+from heliostat.features.offline import unique_events
 from heliostat.online.backfill import RingPlan
 from heliostat.schema import ID_HASH, INGESTED, TIMESTAMP, hash64, times_us
 from heliostat.storage.event_files import cut
@@ -122,7 +122,7 @@ class HistoryReader:
         """Events in reach, and those in open tiles; from one look at the files where that is little."""
         plan, source, entity = self.plan, self.plan.views[0].source, self.plan.views[0].entity
         until_us = plan.as_of_us + (plan.limits.future_tolerance_us if self.present else 0)
-        first_us, open_us = earliest_us(plan.views, np.array([plan.as_of_us])), plan.open_us
+        first_us, open_us = plan.first_us, plan.open_us
         columns = (*plan.needed, ID_HASH)
         short = tuple(dict.fromkeys((*entity.key_columns, source.event_id)))
         every = tuple(dict.fromkeys((*columns, *short, INGESTED)))
@@ -159,9 +159,9 @@ class HistoryReader:
         if found.num_rows:
             buckets = entity.buckets(entity.encode(found), self.event_log.n_buckets)
             found = found.filter(pa.array(buckets == self.bucket))
-        first_us = earliest_us(plan.views, np.array([plan.as_of_us]))
-        if first_us is not None:
-            found = found.filter(pc.greater_equal(found.column(source.event_time), pa.scalar(first_us, TIMESTAMP)))
+        if plan.first_us is not None:
+            after = pa.scalar(plan.first_us, TIMESTAMP)
+            found = found.filter(pc.greater_equal(found.column(source.event_time), after))
         found = unique_events(source, found)
         hashes = hash64(found.column(source.event_id)).view(np.int64) if found.num_rows else np.empty(0, np.int64)
         return found.append_column(ID_HASH, pa.array(hashes))

@@ -12,10 +12,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -330,66 +329,13 @@ def _absorb(tally: _Tally, written: Future[list[RingOutcome]]) -> None:
         tally.busy.update(outcome.busy)
 
 
-JOB_SCHEMA = pa.schema(
-    [
-        ("bucket", pa.int64()),
-        ("after_us", pa.int64()),
-        ("full_us", pa.int64()),
-        ("paths", pa.list_(pa.string())),
-        ("left", pa.list_(pa.string())),
-    ]
-)
-DONE_SCHEMA = pa.schema(
-    [
-        ("bucket", pa.int64()),
-        ("full", pa.bool_()),
-        ("token", pa.int64()),
-        ("epoch", pa.int64()),
-        ("events", pa.int64()),
-        ("entities", pa.int64()),
-        ("n_bytes", pa.int64()),
-        ("rings", pa.list_(pa.int64())),
-        ("present", pa.list_(pa.large_binary())),
-    ]
-)
-
-
-def job_table(job: BucketJob) -> pa.Table:
-    """A job as Ray carries it: one row."""
-    row = {"bucket": job.bucket, "after_us": job.after_us, "full_us": job.full_us}
-    return pa.Table.from_pylist([{**row, "paths": list(job.paths), "left": list(job.left)}], schema=JOB_SCHEMA)
-
-
-def done_of(row: dict[str, Any]) -> BucketDone:
-    """What was done, from a row that `RunBuckets` gave."""
-    return BucketDone(**{**row, "rings": RingCounts(*row["rings"]), "present": tuple(row["present"])})
-
-
 @dataclass(frozen=True)
-class RunBuckets:
-    """The task as Ray calls it: a table of jobs in, what was done out."""
+class RunBucket:
+    """The task as Ray calls it."""
 
     task: BucketTask
 
-    def __call__(self, jobs: pa.Table) -> pa.Table:
-        """Run each row's job."""
-        done = []
+    def __call__(self, job: BucketJob) -> BucketDone:
+        """Materialize one bucket, on a connection of its own."""
         with OnlineStore(self.task.online) as store:
-            for row in jobs.to_pylist():
-                job = BucketJob(**{**row, "paths": tuple(row["paths"]), "left": tuple(row["left"])})
-                done.append(self.task.run(job, store))
-        rows = [
-            {
-                "bucket": each.bucket,
-                "full": each.full,
-                "token": each.token,
-                "epoch": each.epoch,
-                "events": each.events,
-                "entities": each.entities,
-                "n_bytes": each.n_bytes,
-                "rings": list(astuple(each.rings)),
-                "present": list(each.present),
-            }
-            for each in done
-        ]
-        return pa.Table.from_pylist(rows, schema=DONE_SCHEMA)
+            return self.task.run(job, store)

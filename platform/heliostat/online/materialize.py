@@ -1,8 +1,9 @@
 """Event log -> online rings: a view's history brought beside what live events made of it.
 
-One Ray task a bucket: read the bucket's events, add them up to tiles, pack rings, and let the server
-put each beside the ring it holds (`heliostat.storage.ring_scripts.WRITE_RINGS`). Running it twice, or
-beside live ingestion, changes nothing.
+Bucket by bucket: read its events, add them up to tiles, pack rings, and let the server put each beside
+the ring it holds (`heliostat.storage.ring_scripts.WRITE_RINGS`). Running it twice, or beside live
+ingestion, changes nothing. Few events are done by threads of this process, more by Ray's tasks
+(`SMALL_MATERIALIZATION`): the same work on a bucket, and the same rings.
 
 Each bucket says, beside its rings, which version of the log they were made from. So a run that is
 killed goes on where it was, and a run looks only at entities with events that the last one hadn't
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -31,22 +33,25 @@ from heliostat.online.backfill import RingPlan, rings_among, views_together
 from heliostat.online.bucket_rings import (
     BucketDone,
     BucketJob,
-    BucketState,
     BucketTask,
     RateLimit,
-    RunBuckets,
-    done_of,
-    job_table,
-    layout_name,
+    RunBucket,
 )
+from heliostat.online.due_buckets import due_jobs, every_job
 from heliostat.online.live import remember_ms
 from heliostat.online.tiles import RingLimits
-from heliostat.schema import TIMESTAMP, hash64
+from heliostat.schema import hash64
 from heliostat.storage.event_log import EventLog
-from heliostat.storage.log_version import NO_VERSION
+from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import BucketLease, EntityRings, RingBytes, RingCounts, RingLayouts
-from heliostat.storage.table_changes import TableChanges, table_changes
+
+SMALL_MATERIALIZATION = 500_000
+"""Events up to which this process brings them online itself, also where a Ray is connected. On two cores both ways
+are even there, and more of them gain by Ray."""
+
+SMALL_WITHOUT_RAY = 10_000_000
+"""The same where a Ray would have to be started first, which takes as long."""
 
 _AT_ONCE_HERE = 2  # one bucket is read and added up while the server takes another
 
@@ -134,6 +139,9 @@ class Step:
 OnStep: TypeAlias = Callable[[Step], None]
 """Is told of every bucket that is done, and once before the first."""
 
+Connect: TypeAlias = Callable[[], AbstractContextManager[object]]
+"""Connects Ray for as long as the block runs."""
+
 
 def materialize(
     views: Iterable[FeatureView],
@@ -148,6 +156,8 @@ def materialize(
     rate: RateLimit | None = None,
     concurrency: int | None = None,
     on_ray: bool = True,
+    small: int = SMALL_MATERIALIZATION,
+    connect: Connect = contextlib.nullcontext,
     on_step: OnStep | None = None,
 ) -> tuple[Materialization, ...]:
     """Materialize views: one task a bucket of each (source, entity), which its views share.
@@ -164,7 +174,9 @@ def materialize(
         full_every_us: Do so by itself after this long.
         rate: How fast rings may be written, over all tasks.
         concurrency: Most buckets at once; None: as many as there are CPUs, or two in this process.
-        on_ray: False: in this process, by threads.
+        on_ray: Whether Ray takes what isn't small; False: all is done by threads of this process.
+        small: Events of a (source, entity) up to which it is.
+        connect: Is entered before Ray has something to do; by default it is connected already.
         on_step: Told how far it is.
 
     Returns:
@@ -175,11 +187,26 @@ def materialize(
         MaterializationConflictError: If another materialization of the same began meanwhile.
     """
     done = []
-    for together in views_together(list(views)):
-        log = event_log.opened(together[0].source, together[0].entity)
-        task = BucketTask(together, event_log, log.version, online, as_of_us, limits, present, known=log)
-        done.append(_Run(task, full, full_every_us, rate or RateLimit(), concurrency, on_ray, on_step).run())
+    with contextlib.ExitStack() as stack:
+        for together in views_together(list(views)):
+            log = event_log.opened(together[0].source, together[0].entity)
+            task = BucketTask(together, event_log, log.version, online, as_of_us, limits, present, known=log)
+            ray = _Ray(connect, stack, small) if on_ray else None
+            done.append(_Run(task, log, full, full_every_us, rate or RateLimit(), concurrency, ray, on_step).run())
     return tuple(done)
+
+
+@dataclass(frozen=True)
+class _Ray:
+    """A Ray that is connected when it has something to do, until all is done."""
+
+    connect: Connect
+    until: contextlib.ExitStack
+    small: int
+
+    def ensure(self) -> None:
+        """Connect it."""
+        self.until.enter_context(self.connect())
 
 
 @dataclass
@@ -187,11 +214,12 @@ class _Run:
     """One materialization of views of one source and entity."""
 
     task: BucketTask
+    log: LogVersion
     full: bool
     full_every_us: int
     rate: RateLimit
     concurrency: int | None
-    on_ray: bool
+    ray: _Ray | None
     on_step: OnStep | None
     finished: list[BucketDone] = field(default_factory=list)
 
@@ -231,111 +259,42 @@ class _Run:
             entities = sum(done.entities for done in self.finished)
             self.on_step(Step(tuple(view.ref for view in self.task.views), len(self.finished), total, entities))
 
+    def _jobs(self, store: OnlineStore) -> list[BucketJob]:
+        if self.full or not self.task.present:
+            return every_job(self.task)
+        return due_jobs(self.task, store, self.full_every_us)
+
     def _over(self, jobs: Sequence[BucketJob]) -> Generator[BucketDone, None, None]:
+        """Do them here or on Ray, by how many events their buckets' reads open, as the log's statistics have it."""
         if not jobs:
             return
-        if not self.on_ray:
-            at_once = min(self.concurrency or _AT_ONCE_HERE, len(jobs))
-            task = replace(self.task, rate=self.rate.shared(at_once))
-            with OnlineStore(task.online) as store:
-                if at_once == 1:
-                    yield from (task.run(job, store) for job in jobs)
-                    return
-                with ThreadPoolExecutor(at_once) as pool:
-                    yield from pool.map(lambda job: task.run(job, store), jobs)
-            return
+        events = self.log.statistics([job.bucket for job in jobs], min_time_us=self.task.plan.first_us).rows
+        if self.ray is None or events <= self.ray.small:
+            yield from self._here(jobs)
+        else:
+            self.ray.ensure()
+            yield from self._on_ray(jobs)
+
+    def _here(self, jobs: Sequence[BucketJob]) -> Generator[BucketDone, None, None]:
+        at_once = min(self.concurrency or _AT_ONCE_HERE, len(jobs))
+        task = replace(self.task, rate=self.rate.shared(at_once))
+        with OnlineStore(task.online) as store:
+            if at_once == 1:
+                yield from (task.run(job, store) for job in jobs)
+                return
+            with ThreadPoolExecutor(at_once) as pool:
+                yield from pool.map(lambda job: task.run(job, store), jobs)
+
+    def _on_ray(self, jobs: Sequence[BucketJob]) -> Generator[BucketDone, None, None]:
         # So that programs without Ray don't wait for its import.
         import ray
 
         from heliostat.cluster import cpus_a_task
-        from heliostat.features.bucket_tasks import over_blocks
+        from heliostat.features.bucket_tasks import over_each
 
         at_once = self.concurrency or max(1, int(ray.cluster_resources().get("CPU", 1.0) / cpus_a_task()))
         task = replace(self.task, rate=self.rate.shared(min(at_once, len(jobs))))
-        blocks = [job_table(job) for job in jobs]
-        for batch in over_blocks(RunBuckets(task), blocks, concurrency=self.concurrency):
-            yield from (done_of(row) for row in batch.to_pylist())
-
-    # ── What is to be done ───────────────────────────────────────────────────────
-
-    def _jobs(self, store: OnlineStore) -> list[BucketJob]:
-        task = self.task
-        buckets = task.event_log.buckets
-        every = [BucketJob(bucket, None, task.as_of_us) for bucket in buckets]
-        if self.full or not task.present:
-            return every
-        states = self._states(store)
-        known = [state.version for state in states.values()]
-        source, entity = task.views[0].source, task.views[0].entity
-        place = task.event_log.table(source, entity)
-        changes = None
-        if known and task.log_version != NO_VERSION:
-            changes = table_changes(place, after=min(known), through=task.log_version)
-        elif known:
-            changes = TableChanges({}, {})
-        if changes is None:
-            return every
-        last_us = self._last_times()
-        jobs = (self._job(bucket, states.get(bucket), changes, last_us.get(bucket)) for bucket in buckets)
-        return [job for job in jobs if job is not None]
-
-    def _states(self, store: OnlineStore) -> dict[int, BucketState]:
-        """What each bucket's rings were made from, where that holds for all views."""
-        task, found = self.task, dict[int, BucketState]()
-        layouts = {each.view.ref: layout_name(each, task.limits) for each in task.plan.layouts}
-        for bucket in task.event_log.buckets:
-            documents = store.read([store.keys.bucket_state(ref, bucket) for ref in layouts])
-            states = [BucketState.of(document) for document in documents]
-            usable = [
-                state
-                for state, layout in zip(states, layouts.values(), strict=True)
-                if state is not None
-                and state.layout == layout
-                and NO_VERSION <= state.version <= task.log_version
-                and state.as_of_us <= task.as_of_us < state.full_us + self.full_every_us
-            ]
-            if len(usable) == len(layouts):
-                found[bucket] = BucketState(
-                    "",
-                    version=min(state.version for state in usable),
-                    as_of_us=min(state.as_of_us for state in usable),
-                    full_us=min(state.full_us for state in usable),
-                    left=tuple({text for state in usable for text in state.left}),
-                )
-        return found
-
-    def _last_times(self) -> dict[int, int]:
-        """The last event time of each bucket, as the log's statistics have it."""
-        source, entity = self.task.views[0].source, self.task.views[0].entity
-        place = self.task.event_log.table(source, entity)
-        table = place.open(self.task.log_version) if self.task.log_version != NO_VERSION else None
-        found: dict[int, int] = {}
-        if table is None:
-            return found
-        files, name = place.files(table), f"max.{source.event_time}"
-        if not files.num_rows:
-            return found
-        buckets = files.column(f"partition.{place.partition}").to_pylist()
-        unknown = np.iinfo(np.int64).max
-        if name in files.column_names:
-            ends = files.column(name).cast(TIMESTAMP).cast(pa.int64()).to_pylist()
-        else:
-            ends = [None] * len(buckets)
-        for bucket, end in zip(buckets, ends, strict=True):
-            found[int(bucket)] = max(found.get(int(bucket), 0), unknown if end is None else end)
-        return found
-
-    def _job(
-        self, bucket: int, state: BucketState | None, changes: TableChanges, last_us: int | None
-    ) -> BucketJob | None:
-        paths = None if state is None else changes.since(str(bucket), state.version)
-        if state is None or paths is None:
-            return BucketJob(bucket, None, self.task.as_of_us)
-        # Events that the log had already, but that hadn't happened yet at the last instant.
-        due = last_us is not None and last_us >= state.as_of_us > 0 and state.as_of_us < self.task.as_of_us
-        if not paths and not due and not state.left:
-            return None
-        return BucketJob(bucket, state.as_of_us, state.full_us, paths, state.left)
+        yield from over_each(RunBucket(task), jobs, concurrency=self.concurrency)
 
     # ── What nothing is left of ──────────────────────────────────────────────────
 

@@ -19,6 +19,8 @@ from heliostat.errors import OnlineStoreUnavailableError
 from heliostat.settings import Settings
 from heliostat.storage.quick_commands import AsyncQuickCommands, CommandPacker, QuickCommands
 
+# A hundred entities have more bytes of rings than a client takes at a time: over TCP that is a twentieth of a read.
+_READ_BYTES = 2**17
 _FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
@@ -162,14 +164,15 @@ class OnlineConfig:
         """Connections for quick commands alone; a cluster's client has to know where each key is, so it has none."""
         if self.cluster:
             return None
-        return QuickCommands(redis.ConnectionPool.from_url(self.url, retry=_once_more(), **self._options()))
+        options = self._options() | {"socket_read_size": _READ_BYTES}
+        return QuickCommands(redis.ConnectionPool.from_url(self.url, retry=_once_more(), **options))
 
     def quick_async(self) -> AsyncQuickCommands | None:
         """The same for asyncio, for the loop that uses them first."""
         if self.cluster:
             return None
         # One timer a command, instead of one for each thing that a connection waits for.
-        options = self._options() | {"socket_timeout": None}
+        options = self._options() | {"socket_timeout": None, "socket_read_size": _READ_BYTES}
         pool = redis.asyncio.ConnectionPool.from_url(self.url, retry=_once_more_async(), **options)
         return AsyncQuickCommands(pool, self.timeout_s)
 
