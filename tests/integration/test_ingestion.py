@@ -499,6 +499,20 @@ def test_a_replica_tells_what_waits_for_the_sink_and_since_when(settings: Settin
     assert look() == {"predictions": (0, 0.0), "events sales": (0, 0.0)}
 
 
+def test_looking_at_the_streams_ends_when_it_is_told_to_whatever_it_is_at(settings: Settings) -> None:
+    async def scenario(pause_s: float) -> None:
+        streams = AsyncStreams(OnlineConfig.of(settings))
+        backlog = Backlog(streams, {"predictions": [record_key(streams.config, "predictions")]}, Board())
+        backlog.start()
+        await asyncio.sleep(pause_s)
+        async with asyncio.timeout(5):
+            await backlog.close()
+        await streams.aclose()
+
+    for number in range(40):
+        asyncio.run(scenario(number * 0.0002))
+
+
 def test_waiting_entries_can_be_counted_and_their_age_told(sink: Sink) -> None:
     stream = sink.streams.record_stream("predictions")
     assert (sink.streams.lengths([stream]), sink.streams.oldest([stream])) == ({stream: 0}, None)

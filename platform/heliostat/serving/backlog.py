@@ -7,6 +7,7 @@ asks for predictions notices before.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -32,6 +33,7 @@ class Backlog:
     def __init__(self, streams: AsyncStreams, names: Mapping[str, Sequence[str]], board: Board) -> None:
         self._streams, self._names, self._board = streams, names, board
         self._task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     def start(self) -> None:
         """Look again and again, from now on."""
@@ -39,10 +41,10 @@ class Backlog:
             self._task = asyncio.get_running_loop().create_task(self._go_on())
 
     async def close(self) -> None:
-        """Look no more."""
+        """Look no more; a look that has begun is ended, since redis' client swallows some cancellations."""
+        self._closing.set()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await self._task
             self._task = None
 
     async def refresh(self) -> None:
@@ -59,11 +61,13 @@ class Backlog:
             self._board.set("heliostat_stream_age_seconds", name, value=max(0, waited_us) / US_PER_S)
 
     async def _go_on(self) -> None:
-        while True:
+        while not self._closing.is_set():
             try:
                 await self.refresh()
             except HeliostatError as error:
                 _logger.debug("what waits in the streams isn't known: %s", error)
             except Exception:
                 _logger.exception("looking at the streams failed")
-            await asyncio.sleep(_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_EVERY_S):
+                    await self._closing.wait()
