@@ -57,6 +57,9 @@ from heliostat.workspace import Workspace
 SHARE = 0.6
 """Of the capacity: the load."""
 
+_SEEN_S = 0.2
+"""How long an ingress may take to see that a process has gone."""
+
 
 # ── What goes wrong ─────────────────────────────────────────────────────────────────
 
@@ -113,8 +116,14 @@ class Stage:
     async def replica_killed(self, act: Act) -> None:
         """One of the processes that answer, without a word."""
         one = (await asyncio.to_thread(replicas))[0]
+        waiting, begun = self.load.in_flight, self.load.begun
         os.kill(one, signal.SIGKILL)
-        act.in_flight, act.mended_at = self.load.in_flight, time.monotonic()
+        act.mended_at = time.monotonic()
+        # Its sockets take requests until the kernel has closed them and the ingress has seen that.
+        while cluster._alive(one):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(_SEEN_S)
+        act.in_flight = waiting + self.load.begun - begun
         while len(await asyncio.to_thread(replicas)) > 1 and time.monotonic() < act.mended_at + 10:  # noqa: ASYNC110 - other processes
             await asyncio.sleep(0.02)
         while len(await asyncio.to_thread(replicas)) < 2 and time.monotonic() < act.mended_at + 60:  # noqa: ASYNC110 - as above

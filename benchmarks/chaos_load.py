@@ -146,7 +146,7 @@ class Act:
         fallbacks: How many predictions each rung gave.
         unlogged: Answers that said so.
         wrong: Answers that aren't right, and why; the first few.
-        in_flight: When a process was killed: how many requests waited for an answer then.
+        in_flight: When a process was killed: how many requests waited for an answer then, or came until it was gone.
         mended_at: When what was broken was whole again, or (a replica) was broken.
         last_bad_at: When the last answer came that wasn't the normal way's.
         notes: What the act itself has to say.
@@ -202,6 +202,7 @@ class Load:
         self.act = Act("before")
         self.revision = 0
         self.in_flight = 0
+        self.begun = 0
         self.answered: list[tuple[str, int, list[int], list[tuple[int, str, str | None]]]] = []
         """Request, the revision known when it was asked, customers, and version, variant, fallback of each."""
 
@@ -221,6 +222,7 @@ class Load:
                 await asyncio.sleep(due - loop.time())
             act, known, at = self.act, self.revision, turn % len(self._payloads)
             self.in_flight += 1
+            self.begun += 1
             try:
                 if pipe is None:
                     pipe = await asyncio.open_connection(self._host, self._port)

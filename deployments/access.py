@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.http import answer_to, as_protocol_has_it, path_of
+from deployments.http import answer_to, as_protocol_has_it, header_of, path_of
 from heliostat.errors import (
     AccessError,
     ForcedVariantError,
@@ -93,12 +93,12 @@ def forced_variant(scope: Scope) -> str | None:
     Raises:
         ForcedVariantError: If whoever sent it may not.
     """
-    for name, value in scope["headers"]:
-        if name == _VARIANT_HEADER:
-            if not access.caller_of(scope).may(access.Scope.ADMIN):
-                raise ForcedVariantError("X-Heliostat-Variant")
-            return bytes(value).decode("latin-1")
-    return None
+    found = header_of(scope, _VARIANT_HEADER)
+    if found is None:
+        return None
+    if not access.caller_of(scope).may(access.Scope.ADMIN):
+        raise ForcedVariantError("X-Heliostat-Variant")
+    return found.decode("latin-1")
 
 
 class AccessControl:

@@ -1,7 +1,7 @@
 """The ASGI application: routes, access control, traces, counting.
 
 `build_app` makes it from its parts; it knows nothing of Ray, so that it can be run, and debugged, by any ASGI
-server. `deployments.stages` puts it on Ray Serve.
+server. `deployments.graph` puts it on Ray Serve.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments import documentation
 from deployments.access import AccessControl
 from deployments.gateway import Api, Parts
-from deployments.http import answer_to, install_error_handlers, path_of
+from deployments.http import answer_to, header_of, install_error_handlers, path_of
 from deployments.open_inference import OpenInference
 from heliostat.serving.telemetry import Meter
 from heliostat.tracing import CURRENT, Trace
@@ -44,7 +44,7 @@ class Application:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trace = Trace.of(next((value for name, value in scope["headers"] if name == TRACE_HEADER), None))
+        trace = Trace.of(header_of(scope, TRACE_HEADER))
         token = CURRENT.set(trace)
         status = 500
         self._meter.in_flight += 1

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -53,7 +53,6 @@ _WATCHED_AFTER_S = 0.2
 _EVENTS_AT_ONCE = 100
 
 
-T = TypeVar("T")
 EventCoalescer = Coalescer[list[Any], list[EventResult]]
 
 
@@ -129,13 +128,20 @@ class Api:
         begin = time.perf_counter()
         variant = forced_variant(scope)
         body = await self.body(scope, receive)
-        answer = await self.unless_gone(receive, self.predictions(body, model, variant))
+        answer = await self.predictions(receive, body, model, variant)
         return json_response(answer.document((time.perf_counter() - begin) * 1e3))
 
     async def predictions(
-        self, body: bytes | dict[str, Any], model: str | None, variant: str | None = None
+        self, receive: Receive, body: bytes | dict[str, Any], model: str | None, variant: str | None
     ) -> PredictAnswer:
-        """What the body of a prediction request asks for, counted; ``model`` is the path's, ``variant`` forced."""
+        """What the body of a prediction request asks for, counted; given up when its client has gone.
+
+        Args:
+            receive: Has given the body.
+            body: As it is, or read.
+            model: The path's; None: it names none.
+            variant: The one that is forced; None: as assigned.
+        """
         begin = time.perf_counter()
         asked = parse_predict(
             body,
@@ -146,11 +152,7 @@ class Api:
             variant=variant,
         )
         self._parts.meter.of(asked.model).parsed((time.perf_counter() - begin) * 1e3)
-        return await self._parts.predictor.predict(asked)
-
-    async def unless_gone(self, receive: Receive, work: Awaitable[T]) -> T:
-        """What a prediction request's work gives; given up when its client has gone."""
-        return await unless_gone(receive, work, self._patience)
+        return await unless_gone(receive, self._parts.predictor.predict(asked), self._patience)
 
     def overridable_of(self, spec: ModelSpec) -> frozenset[str]:
         """The features that a request for a model may give."""

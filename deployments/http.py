@@ -46,6 +46,11 @@ def path_of(scope: Scope) -> str:
     return path[len(root) :] if root and path.startswith(root) else path
 
 
+def header_of(scope: Scope, name: bytes) -> bytes | None:
+    """A request's header by its name in small letters; None if it has none, the first if it has several."""
+    return next((value for each, value in scope["headers"] if each == name), None)
+
+
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int, limits: Limits) -> bytes:
     """A request's body, given up as soon as it is larger than allowed, whatever its headers say, or late.
 
@@ -98,7 +103,6 @@ async def unless_gone(receive: Receive, work: Awaitable[T], limits: Limits) -> T
     Raises:
         ClientDisconnect: If the client has gone.
     """
-    leaving = Interruption()
     watching: asyncio.Task[None] | None = None
 
     async def watch() -> None:
@@ -110,17 +114,14 @@ async def unless_gone(receive: Receive, work: Awaitable[T], limits: Limits) -> T
         nonlocal watching
         watching = asyncio.create_task(watch())
 
-    due = limits.call(begin)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if leaving.taken_back():
-            raise ClientDisconnect from None
-        raise
-    finally:
-        due.cancel()
-        if watching is not None:
-            watching.cancel()
+    with Interruption(ClientDisconnect) as leaving:
+        due = limits.call(begin)
+        try:
+            return await work
+        finally:
+            due.cancel()
+            if watching is not None:
+                watching.cancel()
 
 
 def error_code(error: HeliostatError) -> str:

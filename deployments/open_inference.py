@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope
 
 from deployments.access import forced_variant
 from deployments.gateway import Api, Parts
-from deployments.http import RETRY_AFTER, answer_to, as_protocol_has_it, json_response
+from deployments.http import RETRY_AFTER, answer_to, as_protocol_has_it, header_of, json_response
 from heliostat.errors import (
     HeliostatError,
     InvalidFieldError,
@@ -134,14 +134,13 @@ class OpenInference:
             serving = tuple(str(each) for each in await self._serving(spec, version))
             if serving != (version,):
                 raise VersionNotServingError(spec.name, version, serving)
-        encoding = _header(scope, b"content-encoding")
-        if encoding not in (None, "identity"):
-            raise InvalidFieldError("header 'Content-Encoding'", f"is {encoding!r}", "a body that isn't compressed")
+        encoding = header_of(scope, b"content-encoding")
+        if encoding not in (None, b"identity"):
+            told = f"is {encoding.decode('latin-1')!r}"
+            raise InvalidFieldError("header 'Content-Encoding'", told, "a body that isn't compressed")
         body = await self._api.body(scope, receive)
         asked = parse_infer(body, _header_length(scope), spec)
-        answer = await self._api.unless_gone(
-            receive, self._api.predictions(asked.body, spec.name, forced_variant(scope))
-        )
+        answer = await self._api.predictions(receive, asked.body, spec.name, forced_variant(scope))
         others = {str(each) for each in answer.predictions.versions} - {version}
         if version is not None and others:  # promoted meanwhile, or a fallback: not what was asked for
             raise VersionNotServingError(spec.name, version, tuple(sorted(others)))
@@ -172,14 +171,11 @@ class OpenInference:
         return versions
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
-    return next((value.decode("latin-1") for each, value in scope["headers"] if each == name), None)
-
-
 def _header_length(scope: Scope) -> int | None:
-    text = _header(scope, HEADER_LENGTH.lower().encode())
-    if text is None:
+    found = header_of(scope, HEADER_LENGTH.lower().encode())
+    if found is None:
         return None
+    text = found.decode("latin-1")
     if not (text.isascii() and text.isdecimal() and len(text) <= 12):
         raise InvalidFieldError(f"header {HEADER_LENGTH!r}", f"is {text!r}", "a number of bytes")
     return int(text)

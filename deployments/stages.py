@@ -164,10 +164,9 @@ def key_ring(workspace: Workspace) -> KeyRing | None:
 
 def stream_names(workspace: Workspace) -> dict[str, list[str]]:
     """The keys of all streams, as metrics name them: a source's are one."""
-    config, buckets = workspace.online_config, range(workspace.settings.storage.buckets)
+    config, n_buckets = workspace.online_config, workspace.settings.storage.buckets
     events = {
-        f"events {source}": [config.keys.events(source, bucket) for bucket in buckets]
-        for source in workspace.definitions.sources
+        f"events {source}": config.keys.event_streams(source, n_buckets) for source in workspace.definitions.sources
     }
     records: tuple[StreamName, ...] = ("predictions", "actuals")
     return events | {name: [record_key(config, name)] for name in records}

@@ -13,9 +13,8 @@ import pytest
 
 from deployments import graph
 from heliostat.experiments.assignment import RoutingDocument
-from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.workspace import Workspace
-from tests.integration.test_serving import register
+from tests.integration.test_serving import register, settings_on_serve
 
 ENTITIES = list(range(1, 9))
 ASKED = {"entity_ids": ENTITIES, "features": [{"count_30d": each % 5} for each in ENTITIES]}
@@ -24,14 +23,9 @@ VERSIONS = (1, 2, 3)
 
 @pytest.fixture
 def shop(session_home: Path, valkey: str, ray_local: None) -> Iterator[Workspace]:  # noqa: ARG001 - it must run
-    settings = Settings(
-        project="live-promotion",
-        home=session_home / "live-promotion",
-        online=OnlineSettings(url=valkey),
-        clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-        serving=ServingSettings(port=0, replicas=2, deadline_ms=20_000.0),
-    )
-    with Workspace.open(settings) as workspace:
+    with Workspace.open(
+        settings_on_serve(session_home / "live-promotion", valkey, replicas=2, deadline_ms=20_000.0)
+    ) as workspace:
         for seed in VERSIONS:
             register(workspace, seed)
         yield workspace

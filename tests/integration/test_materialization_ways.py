@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -29,6 +28,7 @@ from tests.integration.test_materialization import (
     sale,
     sales,
 )
+from tests.ray_work import counted
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -43,15 +43,7 @@ def world(settings: Settings) -> Iterator[World]:
 @pytest.fixture
 def on_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many buckets each run has given to Ray."""
-    given: list[int] = []
-    over = bucket_tasks.over_each
-
-    def counting(task: Any, jobs: Any, **options: Any) -> Any:
-        given.append(len(jobs))
-        return over(task, jobs, **options)
-
-    monkeypatch.setattr(bucket_tasks, "over_each", counting)
-    return given
+    return counted(monkeypatch, bucket_tasks, "over_each")
 
 
 def test_what_is_small_is_done_here_and_what_is_large_on_ray_to_the_same_bytes(

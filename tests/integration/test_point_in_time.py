@@ -27,6 +27,7 @@ from heliostat.features.point_in_time import entities_known, historical_features
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.event_log import EventLog
 from tests.oracles import Oracle, derived
+from tests.ray_work import counted
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -246,14 +247,7 @@ def test_integer_and_zoned_and_daily_instants_mean_the_same(history: History) ->
 def test_a_small_join_begins_no_task_and_a_large_one_gives_the_same_bits(
     history: History, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[int] = []
-    over = point_in_time.over_blocks
-
-    def counting(task: Any, blocks: Any, **options: Any) -> Any:
-        begun.append(len(blocks))
-        return over(task, blocks, **options)
-
-    monkeypatch.setattr(point_in_time, "over_blocks", counting)
+    begun = counted(monkeypatch, point_in_time, "over_blocks")
     small = historical_features(history.spine, VIEWS, history.log)
     assert begun == []
     monkeypatch.setattr(point_in_time, "SMALL_JOIN", 0)

@@ -20,10 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import graph
 from heliostat.serving.telemetry import STAGES
-from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.telemetry import METRICS
 from heliostat.workspace import Workspace
-from tests.integration.test_serving import Shop, purchase, register
+from tests.integration.test_serving import Shop, purchase, register, settings_on_serve
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 ALERTS = Path(__file__).parents[2] / "configs" / "alerts.yaml"
@@ -32,14 +31,7 @@ _OWN = {"replica", *(label for metric in METRICS for label in metric.labels), "l
 
 @pytest.fixture(scope="module")
 def shop(session_home: Path, valkey: str, ray_local: None) -> Iterator[Shop]:  # noqa: ARG001 - it must run
-    settings = Settings(
-        project="prometheus",
-        home=session_home / "prometheus",
-        online=OnlineSettings(url=valkey),
-        clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-        serving=ServingSettings(port=0, deadline_ms=20_000.0),
-    )
-    with Workspace.open(settings) as workspace:
+    with Workspace.open(settings_on_serve(session_home / "prometheus", valkey, deadline_ms=20_000.0)) as workspace:
         yield Shop(workspace)
     graph.undeploy()
 

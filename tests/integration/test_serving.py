@@ -620,16 +620,20 @@ def test_more_requests_than_may_wait_are_told_when_to_come_back(shop: Shop) -> N
 # ── On Ray Serve ────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module")
-def shop_on_serve(session_home: Path, valkey: str, ray_local: None) -> Iterator[Shop]:  # noqa: ARG001 - it must run
-    settings = Settings(
-        project="on-serve",
-        home=session_home / "on-serve",
+def settings_on_serve(home: Path, valkey: str, **serving: Any) -> Settings:
+    """Of a project that is named as its home is, at one instant, on any free port."""
+    return Settings(
+        project=home.name,
+        home=home,
         online=OnlineSettings(url=valkey),
         clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-        serving=ServingSettings(port=0),
+        serving=ServingSettings(port=0, **serving),
     )
-    with Workspace.open(settings) as workspace:
+
+
+@pytest.fixture(scope="module")
+def shop_on_serve(session_home: Path, valkey: str, ray_local: None) -> Iterator[Shop]:  # noqa: ARG001 - it must run
+    with Workspace.open(settings_on_serve(session_home / "on-serve", valkey)) as workspace:
         yield Shop(workspace)
     graph.undeploy()
 

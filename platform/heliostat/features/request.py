@@ -11,7 +11,7 @@ Null is a value: the function gets NaN. A value that isn't there at all is an er
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal, Self, TypeAlias
 
@@ -161,14 +161,26 @@ class UniformOverrides(Mapping[int, Mapping[str, float]]):
         names = tuple(rows[0] or ()) if rows else ()
         if not names or any(each is None or tuple(each) != names for each in rows):
             return None
-        given = list(chain.from_iterable(each.values() for each in rows if each is not None))
-        if not set(map(type, given)) <= {float, int}:
+        given = cls._numbers(chain.from_iterable(each.values() for each in rows if each is not None))
+        return None if given is None else cls(names, given.reshape(len(rows), len(names)))
+
+    @classmethod
+    def of_columns(cls, columns: Mapping[str, Sequence[Any]]) -> Self | None:
+        """The same of columns, at least one, all of one length; None if they are empty, too."""
+        given = cls._numbers(chain.from_iterable(columns.values()))
+        return None if given is None else cls(tuple(columns), given.reshape(len(columns), -1).T)
+
+    @staticmethod
+    def _numbers(values: Iterable[Any]) -> FloatArray | None:
+        """Finite numbers or NaN, at least one, as an array; None of anything else."""
+        given = list(values)
+        if not given or not set(map(type, given)) <= {float, int}:
             return None
         try:
-            values = np.array(given, dtype=np.float64).reshape(len(rows), len(names))
+            found = np.array(given, dtype=np.float64)
         except OverflowError:
             return None
-        return None if np.isinf(values).any() else cls(names, values)
+        return None if np.isinf(found).any() else found
 
     @classmethod
     def joined(cls, parts: Sequence[Mapping[int, Mapping[str, float]]]) -> Self | None:

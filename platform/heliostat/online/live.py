@@ -121,7 +121,7 @@ class LiveRings:
         encoded = entity.encode(events, what=f"events of {self._source.name!r}")
         buckets = entity.buckets(encoded, self._n_buckets).tolist()
         rings = [ring for layout in layouts for ring in self._rings(layout, times, ties, inputs)]
-        streams = [self._keys.events(self._source.name, bucket) for bucket in range(self._n_buckets)]
+        streams = self._keys.event_streams(self._source.name, self._n_buckets)
         epochs = [self._keys.epoch(bucket) for bucket in range(self._n_buckets)]
         updates = []
         for event, (text, bucket) in enumerate(zip(encoded.cast(pa.string()).to_pylist(), buckets, strict=True)):

@@ -159,7 +159,7 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
     if inputs:
         asked["inputs"] = _rows(inputs)
     if features:
-        asked["features"] = _uniform(features) or _rows(features)
+        asked["features"] = UniformOverrides.of_columns(features) or _rows(features)
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidFieldError("field 'id'", f"is {request_id!r}", "a text")
@@ -168,14 +168,6 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
 
 def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _uniform(columns: Mapping[str, list[Any]]) -> UniformOverrides | None:
-    """Tensors as one array, where all of them hold finite numbers alone: as nearly all do."""
-    if any(not column or not set(map(type, column)) <= {float, int} for column in columns.values()):
-        return None
-    values = np.array(list(columns.values()), dtype=np.float64).T  # JSON's whole numbers have 64 bits at most
-    return UniformOverrides(tuple(columns), values) if np.isfinite(values).all() else None
 
 
 def _columns(tensors: list[Any], data: memoryview) -> dict[str, list[Any]]:

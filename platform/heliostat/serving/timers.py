@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 T = TypeVar("T")
 
@@ -19,22 +20,32 @@ _EARLY_S = 0.001
 
 
 class Interruption:
-    """Cancels the task that made it, and tells that from a cancellation by others."""
+    """A block that others may end: their cancellation of its task comes out as an error, anybody else's as it is.
 
-    __slots__ = ("_made", "_task")
+    Args:
+        error: What is raised.
+    """
 
-    def __init__(self) -> None:
-        self._task, self._made = asyncio.current_task(), False
+    __slots__ = ("_error", "_made", "_task")
+
+    def __init__(self, error: type[Exception]) -> None:
+        self._error, self._task, self._made = error, asyncio.current_task(), False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Whether it was this one alone, which is over then.
+        if kind is asyncio.CancelledError and self._made and self._task is not None and self._task.uncancel() == 0:
+            raise self._error from None
 
     def make(self) -> None:
-        """Cancel the task."""
+        """End it."""
         if self._task is not None:
             self._made = True
             self._task.cancel()
-
-    def taken_back(self) -> bool:
-        """To be asked where the cancellation arrives: whether it was this one alone, which is over then."""
-        return self._made and self._task is not None and self._task.uncancel() == 0
 
 
 class Due:
@@ -98,16 +109,12 @@ class Limits:
         Raises:
             TimeoutError: If it was cancelled for that.
         """
-        giving_up = Interruption()
-        due = self.call(giving_up.make)
-        try:
-            return await work
-        except asyncio.CancelledError:
-            if giving_up.taken_back():
-                raise TimeoutError from None
-            raise
-        finally:
-            due.cancel()
+        with Interruption(TimeoutError) as giving_up:
+            due = self.call(giving_up.make)
+            try:
+                return await work
+            finally:
+                due.cancel()
 
     def _ring(self) -> None:
         loop, waiting = asyncio.get_running_loop(), self._waiting

@@ -69,6 +69,10 @@ class OnlineKeys:
         """The stream of one bucket's events."""
         return f"{self.root}:events:{source}:{{b{bucket}}}"
 
+    def event_streams(self, source: str, n_buckets: int) -> list[str]:
+        """The streams of a source's events, by bucket."""
+        return [self.events(source, bucket) for bucket in range(n_buckets)]
+
     def epoch(self, bucket: int) -> str:
         """Counts the materializations that have begun of a bucket."""
         return f"{self.root}:epoch:{{b{bucket}}}"

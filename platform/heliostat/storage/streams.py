@@ -53,7 +53,7 @@ class Streams:
 
     def event_streams(self, source: str) -> list[str]:
         """The streams of a source's events, by bucket."""
-        return [self.keys.events(source, bucket) for bucket in range(self.n_buckets)]
+        return self.keys.event_streams(source, self.n_buckets)
 
     def record_stream(self, name: StreamName) -> str:
         """The stream of predictions or actuals."""
@@ -128,7 +128,8 @@ class Streams:
         with self.config.reported(), self.client.pipeline(transaction=False) as pipeline:
             for stream in streams:
                 pipeline.xrange(stream, count=1)
-            return min((_stream_id(found[0][0])[0] for found in pipeline.execute() if found), default=None)
+            found = _oldest(pipeline.execute())
+            return None if found is None else found[0]
 
     def claim(self, holder: bytes, *, ttl_ms: int, instead_of: bytes | None = None) -> bytes:
         """Say who drains the streams, unless somebody else does.
@@ -246,7 +247,7 @@ class AsyncStreams:
                     pipeline.xlen(stream)
                     pipeline.xrange(stream, count=1)
                 found = await pipeline.execute()
-        return sum(found[::2]), min((_stream_id(each[0][0]) for each in found[1::2] if each), default=None)
+        return sum(found[::2]), _oldest(found[1::2])
 
     async def aclose(self) -> None:
         """Close all connections that are its own."""
@@ -259,6 +260,11 @@ class AsyncStreams:
 def record_key(config: OnlineConfig, name: StreamName) -> str:
     """The key of the stream of predictions or actuals."""
     return config.keys.predictions() if name == "predictions" else f"{config.keys.root}:{name}"
+
+
+def _oldest(heads: Sequence[Any]) -> StreamId | None:
+    """Of streams' first entries, as the server gives them, the one that came first; None if there are none."""
+    return min((_stream_id(head[0][0]) for head in heads if head), default=None)
 
 
 def _stream_id(text: bytes | str) -> StreamId:
