@@ -67,13 +67,14 @@ def feast_join(rows: list[Row]) -> Iterator[Line]:
         if row["contender"] == "Feast" or row["question"] != "newest row":
             continue
         same = ("rows at rest", "spine rows", "users")
-        theirs = next(
-            (each["seconds"] for each in rows if each["contender"] == "Feast" and _equal(each, row, same)), None
-        )
-        if theirs is not None:
+        feast = next((each for each in rows if each["contender"] == "Feast" and _equal(each, row, same)), None)
+        if feast is not None:
             size = f"{row['rows at rest']:,} × {row['spine rows']:,}, {row['users']:,} users"
-            who = row["contender"].removeprefix("Heliostat").strip(", ")
-            yield Line(f"historical features, {size} ({who})", row["seconds"], "Feast", theirs, "s", 10.0)
+            what = f"historical features, {size} ({row['contender'].removeprefix('Heliostat').strip(', ')})"
+            yield Line(what, row["seconds"], "Feast", feast["seconds"], "s", 10.0)
+            if not isinstance(feast["seconds"], str):
+                by_file = "s, file to file"
+                yield Line(f"{what}, file to file", row[by_file], "Feast", feast[by_file], "s")
 
 
 def materialization(rows: list[Row]) -> Iterator[Line]:

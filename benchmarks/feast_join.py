@@ -7,6 +7,9 @@ Feast's offline store computes no windows: it looks up, for each row of a spine,
 features that somebody else has computed. So that is what it is asked, on rows of five running totals
 after each activity; Heliostat is asked the same on the same rows, and the answers are compared. Beside it
 Heliostat computes five features over 30 days from the raw activities, for the same spine.
+
+Two things are timed of everybody: the call, from a pandas frame to a pandas frame; and all of it, from
+the spine's file to a file with the answer.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +31,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
@@ -197,22 +202,45 @@ def opened(place: Place, question: str) -> FeatureStore:
     return store
 
 
-def heliostat_join(place: Place, question: str, contender: str) -> float:
-    """The spine's file -> the join -> a file with the answer; on Ray where it is connected; seconds."""
+@dataclass(frozen=True)
+class Took:
+    """How long one join took.
+
+    Attributes:
+        files: From the spine's file to the answer's, seconds.
+        frames: From a pandas frame to a pandas frame, seconds.
+    """
+
+    files: float
+    frames: float
+
+
+@cache
+def frame_of(spine: Path) -> pd.DataFrame:
+    """The spine as a program holds it."""
+    return pd.read_parquet(spine)
+
+
+def heliostat_join(place: Place, question: str, contender: str) -> Took:
+    """The spine's file -> the join -> a file with the answer, and then frame to frame; on Ray where it is connected."""
     store = opened(place, question)
     view, names = QUESTIONS[question]
     began = time.perf_counter()
     joined = store.get_historical(pq.read_table(place.spine), [view[name] for name in names], as_of=TIME)
     columns = ["row", *(view[name].name for name in names)]
     pq.write_table(joined.select(columns).rename_columns(["row", *names]), place.answer(contender, question))
-    return time.perf_counter() - began
+    files, frame = time.perf_counter() - began, frame_of(place.spine)
+    began = time.perf_counter()
+    store.get_historical(frame, [view[name] for name in names], as_of=TIME)
+    return Took(files, time.perf_counter() - began)
 
 
-def feast_join(program: Program, place: Place, limits: Limits) -> float:
-    """The same in Feast's process; seconds."""
+def feast_join(program: Program, place: Place, limits: Limits) -> Took:
+    """The same in Feast's process; the call is a part of the whole there."""
     names = [f"{user_values.name}:{name}" for name in VALUES]
     asked = {"spine": str(place.spine), "features": names, "out": str(place.answer(FEAST))}
-    return float(program.ask_within(limits, do="join", **asked)["seconds"])
+    answer = program.ask_within(limits, do="join", **asked)
+    return Took(float(answer["seconds"]), float(answer["frames"]))
 
 
 @dataclass
@@ -220,7 +248,8 @@ class Outcome:
     """What one size's run found.
 
     Attributes:
-        turns: What each contender needed, by its name and the question.
+        turns: What each contender needed from file to file, by its name and the question.
+        frames: From frame to frame, a figure a run, those that warmed up included.
         stopped: Why Feast has no figure; empty if it has.
         differences: Where Feast's answer differs from ours, in words.
         lost: Spine rows that Feast left out of its answer.
@@ -228,10 +257,25 @@ class Outcome:
     """
 
     turns: dict[tuple[str, str], Turns] = field(default_factory=dict)
+    frames: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     stopped: str = ""
     differences: list[str] = field(default_factory=list)
     lost: int = 0
     version: str = "skipped"
+
+    def noting(self, who: tuple[str, str], work: Callable[[], Took]) -> Callable[[], float]:
+        """The work, with the time of the call noted."""
+
+        def noted() -> float:
+            took = work()
+            self.frames.setdefault(who, []).append(took.frames)
+            return took.files
+
+        return noted
+
+    def frames_s(self, who: tuple[str, str]) -> float:
+        """The median of the timed calls, seconds."""
+        return statistics.median(self.frames[who][-len(self.turns[who].seconds) :])
 
 
 def run(place: Place, size: Size, plan: Plan, skip: Sequence[str]) -> Outcome:
@@ -256,8 +300,8 @@ def run(place: Place, size: Size, plan: Plan, skip: Sequence[str]) -> Outcome:
         worker = stack.enter_context(ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")))
         apart.append(worker.submit(os.getpid).result())
         for question in QUESTIONS:
-            alone = _alone(worker, place, question)
-            on_ray = partial(heliostat_join, place, question, ON_RAY)
+            alone = outcome.noting((ALONE, question), _alone(worker, place, question))
+            on_ray = outcome.noting((ON_RAY, question), partial(heliostat_join, place, question, ON_RAY))
             contenders[ALONE, question] = Contender(alone, runs, pid=apart[-1])
             contenders[ON_RAY, question] = Contender(on_ray, runs, warm_ups=2, without=tuple(apart))
         named = {f"{who}, {question}": each for (who, question), each in contenders.items()}
@@ -267,7 +311,7 @@ def run(place: Place, size: Size, plan: Plan, skip: Sequence[str]) -> Outcome:
     return outcome
 
 
-def _alone(worker: ProcessPoolExecutor, place: Place, question: str) -> Callable[[], float]:
+def _alone(worker: ProcessPoolExecutor, place: Place, question: str) -> Callable[[], Took]:
     return lambda: worker.submit(heliostat_join, place, question, ALONE).result()
 
 
@@ -276,14 +320,15 @@ def _feast_contender(program: Program, place: Place, plan: Plan, outcome: Outcom
     outcome.version = str(program.greeting["version"])
     program.ask(do="apply", views={user_values.name: {"file": str(place.feature_rows), "features": VALUES}})
     try:
-        first = feast_join(program, place, plan.limits)
+        first = feast_join(program, place, plan.limits).files
     except (LimitExceededError, ProgramEndedError) as error:
         outcome.stopped = error.what if isinstance(error, LimitExceededError) else str(error)
         print(f"  {error}", flush=True)
         return None
     print(f"  {FEAST}: first run, {first:.2f} s", flush=True)
     runs = 1 if first > _LONG_S else plan.runs if first > _SHORT_S else _SHORT_RUNS * plan.runs
-    return Contender(lambda: feast_join(program, place, plan.limits), runs, pid=program.pid)
+    work = outcome.noting((FEAST, NEWEST), lambda: feast_join(program, place, plan.limits))
+    return Contender(work, runs, pid=program.pid)
 
 
 def compare(place: Place) -> tuple[int, list[str]]:
@@ -318,12 +363,18 @@ def report(plan: Plan, outcomes: Sequence[tuple[Size, Outcome]]) -> Report:
     for size, outcome in outcomes:
         what = [size.events, size.rows, size.users]
         if outcome.stopped:
-            rows.append([*what, NEWEST, FEAST, outcome.stopped, "", "", ""])
-        theirs = outcome.turns.get((FEAST, NEWEST))
-        for (name, question), turns in outcome.turns.items():
-            ratio: object = "" if theirs is None else "1" if name == FEAST else theirs.median_s / turns.median_s
-            target = f"≥ {TARGET:g}" if name != FEAST and theirs is not None else ""
-            rows.append([*what, question, name, turns.median_s, ratio, target, turns.peak_bytes / 2**30])
+            rows.append([*what, NEWEST, FEAST, outcome.stopped, "", "", "", "", ""])
+        feast = FEAST, NEWEST
+        for who, turns in outcome.turns.items():
+            seconds = outcome.frames_s(who), turns.median_s
+            ratios: list[object] = ["", ""]
+            if feast in outcome.turns:
+                theirs = outcome.frames_s(feast), outcome.turns[feast].median_s
+                ratios = ["1" if who == feast else one / other for one, other in zip(theirs, seconds, strict=True)]
+            target = f"≥ {TARGET:g}" if who != feast and feast in outcome.turns else ""
+            (frames, files), (by_frames, by_files) = seconds, ratios
+            peak = turns.peak_bytes / 2**30
+            rows.append([*what, who[1], who[0], frames, by_frames, target, files, by_files, peak])
     differences = [each for _, outcome in outcomes for each in outcome.differences]
     lost = ", ".join(f"{outcome.lost:,} of {size.rows:,}" for size, outcome in outcomes if outcome.lost)
     limits = f"{plan.limits.seconds:g} s and {plan.limits.memory_bytes / 2**30:.0f} GiB"
@@ -331,7 +382,8 @@ def report(plan: Plan, outcomes: Sequence[tuple[Size, Outcome]]) -> Report:
         "Newest row: five values of the user's newest row before each spine row's instant: all that Feast does.",
         "The rows at rest were computed by somebody beforehand, after each activity; that isn't timed.",
         "Windows of 30 days: five features, computed from as many raw activities, for the same spine.",
-        "Timed, warm: from files at rest and a spine in Parquet to a Parquet file with the values.",
+        "Seconds: of the call, warm, from a pandas frame to a pandas frame: what is at rest is read in it.",
+        "From file to file: beside it the spine's Parquet file read, and one with the answer written.",
         (
             f"Medians of {plan.runs} runs in turns; {_SHORT_RUNS * plan.runs} where Feast's first took less than"
             f" {_SHORT_S:g} s; Feast has 1 where it took more than {_LONG_S:g} s."
@@ -354,7 +406,7 @@ def report(plan: Plan, outcomes: Sequence[tuple[Size, Outcome]]) -> Report:
         title="Historical features: Feast's default offline store, and Heliostat",
         columns=(
             *("rows at rest", "spine rows", "users", "question", "contender", "seconds", "Feast / it", "target"),
-            "peak GiB",
+            *("s, file to file", "Feast / it, file to file", "peak GiB"),
         ),
         rows=rows,
         notes=notes,

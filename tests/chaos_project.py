@@ -13,7 +13,7 @@ from heliostat.settings import ClockSettings, ServingSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.workspace import Workspace
 
-DEADLINE_MS = 3_000.0
+_DEADLINE_MS = 3_000.0
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def chaos_project(home: Path) -> Iterator[tuple[Workspace, Truth]]:
         project=home.name,
         home=home,
         clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-        serving=ServingSettings(deadline_ms=DEADLINE_MS),
+        serving=ServingSettings(deadline_ms=_DEADLINE_MS),
     )
     try:
         with Workspace.open(chaos.settings_of(bare)) as workspace:
