@@ -18,8 +18,10 @@ $(READY): requirements.lock pyproject.toml hatch_build.py $(wildcard platform/he
 		|| { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8'
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet -r requirements.lock
+	@# Compiled once: where Python is told to write no bytecode, every process and each of Ray's workers would do it again.
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode -r requirements.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --refresh-package heliostat -e .
+	$(BIN)/python -m compileall -q platform deployments jobs configs benchmarks tests
 	@touch $@
 
 demo: $(READY) ## From raw purchases to served predictions, on real data, in a few minutes

@@ -47,6 +47,7 @@ from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 
 FEAST, ON_RAY, ALONE = "Feast, materialize", "Heliostat on Ray", "Heliostat, one process"
+TASKS = "Heliostat, Ray's tasks"
 TARGET = 10.0
 VIEW = activities.ten_features("ten")
 LIMITS = RingLimits.of(IngestionSettings())
@@ -125,11 +126,19 @@ def prepare(place: Place, plan: Plan) -> int:
     return len(users)
 
 
-def heliostat_run(place: Place, *, on_ray: bool) -> float:
+def heliostat_run(place: Place, *, on_ray: bool, small: int = SMALL_MATERIALIZATION) -> float:
     """Materialize into the emptied server; seconds."""
     place.emptied()
     began = time.perf_counter()
-    materialize([VIEW], event_log=place.log, online=place.online, as_of_us=NOW_US, limits=LIMITS, on_ray=on_ray)
+    materialize(
+        [VIEW],
+        event_log=place.log,
+        online=place.online,
+        as_of_us=NOW_US,
+        limits=LIMITS,
+        on_ray=on_ray,
+        small=small,
+    )
     return time.perf_counter() - began
 
 
@@ -213,10 +222,14 @@ def run(plan: Plan, folder: Path, skip: Sequence[str]) -> Outcome:
         apart = (alone, *([] if program is None else [program.pid]))
         works: dict[str, Callable[[], float]] = {
             ON_RAY: partial(heliostat_run, place, on_ray=True),
+            TASKS: partial(heliostat_run, place, on_ray=True, small=0),
             ALONE: lambda: worker.submit(heliostat_run, place, on_ray=False).result(),
         }
         contenders = {
-            ON_RAY: Contender(_measuring(works[ON_RAY], ON_RAY, place, outcome), plan.runs, 2, without=apart),
+            **{
+                name: Contender(_measuring(works[name], name, place, outcome), plan.runs, 2, without=apart)
+                for name in (ON_RAY, TASKS)
+            },
             ALONE: Contender(_measuring(works[ALONE], ALONE, place, outcome), plan.runs, pid=alone),
         }
         if program is not None:
@@ -242,7 +255,7 @@ def report(plan: Plan, outcome: Outcome) -> Report:
     theirs = outcome.turns.get(FEAST)
     rows: list[list[object]] = []
     for name, turns in outcome.turns.items():
-        target = "" if name == FEAST else f"≥ {TARGET:g}"
+        target = f"≥ {TARGET:g}" if name in (ON_RAY, ALONE) else ""
         each = (outcome.entities if name == FEAST else outcome.rings) / turns.median_s
         ratio: object = ""
         if theirs is not None:
@@ -260,7 +273,7 @@ def report(plan: Plan, outcome: Outcome) -> Report:
             "Entity rows: what each wrote; Heliostat's are rings.",
             "Same server over TCP, with its append-only file, emptied before each run, so all is written.",
             "Heliostat, one process: where no Ray is connected. Heliostat on Ray: where one is.",
-            f"Up to {SMALL_MATERIALIZATION:,} events it does the work the same way.",
+            f"Up to {SMALL_MATERIALIZATION:,} events it does the work the same way; Ray's tasks: were it to use them.",
             f"Medians of {plan.runs} runs in turns, warmed up.",
             "Peak memory: of all of a contender's processes together; Ray, idle, holds most of a GiB.",
             "Server: the memory of its data afterwards. Rings hold the past that windows slide over.",

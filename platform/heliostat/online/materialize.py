@@ -46,14 +46,14 @@ from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import BucketLease, EntityRings, RingBytes, RingCounts, RingLayouts
 
-SMALL_MATERIALIZATION = 500_000
-"""Events up to which this process brings them online itself, also where a Ray is connected. On two cores both ways
-are even there, and more of them gain by Ray."""
+SMALL_MATERIALIZATION = 3_000_000
+"""Events up to which this process brings them online itself, also where a Ray is connected: on two cores it takes
+less time than Ray's tasks for as many, and the server, which has to take in what all of them send, is half of it."""
 
 SMALL_WITHOUT_RAY = 10_000_000
 """The same where a Ray would have to be started first, which takes as long."""
 
-_AT_ONCE_HERE = 2  # one bucket is read and added up while the server takes another
+_AT_ONCE_HERE = 4  # some buckets are read and added up while the server takes others
 
 
 @dataclass(frozen=True)
