@@ -2,10 +2,11 @@
 
     python benchmarks/plain_server.py --redis unix:///… --model model.txt --features features.json --port 9001
 
-The peer of `benchmarks/serving.py`; it imports nothing of Heliostat. It is written well: the
-HMGETs of a request share a pipeline, the model runs on one thread, uvicorn runs on uvloop.
-It has no experiment, no prediction log, no fallback, and its features are as old as the job
-that wrote them.
+The peer of `benchmarks/serving.py`; it imports nothing of Heliostat. It asks for one entity after the
+other, as one writes it first; with ``--pipelined`` for all of them in one pipeline, as one writes it when
+that has turned out to be slow. Either is written well otherwise: a client that parses in C, a model on one
+thread, uvicorn on uvloop. It has no experiment, no prediction log, no fallback, and its features are as
+old as the job that wrote them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class PredictAnswer(BaseModel):
     predictions: list[float]
 
 
-def make_app(store: redis.asyncio.Redis, prefix: str, booster: lightgbm.Booster, features: list[str]) -> FastAPI:
+def make_app(
+    store: redis.asyncio.Redis, prefix: str, booster: lightgbm.Booster, features: list[str], *, pipelined: bool
+) -> FastAPI:
     """The application.
 
     Args:
@@ -42,15 +45,21 @@ def make_app(store: redis.asyncio.Redis, prefix: str, booster: lightgbm.Booster,
         prefix: Of the keys.
         booster: The model.
         features: Fields of the hash, in the order of the model's columns.
+        pipelined: Whether a request's HMGETs share a pipeline.
     """
     app = FastAPI()
 
+    async def looked_up(entities: list[int]) -> list[list[bytes | None]]:
+        if not pipelined:
+            return [await store.hmget(f"{prefix}{entity}", features) for entity in entities]
+        async with store.pipeline(transaction=False) as pipeline:
+            for entity in entities:
+                pipeline.hmget(f"{prefix}{entity}", features)
+            return await pipeline.execute()
+
     @app.post("/predict")
     async def predict(request: PredictRequest) -> PredictAnswer:
-        async with store.pipeline(transaction=False) as pipeline:
-            for entity in request.entity_ids:
-                pipeline.hmget(f"{prefix}{entity}", features)
-            rows = await pipeline.execute()
+        rows = await looked_up(request.entity_ids)
         matrix = np.array([[np.nan if value is None else float(value) for value in row] for row in rows])
         return PredictAnswer(predictions=booster.predict(matrix, num_threads=1).tolist())
 
@@ -64,6 +73,7 @@ def main() -> None:
     parser.add_argument("--prefix", required=True, help="of the hashes' keys")
     parser.add_argument("--model", type=Path, required=True, help="LightGBM's text")
     parser.add_argument("--features", type=Path, required=True, help="JSON list of the hash's fields")
+    parser.add_argument("--pipelined", action="store_true", help="a request's HMGETs share a pipeline")
     parser.add_argument("--port", type=int, required=True)
     given = parser.parse_args()
     app = make_app(
@@ -71,6 +81,7 @@ def main() -> None:
         given.prefix,
         lightgbm.Booster(model_file=str(given.model)),
         json.loads(given.features.read_text()),
+        pipelined=given.pipelined,
     )
     uvicorn.run(app, host="127.0.0.1", port=given.port, log_level="warning", loop="uvloop", http="httptools")
 

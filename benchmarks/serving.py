@@ -7,8 +7,8 @@
 
 Heliostat: the fused graph on Ray Serve behind HAProxy: rings merged at the request's instant,
 A/B assignment, LightGBM, every prediction durable in the log before its answer. Peer:
-`benchmarks/plain_server.py`, FastAPI and LightGBM on ready-made vectors, one HMGET an entity.
-Same machine, same Valkey server, same model, same load generator; they take turns. A split of two versions
+`benchmarks/plain_server.py`, FastAPI and LightGBM on ready-made vectors, one HMGET an entity: one after the
+other, as a user would first write it; and, as a second peer, all of a request's in one pipeline. Same machine, same Valkey server, same model, same load generator; they take turns. A split of two versions
 is running. Beside them a bare FastAPI route on the same Serve that returns a constant; then the distributed
 placement of the same graph, in the same run; and first what the load generator itself can send at most.
 """
@@ -78,7 +78,7 @@ class Plan:
     skip: frozenset[str] = frozenset()
 
 
-PARTS = ("plain", "bare", "distributed", "ceiling")
+PARTS = ("plain", "pipelined", "bare", "distributed", "ceiling")
 SMOKE = Plan(customers=50, entities=(1, 5), concurrency=(1, 4), seconds=0.3, rounds=1)
 
 # Of the peer's requests/s, by peer, entities and concurrency.
@@ -223,12 +223,12 @@ def program(*command: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def peer(workspace: Workspace, python: Path) -> Iterator[str]:
-    """The plain server while the block runs; gives its address."""
+def peer(workspace: Workspace, python: Path, *more: str) -> Iterator[str]:
+    """The plain server while the block runs, with more options; gives its address."""
     home = workspace.settings.home
     options = ["--redis", str(workspace.settings.online.url), "--prefix", PEER_PREFIX]
     files = ["--model", str(home / "model.txt"), "--features", str(home / "features.json")]
-    with program(str(python), str(ROOT / "benchmarks" / "plain_server.py"), *options, *files) as url:
+    with program(str(python), str(ROOT / "benchmarks" / "plain_server.py"), *options, *files, *more) as url:
         yield url
 
 
@@ -343,9 +343,12 @@ def report(cells: Cells, most: Mapping[tuple[int, int], float], plan: Plan) -> R
         told = [
             f"{name} {statistics.median(cell[name].requests_per_s):,.0f} requests/s,"
             f" p99 {statistics.median(cell[name].p99_ms):.1f} ms"
-            for name in ("bare", "distributed")
+            for name in ("pipelined", "bare", "distributed")
             if name in cell
         ]
+        if "pipelined" in cell:
+            ours, other = (statistics.median(cell[name].requests_per_s) for name in ("heliostat", "pipelined"))
+            told[0] = f"{ours / other:.2f} of pipelined's {told[0].removeprefix('pipelined ')}"
         if (entities, concurrency) in most:
             told.append(f"the load generator against a constant {most[entities, concurrency]:,.0f} requests/s")
         if told:
@@ -367,7 +370,10 @@ def report(cells: Cells, most: Mapping[tuple[int, int], float], plan: Plan) -> R
                 "It assigns variants, a split of two versions at 0.5 is running, and every prediction is in a durable"
                 " log before its answer leaves."
             ),
-            "Plain reads ready-made vectors, one HMGET an entity in a pipeline, and does nothing else.",
+            (
+                "Plain reads ready-made vectors, one HMGET an entity, one after the other, and does nothing else."
+                " Pipelined is the same program with a request's HMGETs in one pipeline."
+            ),
             "Plain is one uvicorn process with uvloop and httptools; Heliostat one replica behind HAProxy.",
             (
                 "Bare is a FastAPI route that returns a constant, on the same Serve. Distributed was deployed after"
@@ -405,6 +411,9 @@ def run(workspace: Workspace, plan: Plan, python: Path | None) -> Report:
         if python is not None:
             contenders["plain"] = stack.enter_context(peer(workspace, python))
             check_agreement(contenders["heliostat"], contenders["plain"], plan.customers)
+            if "pipelined" not in plan.skip:
+                contenders["pipelined"] = stack.enter_context(peer(workspace, python, "--pipelined"))
+                check_agreement(contenders["heliostat"], contenders["pipelined"], plan.customers)
         if "bare" not in plan.skip:
             contenders["bare"] = bare_route.deploy(contenders["heliostat"], workspace.settings)
             stack.callback(bare_route.serve.delete, "bare")

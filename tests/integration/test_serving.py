@@ -808,7 +808,7 @@ def test_the_serving_benchmark_runs_and_both_servers_say_the_same() -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "req/s ratio" in done.stdout
-    assert "Failed requests: Heliostat 0, plain 0, bare 0, distributed 0." in done.stdout
+    assert "Failed requests: Heliostat 0, plain 0, pipelined 0, bare 0, distributed 0." in done.stdout
     assert "the load generator against a constant" in done.stdout
 
 
