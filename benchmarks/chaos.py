@@ -232,7 +232,7 @@ def verdict(acts: Iterable[Act], found: Audit) -> list[str]:
 
 
 def late(acts: Iterable[Act], *, deadline_ms: float) -> list[str]:
-    """Acts whose slowest answers came later than the deadline and what the client and the ingress need on top of it."""
+    """Acts whose slowest answers came later than the deadline, and what client and ingress need on top of it."""
     slowest = {act.name: act.percentile(0.999) for act in acts}
     return [
         f"{name}: 1 in 1000 took {took_ms:.0f} ms and longer"

@@ -222,7 +222,7 @@ def frame_of(spine: Path) -> pd.DataFrame:
 
 
 def heliostat_join(place: Place, question: str, contender: str) -> Took:
-    """The spine's file -> the join -> a file with the answer, and then frame to frame; on Ray where it is connected."""
+    """The spine's file -> the join -> the answer's file, and then frame to frame; on Ray where it is connected."""
     store = opened(place, question)
     view, names = QUESTIONS[question]
     began = time.perf_counter()

@@ -98,7 +98,7 @@ class Repository:
         return {"ms": taken}
 
     def join(self, spine: str, features: list[str], out: str) -> dict[str, object]:
-        """Historical features of a spine's file (id, event_timestamp, row) into another; and of it, frame to frame."""
+        """Historical features of a spine's file (id, event_timestamp, row) into another; and frame to frame."""
         import pandas as pd
         import pytz
 

@@ -273,7 +273,7 @@ def report(plan: Plan, outcome: Outcome) -> Report:
             "Entity rows: what each wrote; Heliostat's are rings.",
             "Same server over TCP, with its append-only file, emptied before each run, so all is written.",
             "Heliostat, one process: where no Ray is connected. Heliostat on Ray: where one is.",
-            f"Up to {SMALL_MATERIALIZATION:,} events it does the work the same way; Ray's tasks: were it to use them.",
+            f"Up to {SMALL_MATERIALIZATION:,} events it works the same way; Ray's tasks: were it to use them.",
             f"Medians of {plan.runs} runs in turns, warmed up.",
             "Peak memory: of all of a contender's processes together; Ray, idle, holds most of a GiB.",
             "Server: the memory of its data afterwards. Rings hold the past that windows slide over.",

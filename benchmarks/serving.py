@@ -7,8 +7,9 @@
 
 Heliostat: the fused graph on Ray Serve behind HAProxy: rings merged at the request's instant,
 A/B assignment, LightGBM, every prediction durable in the log before its answer. Peer:
-`benchmarks/plain_server.py`, FastAPI and LightGBM on ready-made vectors, one HMGET an entity: one after the
-other, as a user would first write it; and, as a second peer, all of a request's in one pipeline. Same machine, same Valkey server, same model, same load generator; they take turns. A split of two versions
+`benchmarks/plain_server.py`, FastAPI and LightGBM on ready-made vectors, one HMGET an entity: one after
+the other, as a user would first write it; and, as a second peer, all of a request's in one pipeline.
+Same machine, same Valkey server, same model, same load generator; they take turns. A split of two versions
 is running. Beside them a bare FastAPI route on the same Serve that returns a constant; then the distributed
 placement of the same graph, in the same run; and first what the load generator itself can send at most.
 """

@@ -202,7 +202,9 @@ def test_a_stage_whose_replica_is_killed_is_stood_in_for(house: House, stage: st
     async def scenario(load: Load) -> None:
         await asyncio.sleep(1.0)
         os.kill(*before, signal.SIGKILL)
-        await until(lambda: len(replicas(stage) - before) == 1 and states(stage) == {"RUNNING": 1}, limit_s=_PATIENCE_S)
+        await until(
+            lambda: len(replicas(stage) - before) == 1 and states(stage) == {"RUNNING": 1}, limit_s=_PATIENCE_S
+        )
         # Its breaker opens again by itself.
         await until(lambda: time.monotonic() > load.act.last_bad_at + 1.0, limit_s=_PATIENCE_S)
 

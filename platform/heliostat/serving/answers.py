@@ -127,6 +127,25 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def taken(self, rows: NDArray[np.intp]) -> Predictions:
+        """Other rows: some of these, in any order, as often as wanted; two or more."""
+        in_order = itemgetter(*rows.tolist())
+
+        def column(values: list[Any]) -> list[Any]:
+            return list(in_order(values)) if values else []
+
+        return Predictions(
+            column(self.scores),
+            column(self.versions),
+            column(self.fallbacks),
+            self.vectors[rows] if isinstance(self.vectors, np.ndarray) else column(self.vectors),
+            column(self.missing),
+            column(self.variants),
+            column(self.absent),
+            column(self.spared),
+            column(self.ages_s),
+        )
+
     def part(self, first: int, last: int) -> Predictions:
         """Some of the rows."""
         if first == 0 and last == len(self):

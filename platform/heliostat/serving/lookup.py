@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +98,16 @@ class FeatureBlock:
     newest_us: FloatArray | None = None
     ages_s: Sequence[float | None] = ()
     cause: str | None = None
+
+    def taken(self, rows: NDArray[np.intp]) -> FeatureBlock:
+        """Other rows: some of these, in any order, as often as wanted."""
+        return replace(
+            self,
+            values=self.values[rows],
+            absent=self.absent[rows],
+            newest_us=None if self.newest_us is None else self.newest_us[rows],
+            ages_s=[self.ages_s[row] for row in rows.tolist()] if self.ages_s else (),
+        )
 
     def matrix(self, names: tuple[str, ...], rows: NDArray[np.intp] | None = None) -> FloatArray:
         """Some columns in another order, of some rows or (None) of all: C-contiguous.

@@ -9,9 +9,8 @@ late is replaced by the ladder of `heliostat.serving.fallback`.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -26,20 +25,19 @@ from heliostat.errors import (
     HeliostatError,
     UnknownAliasError,
 )
-from heliostat.features.request import UniformOverrides
 from heliostat.serving.answers import FORCED, Explanation, PredictAnswer, Predictions
 from heliostat.serving.breaker import Breakers
 from heliostat.serving.coalescing import Coalescer
-from heliostat.serving.fallback import Rung, Scored, VersionLadder, breaker_name
+from heliostat.serving.fallback import Rung, VersionLadder, breaker_name
 from heliostat.serving.lookup import FeatureBlock, FeatureQuery, FeatureReaders, shown
 from heliostat.serving.prediction_log import PredictionLog, log_record
+from heliostat.serving.request_batch import RequestBatch, answers_of, distinct, joined_query, mark_stand_ins
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.routing import Assignment, RouteQuery
 from heliostat.serving.scoring import ScoreQuery
 from heliostat.serving.spare_features import SpareFeatures
 from heliostat.serving.telemetry import Meter, cause_of
 from heliostat.serving.version_book import VersionBook, VersionFacts
-from heliostat.tracing import random_hex
 
 FloatArray = NDArray[np.float64]
 _Lane = tuple[str, bool, bool, bool]
@@ -91,20 +89,6 @@ class Stages:
 class _Waiting:
     request: PredictRequest
     deadline: float
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """Requests that are answered together, and their entities row by row."""
-
-    requests: list[PredictRequest]
-    query: FeatureQuery
-    block: FeatureBlock
-    assignment: Assignment
-
-    @property
-    def model(self) -> str:
-        return self.query.model
 
 
 class Predictor:
@@ -270,17 +254,20 @@ class Predictor:
         features_until, variants_until, models_until = (
             now + share * (deadline - now) for share in (_FEATURES_SHARE, _VARIANTS_SHARE, _MODELS_SHARE)
         )
-        query = self._query(requests)
+        model = requests[0].model
+        query, rows = distinct(joined_query(model, self._looked_up(model), requests))
         block = await self._features(query, until=features_until)
         marks.append(clock())
         assignment = await self._assign(query, block, until=variants_until, forced=requests[0].variant)
-        batch = await self._widened(_Batch(requests, query, block, assignment), until=models_until)
+        batch = await self._widened(RequestBatch(requests, query, block, assignment), until=models_until)
         marks.append(clock())
         predictions = await self._score(batch, until=models_until)
+        if rows is not None:
+            batch, predictions = batch.taken(rows), predictions.taken(rows)
         marks.append(clock())
         if requests[0].strict and any(predictions.fallbacks):  # whoever shares a queue shares this
             return await self._refuse(batch, predictions, deadline)
-        answers = _answers(batch, predictions)
+        answers = answers_of(batch, predictions)
         explaining: asyncio.Task[list[Explanation | str]] | None = None
         if requests[0].explain:  # whoever shares a queue shares this
             explaining = asyncio.create_task(
@@ -309,7 +296,7 @@ class Predictor:
         return [*answers]
 
     async def _refuse(
-        self, batch: _Batch, predictions: Predictions, deadline: float
+        self, batch: RequestBatch, predictions: Predictions, deadline: float
     ) -> list[PredictAnswer | Exception]:
         """Errors for those requests that only a fallback could answer; answers for the others, by themselves."""
         found: list[PredictAnswer | Exception | None] = []
@@ -323,7 +310,7 @@ class Predictor:
         answers = iter(await self._answer(clean, deadline, []) if clean else ())
         return [next(answers) if error is None else error for error in found]
 
-    def _refusal(self, batch: _Batch, predictions: Predictions, row: int) -> DegradedAnswerError:
+    def _refusal(self, batch: RequestBatch, predictions: Predictions, row: int) -> DegradedAnswerError:
         rung = Rung(str(predictions.fallbacks[row]))
         version = batch.assignment.versions[batch.assignment.chosen[row]]
         name = STORE if rung.of_features else breaker_name(batch.model, version)
@@ -338,21 +325,6 @@ class Predictor:
             declared = self._readers.definitions
             names = self._names[model] = declared.lookup_names(declared.model(model).pinned_names)
         return names
-
-    def _query(self, requests: list[PredictRequest]) -> FeatureQuery:
-        model = requests[0].model
-        names = self._looked_up(model)
-        if len(requests) == 1:
-            return FeatureQuery(model, names, requests[0].entities, requests[0].overrides, requests[0].inputs)
-        entities = tuple(itertools.chain.from_iterable(request.entities for request in requests))
-        overrides = UniformOverrides.joined([request.overrides for request in requests])
-        return FeatureQuery(
-            model,
-            names,
-            entities,
-            _joined(requests, lambda each: each.overrides) if overrides is None else overrides,
-            _joined(requests, lambda each: each.inputs),
-        )
 
     async def _features(self, query: FeatureQuery, *, until: float) -> FeatureBlock:
         try:
@@ -382,7 +354,7 @@ class Predictor:
             found = await self._stages.spare_router(routing)
         return found if forced is None else found.forced(query.model, forced, prefix=FORCED)
 
-    async def _widened(self, batch: _Batch, *, until: float) -> _Batch:
+    async def _widened(self, batch: RequestBatch, *, until: float) -> RequestBatch:
         """Look up again if a version that serves needs more: once, after a version with other features went live."""
         needed = dict.fromkeys(batch.query.names)
         for version in set(batch.assignment.versions):
@@ -408,7 +380,7 @@ class Predictor:
 
     # ── Scores ──────────────────────────────────────────────────────────────────────
 
-    async def _score(self, batch: _Batch, *, until: float) -> Predictions:
+    async def _score(self, batch: RequestBatch, *, until: float) -> Predictions:
         assignment = batch.assignment
         versions = np.array(assignment.versions)[assignment.chosen]
         distinct = dict.fromkeys(versions.tolist())
@@ -425,7 +397,7 @@ class Predictor:
         return predictions
 
     async def _score_rows(
-        self, batch: _Batch, version: int, rows: NDArray[np.intp] | None, *, until: float
+        self, batch: RequestBatch, version: int, rows: NDArray[np.intp] | None, *, until: float
     ) -> Predictions:
         """What one version says, or whoever stands in for it, of some rows or (None) of all."""
         seen: dict[int, tuple[tuple[str, ...], FloatArray]] = {}
@@ -458,12 +430,14 @@ class Predictor:
             names, matrix = tuple(map(shown, block.names)), block.matrix(block.names, rows)
         predictions = Predictions.of(scored.scores, scored.version, scored.rung, names, matrix)
         if scored.rung is not None or not block.stored:
-            _mark(predictions, scored, block, rows, spared.get(scored.version) if by_a_model else None)
+            mark_stand_ins(predictions, scored, block, rows, spared.get(scored.version) if by_a_model else None)
             cause = block.cause if scored.rung is None else scored.cause
             self._meter.of(batch.model).fell_back(predictions.fallbacks, cause or "error")
         return predictions
 
-    async def _explain(self, batch: _Batch, predictions: Predictions, *, until: float) -> list[Explanation | str]:
+    async def _explain(
+        self, batch: RequestBatch, predictions: Predictions, *, until: float
+    ) -> list[Explanation | str]:
         """What each prediction is made of, row by row; or, as a text, why that can't be said."""
         found: list[Explanation | str] = [
             f"no model answered, but the fallback {rung}" for rung in predictions.fallbacks
@@ -492,7 +466,7 @@ class Predictor:
                 found[row] = Explanation(named, base, raw, facts.scale.name, facts.scale.prediction)
         return found
 
-    def _record(self, batch: _Batch, answers: list[PredictAnswer], predictions: Predictions) -> bytes:
+    def _record(self, batch: RequestBatch, answers: list[PredictAnswer], predictions: Predictions) -> bytes:
         return log_record(
             answers,
             predictions,
@@ -504,7 +478,7 @@ class Predictor:
             traces=[each.trace for each in batch.requests],
         )
 
-    def _start_shadows(self, batch: _Batch) -> None:
+    def _start_shadows(self, batch: RequestBatch) -> None:
         """Score the versions that answer nobody, beside the answer; dropped when there is no time for it."""
         if not batch.assignment.shadow or not batch.block.stored or len(self._shadows) >= _SHADOWS_AT_ONCE:
             return
@@ -512,7 +486,7 @@ class Predictor:
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
 
-    async def _score_shadows(self, batch: _Batch) -> None:
+    async def _score_shadows(self, batch: RequestBatch) -> None:
         until = asyncio.get_running_loop().time() + self._deadline_ms / 1e3
         for version in batch.assignment.shadow:
             try:
@@ -523,60 +497,11 @@ class Predictor:
                 shadow = Predictions.of(scores, version, None, facts.names, matrix)
                 shadow.variants = [SHADOW_NAME] * len(shadow)
                 await self._log.write(
-                    [self._record(batch, _answers(batch, shadow), shadow)], rows=len(shadow), until=until
+                    [self._record(batch, answers_of(batch, shadow), shadow)], rows=len(shadow), until=until
                 )
             except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
                 _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)
 
 
-def _joined(
-    requests: Sequence[PredictRequest], part: Callable[[PredictRequest], Mapping[int, Mapping[str, float]]]
-) -> dict[int, Mapping[str, float]]:
-    """What requests say of their rows, as of the rows of all of them."""
-    joined: dict[int, Mapping[str, float]] = {}
-    first = 0
-    for request in requests:
-        joined.update((first + at, values) for at, values in part(request).items())
-        first += len(request.entities)
-    return joined
-
-
 def _told(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def _mark(
-    predictions: Predictions,
-    scored: Scored,
-    block: FeatureBlock,
-    rows: NDArray[np.intp] | None,
-    spared: Sequence[Rung] | None,
-) -> None:
-    """Say of each row what stood in: for the version, or for its features."""
-    n = len(predictions)
-    places = range(n) if rows is None else rows.tolist()
-    ages: list[float | None] = [block.ages_s[row] if spared else None for row in places]
-    for row in range(n):
-        cached = scored.cached.get(row)
-        if cached is not None:
-            predictions.versions[row], predictions.fallbacks[row] = cached.version, Rung.BATCH
-            ages[row] = cached.age_s
-        elif predictions.fallbacks[row] is None and spared is not None:
-            predictions.fallbacks[row] = spared[row]
-    predictions.spared = [None] * n if spared is None else list(spared)
-    predictions.ages_s = ages
-
-
-def _answers(batch: _Batch, predictions: Predictions) -> list[PredictAnswer]:
-    answers: list[PredictAnswer] = []
-    first = 0
-    for request in batch.requests:
-        last = first + len(request.entities)
-        part = predictions.part(first, last)
-        served_by = set(part.versions)
-        version = served_by.pop() if len(served_by) == 1 else batch.assignment.versions[0]
-        answers.append(
-            PredictAnswer(random_hex(16), request.model, version, batch.assignment.revision, request.entity_ids, part)
-        )
-        first = last
-    return answers

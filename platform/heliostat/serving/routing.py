@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,10 @@ class Assignment:
     versions: tuple[int, ...]
     chosen: NDArray[np.int16]
     shadow: tuple[int, ...] = ()
+
+    def taken(self, rows: NDArray[np.intp]) -> Assignment:
+        """Of other entities: some of these, in any order, as often as wanted."""
+        return replace(self, chosen=self.chosen[rows])
 
     def forced(self, model: str, variant: str, *, prefix: str) -> Assignment:
         """One variant for everybody, whoever they are assigned to; its name gets a prefix.

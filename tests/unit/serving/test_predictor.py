@@ -26,6 +26,7 @@ from heliostat.experiments.assignment import RoutingDocument
 from heliostat.models.packaging import LoadedModel
 from heliostat.serving.answers import EntityAnswer, Explanation, PredictAnswer
 from heliostat.serving.breaker import BreakerRule, State
+from heliostat.serving.lookup import FeatureQuery
 from heliostat.serving.predictor import STORE
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.scoring import ScoreQuery
@@ -736,4 +737,4 @@ def test_the_store_being_down_is_reported_by_its_stage() -> None:
     house = House()
     house.store.down = True
     with pytest.raises(OnlineStoreUnavailableError):
-        asyncio.run(house.lookup(house.predictor._query([request(1)])))
+        asyncio.run(house.lookup(FeatureQuery("churn", house.predictor._looked_up("churn"), ("1",))))
