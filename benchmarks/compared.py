@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pages import Row, between, markdown, result, rewrite
 from benchmarks.peers import RESULTS, ROOT, shown
+from benchmarks.serving import GOALS
 
 PAGE = ROOT / "docs" / "compared.md"
 BEGIN, END = "<!-- measured: written by benchmarks/compared.py -->", "<!-- end -->"
@@ -101,9 +102,13 @@ def point_in_time(rows: list[Row]) -> Iterator[Line]:
 def serving(rows: list[Row]) -> Iterator[Line]:
     """The whole inference graph, beside a plain program."""
     for row in rows:
-        if (row["entities"], row["concurrency"]) in ((1, 1), (100, 64)):
-            what = f"predict, {row['entities']} entities, {row['concurrency']} at once, median"
-            yield Line(what, row["p50 ms Heliostat"], "plain FastAPI", row["p50 ms plain"], "ms")
+        entities, concurrency = row["entities"], row["concurrency"]
+        pace, theirs = (1e3 / row[f"req/s {who}"] for who in ("Heliostat", "plain"))
+        what = f"predict, {entities} {'entity' if entities == 1 else 'entities'}, {concurrency} at once"
+        goal = GOALS.get(("plain", entities, concurrency))
+        yield Line(f"{what}, a request every", pace, "plain FastAPI", theirs, "ms", goal)
+        if concurrency > 1:
+            yield Line(f"{what}, p99", row["p99 ms Heliostat"], "plain FastAPI", row["p99 ms plain"], "ms", 1.0)
 
 
 def scoring_servers(rows: list[Row]) -> Iterator[Line]:

@@ -342,9 +342,9 @@ def test_a_comparison_says_how_many_times_as_quick_and_whether_that_was_the_goal
     _, _, *lines = compared.table(tmp_path).splitlines()
     assert [line.split(" | ")[1:] for line in lines] == [
         ["0.500 s", "Feast", "6.00 s", "12.0", "≥ 10.0", "yes |"],
-        ["0.700 s", "Feast", "7.00 s", "10.0", " | |"],
+        ["0.700 s", "Feast", "7.00 s", "10.0", "", " |"],
         ["1.00 s", "Feast", "6.00 s", "6.00", "≥ 10.0", "no |"],
-        ["1.40 s", "Feast", "7.00 s", "5.00", " | |"],
+        ["1.40 s", "Feast", "7.00 s", "5.00", "", " |"],
         ["2.00 s", "Feast", "stopped after 300 s", "", "≥ 10.0", " |"],
     ]
 
