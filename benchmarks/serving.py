@@ -377,6 +377,10 @@ def report(cells: Cells, most: Mapping[tuple[int, int], float], plan: Plan) -> R
             ),
             "Plain is one uvicorn process with uvloop and httptools; Heliostat one replica behind HAProxy.",
             (
+                f"Requests that are answered together ask for some of the {plan.customers:,} customers twice; Heliostat"
+                " looks those up and scores them once."
+            ),
+            (
                 "Bare is a FastAPI route that returns a constant, on the same Serve. Distributed was deployed after"
                 " the others had been measured, so it took no turns with them."
             ),

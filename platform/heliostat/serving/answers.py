@@ -63,6 +63,7 @@ class Predictions:
         absent: Views that hold nothing about the entity: their features are those of nobody.
         spared: What stood in for features, if something did; empty if for nobody.
         ages_s: How old what stood in is, seconds, if that is known; empty if for nobody.
+        causes: Why something stood in (see `heliostat.serving.telemetry.CAUSES`); empty if for nobody.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Predictions:
     absent: list[tuple[str, ...]] = field(default_factory=list)
     spared: list[str | None] = field(default_factory=list)
     ages_s: list[float | None] = field(default_factory=list)
+    causes: list[str | None] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -113,6 +115,7 @@ class Predictions:
         for part in parts if spared else ():
             part.spared = part.spared or [None] * len(part)
             part.ages_s = part.ages_s or [None] * len(part)
+            part.causes = part.causes or [None] * len(part)
         one_matrix = len({part.vectors[0].shape for part in parts}) == 1
         return cls(
             column("scores"),
@@ -122,6 +125,7 @@ class Predictions:
             column("missing"),
             spared=column("spared") if spared else [],
             ages_s=column("ages_s") if spared else [],
+            causes=column("causes") if spared else [],
         )
 
     def __len__(self) -> int:
@@ -144,6 +148,7 @@ class Predictions:
             column(self.absent),
             column(self.spared),
             column(self.ages_s),
+            column(self.causes),
         )
 
     def part(self, first: int, last: int) -> Predictions:
@@ -160,6 +165,7 @@ class Predictions:
             self.absent[first:last],
             self.spared[first:last],
             self.ages_s[first:last],
+            self.causes[first:last],
         )
 
     @property

@@ -31,7 +31,7 @@ from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.fallback import Rung, VersionLadder, breaker_name
 from heliostat.serving.lookup import FeatureBlock, FeatureQuery, FeatureReaders, shown
 from heliostat.serving.prediction_log import PredictionLog, log_record
-from heliostat.serving.request_batch import RequestBatch, answers_of, distinct, joined_query, mark_stand_ins
+from heliostat.serving.request_batch import RequestBatch, answers_of, deduplicated, joined_query, mark_stand_ins
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.routing import Assignment, RouteQuery
 from heliostat.serving.scoring import ScoreQuery
@@ -255,7 +255,7 @@ class Predictor:
             now + share * (deadline - now) for share in (_FEATURES_SHARE, _VARIANTS_SHARE, _MODELS_SHARE)
         )
         model = requests[0].model
-        query, rows = distinct(joined_query(model, self._looked_up(model), requests))
+        query, rows = deduplicated(joined_query(model, self._looked_up(model), requests))
         block = await self._features(query, until=features_until)
         marks.append(clock())
         assignment = await self._assign(query, block, until=variants_until, forced=requests[0].variant)
@@ -264,6 +264,7 @@ class Predictor:
         predictions = await self._score(batch, until=models_until)
         if rows is not None:
             batch, predictions = batch.taken(rows), predictions.taken(rows)
+        self._meter.of(model).fell_back(predictions.fallbacks, predictions.causes)
         marks.append(clock())
         if requests[0].strict and any(predictions.fallbacks):  # whoever shares a queue shares this
             return await self._refuse(batch, predictions, deadline)
@@ -431,8 +432,6 @@ class Predictor:
         predictions = Predictions.of(scored.scores, scored.version, scored.rung, names, matrix)
         if scored.rung is not None or not block.stored:
             mark_stand_ins(predictions, scored, block, rows, spared.get(scored.version) if by_a_model else None)
-            cause = block.cause if scored.rung is None else scored.cause
-            self._meter.of(batch.model).fell_back(predictions.fallbacks, cause or "error")
         return predictions
 
     async def _explain(

@@ -76,7 +76,7 @@ def joined_query(model: str, names: tuple[str, ...], requests: Sequence[PredictR
     )
 
 
-def distinct(query: FeatureQuery) -> tuple[FeatureQuery, NDArray[np.intp] | None]:
+def deduplicated(query: FeatureQuery) -> tuple[FeatureQuery, NDArray[np.intp] | None]:
     """The query about each entity once, and the row of it that each of its rows is; None: as it was given.
 
     Rows with values of their own, which a request gave, stay apart.
@@ -115,7 +115,7 @@ def mark_stand_ins(
     rows: NDArray[np.intp] | None,
     spared: Sequence[Rung] | None,
 ) -> None:
-    """Say of each row what stood in: for the version, or for its features.
+    """Say of each row what stood in, for the version or for its features, and why.
 
     Args:
         predictions: Of some rows; it is told there.
@@ -136,6 +136,7 @@ def mark_stand_ins(
             predictions.fallbacks[row] = spared[row]
     predictions.spared = [None] * n if spared is None else list(spared)
     predictions.ages_s = ages
+    predictions.causes = [(block.cause if scored.rung is None else scored.cause) or "error"] * n
 
 
 def _joined(

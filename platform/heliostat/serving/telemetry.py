@@ -258,10 +258,10 @@ class ModelMeter:
         if len(self._missing) > _UNSORTED:
             self._sort_out()
 
-    def fell_back(self, rungs: Iterable[str | None], cause: str) -> None:
-        """Count what stood in, row by row, None where nothing did; and why."""
-        for rung, number in Counter(rungs).items():
-            if rung is not None:
+    def fell_back(self, rungs: Iterable[str | None], causes: Iterable[str | None]) -> None:
+        """Count what stood in and why, row by row, None where nothing did; no causes: nothing did for anybody."""
+        for (rung, cause), number in Counter(zip(rungs, causes, strict=False)).items():
+            if rung is not None and cause is not None:
                 self._board.add("heliostat_fallbacks_total", self._model, rung, cause, by=number)
 
     def expect(self, rungs: Iterable[str]) -> None:

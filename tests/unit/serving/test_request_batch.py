@@ -16,7 +16,7 @@ from heliostat.experiments.assignment import RoutingDocument
 from heliostat.features.request import UniformOverrides
 from heliostat.serving.answers import PredictAnswer
 from heliostat.serving.lookup import FeatureQuery
-from heliostat.serving.request_batch import distinct, joined_query
+from heliostat.serving.request_batch import deduplicated, joined_query
 from heliostat.serving.scoring import ScoreQuery
 from tests.unit.serving.collaborators import NAMES, House, request, split
 
@@ -157,6 +157,17 @@ def test_who_wants_no_fallback_is_refused_for_the_rows_it_asked_for() -> None:
     assert all(isinstance(each, DegradedAnswerError) for each in others)
 
 
+def test_what_stood_in_is_counted_for_every_row_that_was_answered() -> None:
+    house = House()
+    with_a_split(house)
+    house.versions.broken = {2}
+    answers = together(house, crowd())
+    fallbacks = [each.fallback for answer in answers for each in answer.entities]
+    assert 0 < fallbacks.count("control") < len(fallbacks)
+    counted = house.meter.board.value("heliostat_fallbacks_total", "churn", "control", "error")
+    assert counted == fallbacks.count("control")
+
+
 def test_rows_with_values_of_their_own_stay_apart() -> None:
     house = House()
     plain, own = request(*(1,) * 40), request(*(1,) * 40, count_30d=9.0)
@@ -173,18 +184,18 @@ def test_rows_with_values_of_their_own_stay_apart() -> None:
 
 def test_few_rows_and_rows_that_differ_are_taken_as_they_are() -> None:
     few = FeatureQuery("churn", NAMES, ("1",) * 63)
-    assert distinct(few) == (few, None)
+    assert deduplicated(few) == (few, None)
     differing = FeatureQuery("churn", NAMES, tuple(map(str, range(100))))
-    assert distinct(differing) == (differing, None)
+    assert deduplicated(differing) == (differing, None)
     asked = replace(request(*(1, 2) * 40), inputs={0: {"amount": 1.0}})
-    assert distinct(joined_query("churn", NAMES, [asked]))[1] is None
+    assert deduplicated(joined_query("churn", NAMES, [asked]))[1] is None
     uniform = replace(few, entities=("1",) * 80, overrides=UniformOverrides(("usage__mean",), np.ones((80, 1))))
-    assert distinct(uniform)[1] is None
+    assert deduplicated(uniform)[1] is None
 
 
 def test_rows_are_found_again_in_any_order() -> None:
     entities = tuple(str(each) for each in np.random.default_rng(1).integers(0, 50, 400))
-    once, rows = distinct(FeatureQuery("churn", NAMES, entities))
+    once, rows = deduplicated(FeatureQuery("churn", NAMES, entities))
     assert rows is not None
     assert len(set(once.entities)) == len(once.entities)
     assert tuple(once.entities[row] for row in rows.tolist()) == entities

@@ -64,7 +64,7 @@ def test_a_counter_is_known_before_it_first_rises() -> None:
     meter.of("churn").expect([Rung.PRIOR])
     assert {meter.board.value("heliostat_fallbacks_total", "churn", "prior", cause) for cause in CAUSES} == {0}
     assert ("heliostat_fallbacks_total", ("churn", "prior", "timeout")) in numbers(meter.board)
-    meter.of("churn").fell_back(["prior", None, "prior"], "timeout")
+    meter.of("churn").fell_back(["prior", None, "prior"], ["timeout"] * 3)
     assert meter.board.value("heliostat_fallbacks_total", "churn", "prior", "timeout") == 2
 
 
