@@ -377,8 +377,8 @@ def report(cells: Cells, most: Mapping[tuple[int, int], float], plan: Plan) -> R
             ),
             "Plain is one uvicorn process with uvloop and httptools; Heliostat one replica behind HAProxy.",
             (
-                f"Requests that are answered together ask for some of the {plan.customers:,} customers twice; Heliostat"
-                " looks those up and scores them once."
+                f"Requests that are answered together ask for some of the {plan.customers:,} customers twice;"
+                " Heliostat looks those up and scores them once."
             ),
             (
                 "Bare is a FastAPI route that returns a constant, on the same Serve. Distributed was deployed after"
