@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from functools import cached_property
+from typing import Any, Final, Literal, cast
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -82,7 +83,7 @@ class Entity:
         """The key columns, in declared order."""
         return tuple(self.keys)
 
-    @property
+    @cached_property
     def has_integer_key(self) -> bool:
         """Whether the key is one integer: then encoded keys are int64, otherwise text."""
         return list(self.keys.values()) == ["int64"]
@@ -152,8 +153,10 @@ class Entity:
 
     def texts(self, keys: Sequence[EntityKey]) -> list[str]:
         """Many keys as text; see `text`."""
-        if self.has_integer_key:  # most keys: no look at each one's parts
-            return [str(key) if type(key) is int and -_INT64 <= key < _INT64 else self.text(key) for key in keys]
+        if self.has_integer_key and {*map(type, keys)} == {int}:
+            integers = cast("Sequence[int]", keys)  # most keys: no look at each one's parts
+            if min(integers) >= -_INT64 and max(integers) < _INT64:
+                return [*map(str, integers)]
         return [self.text(key) for key in keys]
 
     def _part(self, column: str, value: int | str) -> str:
