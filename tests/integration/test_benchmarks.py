@@ -78,6 +78,7 @@ def test_a_few_users_do_much_of_it_and_the_spine_asks_about_all_alike() -> None:
 # ── Contenders ──────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_heliostat_and_ray_data_give_the_same_answers(ray_local: None, tmp_path: Path) -> None:  # noqa: ARG001
     place = point_in_time.Place(tmp_path)
     point_in_time.prepare(place, PLAN)
@@ -97,6 +98,7 @@ def test_heliostat_and_ray_data_give_the_same_answers(ray_local: None, tmp_path:
     assert difference.startswith("Ray Data's activity_count differs in 1 rows; in row 7: ")
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_as_a_program_without_any_peer() -> None:
     small = [
         "--events=3000",
