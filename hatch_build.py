@@ -1,4 +1,4 @@
-"""Builds the package's C, where there is a compiler; without one the same is done by numpy, more slowly.
+"""Builds the package's C, where there is a compiler; without one the same is done by numpy and Python, more slowly.
 
 One file a module, Python's own headers and nothing else: `sysconfig` knows the compiler that Python was built with.
 """
@@ -14,7 +14,11 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = ("platform/heliostat/online/_compiled.c", "platform/heliostat/storage/_packing.c")
+SOURCES = (
+    "platform/heliostat/online/_compiled.c",
+    "platform/heliostat/serving/_writing.c",
+    "platform/heliostat/storage/_packing.c",
+)
 # Sums are the same bits as numpy's: nothing is reordered, and no product is fused with a sum.
 FLAGS = ("-O2", "-fno-fast-math", "-ffp-contract=off")
 
@@ -34,7 +38,7 @@ class CompiledHook(BuildHookInterface):
                 _compile(module, built)
             except (OSError, subprocess.CalledProcessError) as error:
                 built.unlink(missing_ok=True)
-                self.app.display_warning(f"{source} isn't compiled, numpy does its work: {error}")
+                self.app.display_warning(f"{source} isn't compiled, Python does its work: {error}")
                 continue
             build_data["pure_python"] = False
             build_data["infer_tag"] = True

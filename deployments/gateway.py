@@ -21,7 +21,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope
 
 from deployments.access import forced_variant
-from deployments.http import RETRY_AFTER, json_response, read_body, unless_gone
+from deployments.http import JSON, RETRY_AFTER, json_response, read_body, unless_gone
 from heliostat.clock import Clock, format_instant
 from heliostat.errors import HeliostatError, StorageError, TooManyEventsError, UnknownAliasError
 from heliostat.experiments.assignment import RoutingDocument
@@ -39,10 +39,11 @@ from heliostat.serving.lookup import FeatureReaders
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.requests import parse_actuals, parse_events, parse_predict
 from heliostat.serving.telemetry import Meter
-from heliostat.serving.timers import Limits
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
-from heliostat.storage.streams import AsyncStreams, actual_record
+from heliostat.storage.stream_entries import actual_record
+from heliostat.storage.streams import AsyncStreams
+from heliostat.timers import Limits
 
 _logger = logging.getLogger("heliostat.gateway")
 
@@ -129,7 +130,7 @@ class Api:
         variant = forced_variant(scope)
         body = await self.body(scope, receive)
         answer = await self.predictions(receive, body, model, variant)
-        return json_response(answer.document((time.perf_counter() - begin) * 1e3))
+        return Response(answer.to_json((time.perf_counter() - begin) * 1e3), media_type=JSON)
 
     async def predictions(
         self, receive: Receive, body: bytes | dict[str, Any], model: str | None, variant: str | None

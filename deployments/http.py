@@ -17,11 +17,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from heliostat.errors import BodyTooLargeError, HeliostatError, SlowBodyError
-from heliostat.serving.timers import Interruption, Limits
+from heliostat.timers import Interruption, Limits
 
 _logger = logging.getLogger("heliostat.gateway")
 
 T = TypeVar("T")
+
+JSON = "application/json"
+"""What answers are."""
 
 RETRY_AFTER_S = 1
 """When a client that was told 503 may try again, seconds."""
@@ -36,7 +39,7 @@ _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 def json_response(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:  # noqa: ANN401 - JSON
     """A document as an HTTP answer; NaN becomes null."""
-    return Response(orjson.dumps(document), status, headers, "application/json")
+    return Response(orjson.dumps(document), status, headers, JSON)
 
 
 def path_of(scope: Scope) -> str:

@@ -41,7 +41,8 @@ from heliostat.serving.telemetry import Board, Meter
 from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore
-from heliostat.storage.streams import AsyncStreams, StreamName, record_key
+from heliostat.storage.stream_entries import StreamName
+from heliostat.storage.streams import AsyncStreams, record_key
 from heliostat.workspace import Workspace
 
 _NO_LIMIT = 1_000_000

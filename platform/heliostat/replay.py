@@ -27,7 +27,7 @@ from heliostat.monitoring.parity import Match, Recompute, Served, compare, given
 from heliostat.monitoring.served import ServedRows
 from heliostat.schema import times_us
 from heliostat.storage.offline_store import PREDICTIONS
-from heliostat.storage.streams import request_of, rows_from
+from heliostat.storage.stream_entries import request_of, rows_from
 from heliostat.workspace import Workspace
 
 FloatArray = NDArray[np.float64]

@@ -33,7 +33,7 @@ from heliostat.schema import INGESTED, TIMESTAMP
 from heliostat.settings import ClockSettings, Settings
 from heliostat.storage.erasure import ServerEraser
 from heliostat.storage.offline_store import DEAD_LETTERS
-from heliostat.storage.streams import actual_record
+from heliostat.storage.stream_entries import actual_record
 from heliostat.workspace import Workspace
 from tests.integration.erasure_declarations import SALES, SHOP, USER, device_sales, shop_sales, user_sales
 

@@ -37,7 +37,8 @@ from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore
-from heliostat.storage.streams import AsyncStreams, Streams, actual_record, event_entries, record_key
+from heliostat.storage.stream_entries import actual_record, event_entries
+from heliostat.storage.streams import AsyncStreams, Streams, record_key
 from heliostat.workspace import Workspace
 from jobs import ingest_events
 

@@ -12,7 +12,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from heliostat.settings import OnlineSettings, Settings
-from heliostat.storage.streams import rows_from
+from heliostat.storage.stream_entries import rows_from
 from heliostat.workspace import Workspace
 from tests.integration.test_client import Gateway
 from tests.integration.test_serving import purchase, register

@@ -33,7 +33,7 @@ from heliostat.serving.access import CALLER, Caller, granted
 from heliostat.serving.scoring import ModelRunner
 from heliostat.serving.telemetry import Meter
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
-from heliostat.storage.streams import rows_from
+from heliostat.storage.stream_entries import rows_from
 from heliostat.workspace import Workspace
 from tests.slow_clients import SlowClients
 from tests.unit.serving.collaborators import House

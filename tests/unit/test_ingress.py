@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.http import read_body, unless_gone
 from heliostat.errors import SlowBodyError
 from heliostat.ingress import QuickAnswers
-from heliostat.serving.timers import Limits
+from heliostat.timers import Limits
 
 ANSWER = b'{"predictions": [0.25]}'
 TOLD = (

@@ -37,7 +37,7 @@ from heliostat.storage.event_updates import EventOutcome, EventUpdate
 from heliostat.storage.late_events import acount_late, count_late
 from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineStore
-from heliostat.storage.streams import event_entries
+from heliostat.storage.stream_entries import event_entries
 
 EventStatus = Literal["accepted", "duplicate", "late", "rejected"]
 

@@ -36,7 +36,8 @@ from heliostat.storage.erasure import vacuum
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
 from heliostat.storage.online_store import OnlineConfig
-from heliostat.storage.streams import StreamName, Streams, events_from, rows_from
+from heliostat.storage.stream_entries import StreamName, events_from, rows_from
+from heliostat.storage.streams import Streams
 
 _log = logging.getLogger(__name__)
 

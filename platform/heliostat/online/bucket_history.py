@@ -18,8 +18,8 @@ from heliostat.storage.event_files import cut
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineStore
+from heliostat.storage.stream_entries import events_from
 from heliostat.storage.stream_tail import StreamTail
-from heliostat.storage.streams import events_from
 
 _LONGEST_TAIL = 100_000
 _READ_TOGETHER = 500_000  # of more events, ids aren't read but of those that need them

@@ -25,7 +25,7 @@ from heliostat.settings import Settings
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineStore
-from heliostat.storage.streams import event_entries
+from heliostat.storage.stream_entries import event_entries
 
 Instant: TypeAlias = str | int | date | datetime
 

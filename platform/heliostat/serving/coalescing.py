@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from heliostat.errors import BatchResultError, OverloadedError, ShuttingDownError
-from heliostat.serving.timers import Limits
+from heliostat.timers import Limits
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

@@ -37,6 +37,7 @@ from heliostat.errors import UnservableModelError
 from heliostat.serving.breaker import Breakers
 from heliostat.serving.telemetry import Board, cause_of
 from heliostat.storage.online_store import OnlineKeys
+from heliostat.timers import Deadlines
 
 FloatArray = NDArray[np.float64]
 
@@ -171,6 +172,7 @@ class VersionLadder:
     ) -> None:
         self._prior, self._breakers, self._rungs = prior, breakers, tuple(rungs)
         self._last_good, self._cached = last_good or (lambda _: ()), cached
+        self._deadlines = Deadlines()
 
     async def climb(
         self,
@@ -241,7 +243,7 @@ class VersionLadder:
         # Who could stand in gets its share of the time as well.
         share = (until - now) * (1.0 if last else 0.5)
         try:
-            async with asyncio.timeout_at(now + share):
+            with self._deadlines.until(now + share):
                 scores = await score(version)
             if scores.shape == (rows,) and np.isfinite(scores).all():
                 breaker.succeeded(permit)
@@ -268,7 +270,7 @@ class VersionLadder:
         for rung in self._rungs:
             if rung is Rung.BATCH and self._cached is not None:
                 try:
-                    async with asyncio.timeout_at(until):
+                    with self._deadlines.until(until):
                         cached = await self._cached(model, entities())
                 except Exception as error:  # noqa: BLE001 - whatever is there, the next rung answers
                     told = str(error) or type(error).__name__
@@ -287,7 +289,7 @@ class VersionLadder:
 
     async def _prior_of(self, model: str, version: int, until: float) -> float | None:
         try:
-            async with asyncio.timeout_at(until):
+            with self._deadlines.until(until):
                 return await self._prior(model, version)
         except TimeoutError:
             return None

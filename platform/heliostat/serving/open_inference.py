@@ -25,7 +25,7 @@ from heliostat.errors import InvalidFieldError, MalformedBodyError
 from heliostat.features.request import UniformOverrides
 from heliostat.models.definitions import ModelSpec
 from heliostat.serving.answers import PredictAnswer
-from heliostat.storage.streams import prediction_ids
+from heliostat.storage.stream_entries import prediction_ids
 
 ENTITY: Final = "entity_id"
 """The tensor that says whose prediction is asked for."""

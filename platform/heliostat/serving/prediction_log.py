@@ -23,6 +23,8 @@ from heliostat.errors import HeliostatError, PredictionLogError
 from heliostat.serving.answers import FORCED, PredictAnswer, Predictions
 from heliostat.serving.requests import Inputs
 from heliostat.serving.telemetry import Board
+from heliostat.storage.stream_entries import packed_vectors
+from heliostat.timers import Deadlines
 from heliostat.tracing import Trace
 
 FloatArray = NDArray[np.float64]
@@ -49,7 +51,7 @@ def log_record(
 
     Args:
         answers: What is to be answered, by one model and one revision of its routing document.
-        predictions: All of it, row by row; NaN in a vector becomes null.
+        predictions: All of it, row by row.
         entities: Entity keys as text, row by row.
         at_us: The instant of the features, microseconds since the epoch.
         given: For each row, the qualified features whose values the request gave; None: none for anybody.
@@ -62,7 +64,6 @@ def log_record(
         "variant": predictions.variants,
         "version": predictions.versions,
         "score": predictions.scores,
-        "features": predictions.vectors,
     }
     requests: list[dict[str, Any]] = [
         {"request_id": each.request_id, "rows": len(each.entity_ids)} for each in answers
@@ -82,8 +83,6 @@ def log_record(
     same = {name: columns.pop(name)[0] for name in ("variant", "version", "given") if _is_same(columns.get(name))}
     if newest_us is not None:
         columns["newest_event"] = newest_us
-    if infinite := _infinite(predictions.vectors):
-        columns["infinite"] = infinite
     if inputs:
         columns["inputs"] = [
             orjson.dumps(inputs[row]).decode() if row in inputs else None for row in range(len(entities))
@@ -96,6 +95,7 @@ def log_record(
             "requests": requests,
             "columns": columns,
             "same": same,
+            "vectors": packed_vectors(predictions.vectors),
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
@@ -104,20 +104,6 @@ def log_record(
 def _is_same(column: Sequence[Any] | None) -> bool:
     """Whether a column says the same of every row: it is written once then."""
     return column is not None and column.count(column[0]) == len(column)
-
-
-def _infinite(vectors: FloatArray | list[FloatArray]) -> list[list[list[int]] | None] | None:
-    """By row, the places of infinite values and their signs, which JSON can't spell; None where there are none."""
-    if isinstance(vectors, np.ndarray):
-        if not np.isinf(vectors).any():
-            return None
-    elif not any(np.isinf(vector).any() for vector in vectors):
-        return None
-    found = [np.flatnonzero(np.isinf(vector)) for vector in vectors]
-    return [
-        [[int(place), int(np.sign(vector[place]))] for place in places] or None
-        for vector, places in zip(vectors, found, strict=True)
-    ]
 
 
 class PredictionLog:
@@ -154,6 +140,7 @@ class PredictionLog:
         self._grace_s = grace_s
         self._buffer: deque[_Buffered] = deque()
         self._flushing: asyncio.Task[None] | None = None
+        self._deadlines = Deadlines()
         self._closed = False
         self.buffered_rows = 0
         """Rows that are in memory only."""
@@ -180,7 +167,7 @@ class PredictionLog:
             self._keep(records, rows)
             return False
         try:
-            async with asyncio.timeout_at(until):
+            with self._deadlines.until(until):
                 await self._append(records)
         except (HeliostatError, OSError) as error:  # TimeoutError is an OSError
             reason = str(error) or "it took too long"

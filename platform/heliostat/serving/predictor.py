@@ -38,6 +38,7 @@ from heliostat.serving.scoring import ScoreQuery
 from heliostat.serving.spare_features import SpareFeatures
 from heliostat.serving.telemetry import Meter, cause_of
 from heliostat.serving.version_book import VersionBook, VersionFacts
+from heliostat.timers import Deadlines
 
 FloatArray = NDArray[np.float64]
 _Lane = tuple[str, bool, bool, bool]
@@ -138,6 +139,7 @@ class Predictor:
         self._queues: dict[_Lane, Coalescer[_Waiting, PredictAnswer]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
         self._shadows: set[asyncio.Task[None]] = set()
+        self._deadlines = Deadlines()
 
     async def predict(self, request: PredictRequest) -> PredictAnswer:
         """Answer a request; its predictions are in the log by then.
@@ -202,7 +204,7 @@ class Predictor:
             HeliostatError: Whatever doesn't answer.
         """
         try:
-            async with asyncio.timeout(self._deadline_ms / 1e3):
+            with self._deadlines.until(asyncio.get_running_loop().time() + self._deadline_ms / 1e3):
                 block = await self._stages.features(FeatureQuery(model, self._looked_up(model), ()))
                 route = await self._stages.router(RouteQuery(model, block.route, ()))
                 for version in dict.fromkeys(route.versions):
@@ -329,7 +331,7 @@ class Predictor:
 
     async def _features(self, query: FeatureQuery, *, until: float) -> FeatureBlock:
         try:
-            async with asyncio.timeout_at(until):
+            with self._deadlines.until(until):
                 block = await self._stages.features(query)
         except DependencyOpenError as error:
             return replace(self._spares.block(query), cause=cause_of(error))
@@ -344,7 +346,7 @@ class Predictor:
     ) -> Assignment:
         routing = RouteQuery(query.model, block.route, query.entities)
         try:
-            async with asyncio.timeout_at(until):
+            with self._deadlines.until(until):
                 found = await self._stages.router(routing)
         except UnknownAliasError:
             raise
@@ -374,7 +376,7 @@ class Predictor:
             return None
         now = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout_at(now + (until - now) / 2):
+            with self._deadlines.until(now + (until - now) / 2):
                 return await self._versions.usable(model, version)
         except (HeliostatError, TimeoutError):
             return None
@@ -450,7 +452,7 @@ class Predictor:
             if not rows:
                 continue
             try:
-                async with asyncio.timeout_at(until):
+                with self._deadlines.until(until):
                     facts = await self._versions.usable(batch.model, version)
                     matrix = np.array([predictions.vectors[row] for row in rows])
                     parts = await self._stages.runner(ScoreQuery(batch.model, version, matrix, explain=True))
@@ -491,7 +493,7 @@ class Predictor:
             try:
                 facts = await self._versions.usable(batch.model, version)
                 matrix = batch.block.matrix(facts.wanted)
-                async with asyncio.timeout_at(until):
+                with self._deadlines.until(until):
                     scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix, beside=True))
                 shadow = Predictions.of(scores, version, None, facts.names, matrix)
                 shadow.variants = [SHADOW_NAME] * len(shadow)

@@ -10,7 +10,6 @@ reads, and entries of a log whose reader keeps one of two that are the same.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ import hiredis
 import redis
 import redis.asyncio
 import redis.exceptions
+
+from heliostat.timers import Limits
 
 try:
     from heliostat.storage import _packing
@@ -117,7 +118,7 @@ class AsyncQuickCommands:
 
     def __init__(self, pool: redis.asyncio.ConnectionPool, timeout_s: float) -> None:
         self._pool: Any = pool
-        self._timeout_s = timeout_s
+        self._limits = Limits(timeout_s)
         self._idle: deque[Any] = deque()
 
     async def mget(self, keys: Sequence[str]) -> list[bytes | None]:
@@ -137,10 +138,9 @@ class AsyncQuickCommands:
 
     async def _ask(self, packed: Sequence[bytes]) -> Any:  # noqa: ANN401 - the command's own
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._answer(packed)
+            return await self._limits.keep(self._answer(packed))
         except TimeoutError:
-            raise redis.exceptions.TimeoutError(f"no answer within {self._timeout_s:g} s") from None
+            raise redis.exceptions.TimeoutError(f"no answer within {self._limits.delay_s:g} s") from None
 
     async def _answer(self, packed: Sequence[bytes]) -> Any:  # noqa: ANN401 - the command's own
         connection = self._idle.pop() if self._idle else await self._pool.get_connection()

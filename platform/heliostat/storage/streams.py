@@ -2,30 +2,18 @@
 
 Events lie in one stream for each source and bucket, appended by the script that updates the
 rings; predictions and actuals in one stream each. What is applied to its table is trimmed.
-This module knows the bytes of every entry: one field, holding JSON.
+What an entry's bytes say, `heliostat.storage.stream_entries` knows.
 """
 
 from __future__ import annotations
 
-import base64
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Self
 
-import orjson
-import pyarrow as pa
-
-from heliostat.errors import StreamEntryError
-from heliostat.schema import INGESTED, TIMESTAMP
 from heliostat.settings import Settings
 from heliostat.storage.delta import StreamId
-from heliostat.storage.offline_store import ACTUALS, PREDICTIONS
 from heliostat.storage.online_store import OnlineConfig
-
-StreamName = Literal["predictions", "actuals"]
-
-EVENT_FIELD = b"e"
-RECORD_FIELD = b"p"
+from heliostat.storage.stream_entries import RECORD_FIELD, StreamName
 
 
 class Streams:
@@ -270,194 +258,3 @@ def _oldest(heads: Sequence[Any]) -> StreamId | None:
 def _stream_id(text: bytes | str) -> StreamId:
     ms, _, seq = (text.decode() if isinstance(text, bytes) else text).partition("-")
     return int(ms), int(seq)
-
-
-# ── Events ──────────────────────────────────────────────────────────────────────────
-
-
-def event_entries(events: pa.Table, *, ingested_us: int) -> list[tuple[bytes, bytes]]:
-    """The stream entries of events: field and value each.
-
-    Args:
-        events: Columns of the source, ``n`` rows.
-        ingested_us: When they were ingested, microseconds.
-
-    Returns:
-        ``n`` entries; an event's columns as JSON, times in microseconds, and ``_ingested_us``.
-    """
-    columns = {name: _plain(events.column(name)) for name in events.column_names}
-    names = list(columns)
-    return [
-        (EVENT_FIELD, orjson.dumps({**dict(zip(names, row, strict=True)), INGESTED: ingested_us}))
-        for row in zip(*columns.values(), strict=True)
-    ]
-
-
-def events_from(payloads: Sequence[bytes], schema: pa.Schema) -> pa.Table:
-    """The events of stream entries; the reverse of `event_entries`.
-
-    Args:
-        payloads: ``n`` of them.
-        schema: The source's; a column that an entry doesn't have is null.
-
-    Returns:
-        The source's columns and ``_ingested_us``, ``n`` rows.
-
-    Raises:
-        StreamEntryError: If an entry can't be read.
-    """
-    rows = [_document(payload) for payload in payloads]
-    try:
-        columns = [_typed([row.get(field.name) for row in rows], field.type) for field in schema]
-        columns.append(pa.array([row[INGESTED] for row in rows], pa.int64()))
-    except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
-        raise StreamEntryError("events", f"{type(error).__name__}: {error}") from error
-    return pa.table(columns, names=[*schema.names, INGESTED])
-
-
-def _plain(column: pa.ChunkedArray) -> list[Any]:
-    """Values that JSON keeps as they are."""
-    dtype = column.type
-    if pa.types.is_timestamp(dtype):
-        return list(column.cast(TIMESTAMP).cast(pa.int64()).to_pylist())
-    values = column.to_pylist()
-    if pa.types.is_floating(dtype):
-        # JSON has no NaN and no infinity; as texts they survive.
-        return [str(each) if each is not None and not math.isfinite(each) else each for each in values]
-    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
-        return [None if each is None else base64.b64encode(each).decode() for each in values]
-    return list(values)
-
-
-def _typed(values: list[Any], dtype: pa.DataType) -> pa.Array:
-    if pa.types.is_timestamp(dtype):
-        return pa.array(values, pa.int64()).cast(dtype)
-    if pa.types.is_floating(dtype):
-        return pa.array([float(each) if isinstance(each, str) else each for each in values], dtype)
-    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
-        return pa.array([None if each is None else base64.b64decode(each) for each in values], dtype)
-    return pa.array(values, dtype)
-
-
-# ── Predictions and actuals ─────────────────────────────────────────────────────────
-
-
-def actual_record(
-    *,
-    model: str,
-    value: float,
-    at_us: int,
-    prediction_id: str | None = None,
-    entity: str | None = None,
-    as_of_us: int | None = None,
-) -> bytes:
-    """One label that was reported, by prediction id or by entity and instant.
-
-    Args:
-        model: Whose prediction it judges.
-        value: The label.
-        at_us: When it was reported, microseconds.
-        prediction_id: Which prediction.
-        entity: Or: about whom,
-        as_of_us: as of when, microseconds.
-    """
-    return orjson.dumps(
-        {
-            "model": model,
-            "value": value,
-            "at_us": at_us,
-            "prediction_id": prediction_id,
-            "entity": entity,
-            "as_of_us": as_of_us,
-        }
-    )
-
-
-def prediction_ids(request_id: str, n: int) -> list[str]:
-    """The names of a request's predictions: records say only the request's, and answers use the same."""
-    return [f"{request_id}-{row}" for row in range(n)]
-
-
-def request_of(prediction_id: str) -> str:
-    """The name of a prediction's request; the reverse of `prediction_ids`."""
-    return prediction_id.rpartition("-")[0]
-
-
-def rows_from(
-    name: StreamName, entries: Sequence[tuple[StreamId, bytes]]
-) -> dict[str, tuple[list[StreamId], pa.Table]]:
-    """The table rows of stream entries, by model.
-
-    Args:
-        name: Which stream.
-        entries: Ids and payloads.
-
-    Returns:
-        For each model, the entry of each row, and rows with the columns of `PREDICTIONS` or `ACTUALS`.
-
-    Raises:
-        StreamEntryError: If an entry can't be read.
-    """
-    ids: dict[str, list[StreamId]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
-    schema = PREDICTIONS if name == "predictions" else ACTUALS
-    try:
-        for entry, payload in entries:
-            document = _document(payload)
-            model = _model(name, document)
-            found = _prediction_rows(document) if name == "predictions" else [_actual_row(document)]
-            ids.setdefault(model, []).extend([entry] * len(found))
-            rows.setdefault(model, []).extend(found)
-        return {model: (ids[model], pa.Table.from_pylist(each, schema=schema)) for model, each in rows.items()}
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise StreamEntryError(name, f"{type(error).__name__}: {error}") from error
-
-
-def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    shared = {"model": document["model"], "revision": document.get("revision"), "at": int(document["at_us"])}
-    if "columns" not in document:  # as an earlier release wrote it: one request, an object a prediction
-        return [{**each, **shared, "request_id": document.get("request_id")} for each in document["entries"]]
-    names = [
-        {
-            "prediction_id": prediction_id,
-            "request_id": request["request_id"],
-            "trace_id": request.get("trace_id"),
-            "latency_ms": request.get("latency_ms"),
-            "forced": request.get("forced"),
-        }
-        for request in document["requests"]
-        for prediction_id in prediction_ids(request["request_id"], request["rows"])
-    ]
-    same = {"missing": (), "given": (), **document.get("same", {})}
-    columns = {**{name: [value] * len(names) for name, value in same.items()}, **document["columns"]}
-    if "newest_event" in columns:
-        columns["newest_event"] = [None if each is None else int(each) for each in columns["newest_event"]]
-    for vector, places in zip(columns["features"], columns.pop("infinite", ()), strict=False):
-        for place, sign in places or ():  # JSON spells infinity as null, as it does NaN
-            vector[place] = math.inf * sign
-    sources = ["model" if each is None else "fallback" for each in columns.get("fallback", [None] * len(names))]
-    rows = zip(names, sources, *columns.values(), strict=True)
-    return [
-        {**name, **shared, "source": source, **dict(zip(columns, row, strict=True))} for name, source, *row in rows
-    ]
-
-
-def _actual_row(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {**document, "at": int(document["at_us"]), "as_of": document.get("as_of_us")}
-
-
-def _model(name: StreamName, document: Mapping[str, Any]) -> str:
-    model = document.get("model")
-    if not isinstance(model, str) or not model.isidentifier():
-        raise StreamEntryError(name, f"{model!r} names no model")
-    return model
-
-
-def _document(payload: bytes) -> dict[str, Any]:
-    try:
-        document = orjson.loads(payload)
-    except orjson.JSONDecodeError as error:
-        raise StreamEntryError("any", f"it is no JSON ({error}): {payload[:80]!r}") from None
-    if not isinstance(document, dict):
-        raise StreamEntryError("any", f"it is no JSON object: {payload[:80]!r}")
-    return document

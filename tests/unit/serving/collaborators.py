@@ -32,7 +32,7 @@ from heliostat.serving.scoring import ModelRunner
 from heliostat.serving.telemetry import Meter
 from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.storage.online_store import OnlineKeys
-from heliostat.storage.streams import rows_from
+from heliostat.storage.stream_entries import rows_from
 
 NOW_US = parse_instant_us("2026-03-01T12:00:00Z")
 KEYS = OnlineKeys("hs", "test")

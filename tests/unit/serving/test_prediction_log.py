@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from heliostat.errors import PredictionLogError
 from heliostat.serving.answers import PredictAnswer, Predictions
 from heliostat.serving.prediction_log import PredictionLog, log_record
-from heliostat.storage.streams import rows_from
+from heliostat.storage.stream_entries import rows_from
 from heliostat.tracing import Trace
 from tests.unit.serving.collaborators import Stream
 
@@ -59,7 +59,7 @@ def test_a_record_without_anything_out_of_the_ordinary_says_so_by_saying_nothing
     plain = Predictions([0.5], [3], [None], np.array([[1.0]]), [()], ["control"], [()])
     record = log_record([PredictAnswer("r", "churn", 3, 9, (7,), plain)], plain, ["7"], at_us=1)
     document = orjson.loads(record)
-    assert set(document["columns"]) == {"entity", "score", "features"}
+    assert set(document["columns"]) == {"entity", "score"}
     assert document["same"] == {"variant": "control", "version": 3}
     (row,) = rows_from("predictions", [((1, 0), record)])["churn"][1].to_pylist()
     assert (row["missing"], row["given"], row["source"]) == ([], [], "model")

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from heliostat.errors import StreamEntryError
 from heliostat.schema import INGESTED, TIMESTAMP
-from heliostat.storage.streams import EVENT_FIELD, actual_record, event_entries, events_from, rows_from
+from heliostat.storage.stream_entries import (
+    EVENT_FIELD,
+    _unpacked_vectors,
+    actual_record,
+    event_entries,
+    events_from,
+    packed_vectors,
+    rows_from,
+)
 
 SCHEMA = pa.schema(
     [
@@ -104,6 +112,44 @@ def test_request_becomes_one_row_an_entity_by_model() -> None:
     assert (first["features"], first["score"], first["revision"], first["request_id"]) == ([1.5, None], 1.0, 2, "r")
     assert rows.column("at").cast(pa.int64()).to_pylist() == [9, 9, 9]
     assert found["spend"][1].num_rows == 0
+
+
+VALUES = st.none() | st.floats(allow_nan=False)
+
+
+@given(
+    st.lists(st.lists(VALUES, min_size=2, max_size=2), max_size=4)
+    | st.lists(st.lists(VALUES, max_size=3), max_size=4)
+)
+def test_what_models_saw_is_read_back_bit_for_bit(vectors: list[list[float | None]]) -> None:
+    arrays = [np.array(each, dtype=np.float64) for each in vectors]
+    even = len({len(each) for each in vectors}) == 1
+    for packed in [packed_vectors(np.array(arrays)) if even else None, packed_vectors(arrays) if vectors else None]:
+        if packed is not None:
+            found = _unpacked_vectors(orjson.loads(orjson.dumps(packed)), len(vectors))
+            assert [[_bits(value) for value in row] for row in found] == [
+                [_bits(value) for value in row] for row in vectors
+            ]
+
+
+def test_vectors_that_arent_as_many_as_they_say_are_refused() -> None:
+    row = {"request_id": "r", "rows": 2}
+    columns = {"entity": ["1", "2"], "version": [1, 1], "variant": ["a", "a"], "score": [0.5, 0.5]}
+    entry = {"model": "churn", "at_us": 1, "requests": [row], "columns": columns}
+    good = packed_vectors(np.ones((2, 3)))
+    assert rows_from("predictions", [((1, 0), orjson.dumps({**entry, "vectors": good}))])["churn"][1].num_rows == 2
+    for wrong in ({"width": 2}, {"width": [3]}, {"width": [1, 2]}, {"f8": "AAAA"}, {"f8": "?"}, {"f8": None}):
+        with pytest.raises(StreamEntryError):
+            rows_from("predictions", [((1, 0), orjson.dumps({**entry, "vectors": {**good, **wrong}}))])
+
+
+def test_infinite_values_of_an_entry_of_an_earlier_release_come_back() -> None:
+    columns = {"entity": ["1", "2"], "score": [0.5, 0.5], "features": [[None, 1.0], [None, None]]}
+    columns["infinite"] = [None, [[0, 1], [1, -1]]]
+    entry = {"model": "churn", "at_us": 1, "requests": [{"request_id": "r", "rows": 2}], "columns": columns}
+    entry["same"] = {"version": 1, "variant": "a"}
+    rows = rows_from("predictions", [((1, 0), orjson.dumps(entry))])["churn"][1].to_pylist()
+    assert [row["features"] for row in rows] == [[None, 1.0], [math.inf, -math.inf]]
 
 
 def test_actual_is_read_back() -> None:

@@ -1,0 +1,255 @@
+"""What the entries of Redis Streams say: events, predictions and actuals, one field each, holding JSON. Pure.
+
+A prediction entry is about all requests that were answered together: a list a column, or one value for all rows.
+What the models saw comes as the bytes of its numbers: text would take ten times as long to write as all the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from heliostat.errors import StreamEntryError
+from heliostat.schema import INGESTED, TIMESTAMP
+from heliostat.storage.delta import StreamId
+from heliostat.storage.offline_store import ACTUALS, PREDICTIONS
+
+StreamName = Literal["predictions", "actuals"]
+
+EVENT_FIELD = b"e"
+RECORD_FIELD = b"p"
+
+FloatArray = NDArray[np.float64]
+_F8 = np.dtype("<f8")
+
+
+# ── Events ──────────────────────────────────────────────────────────────────────────
+
+
+def event_entries(events: pa.Table, *, ingested_us: int) -> list[tuple[bytes, bytes]]:
+    """The stream entries of events: field and value each.
+
+    Args:
+        events: Columns of the source, ``n`` rows.
+        ingested_us: When they were ingested, microseconds.
+
+    Returns:
+        ``n`` entries; an event's columns as JSON, times in microseconds, and ``_ingested_us``.
+    """
+    columns = {name: _plain(events.column(name)) for name in events.column_names}
+    names = list(columns)
+    return [
+        (EVENT_FIELD, orjson.dumps({**dict(zip(names, row, strict=True)), INGESTED: ingested_us}))
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
+def events_from(payloads: Sequence[bytes], schema: pa.Schema) -> pa.Table:
+    """The events of stream entries; the reverse of `event_entries`.
+
+    Args:
+        payloads: ``n`` of them.
+        schema: The source's; a column that an entry doesn't have is null.
+
+    Returns:
+        The source's columns and ``_ingested_us``, ``n`` rows.
+
+    Raises:
+        StreamEntryError: If an entry can't be read.
+    """
+    rows = [_document(payload) for payload in payloads]
+    try:
+        columns = [_typed([row.get(field.name) for row in rows], field.type) for field in schema]
+        columns.append(pa.array([row[INGESTED] for row in rows], pa.int64()))
+    except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
+        raise StreamEntryError("events", f"{type(error).__name__}: {error}") from error
+    return pa.table(columns, names=[*schema.names, INGESTED])
+
+
+def _plain(column: pa.ChunkedArray) -> list[Any]:
+    """Values that JSON keeps as they are."""
+    dtype = column.type
+    if pa.types.is_timestamp(dtype):
+        return list(column.cast(TIMESTAMP).cast(pa.int64()).to_pylist())
+    values = column.to_pylist()
+    if pa.types.is_floating(dtype):
+        # JSON has no NaN and no infinity; as texts they survive.
+        return [str(each) if each is not None and not math.isfinite(each) else each for each in values]
+    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
+        return [None if each is None else base64.b64encode(each).decode() for each in values]
+    return list(values)
+
+
+def _typed(values: list[Any], dtype: pa.DataType) -> pa.Array:
+    if pa.types.is_timestamp(dtype):
+        return pa.array(values, pa.int64()).cast(dtype)
+    if pa.types.is_floating(dtype):
+        return pa.array([float(each) if isinstance(each, str) else each for each in values], dtype)
+    if pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype):
+        return pa.array([None if each is None else base64.b64decode(each) for each in values], dtype)
+    return pa.array(values, dtype)
+
+
+# ── Predictions and actuals ─────────────────────────────────────────────────────────
+
+
+def actual_record(
+    *,
+    model: str,
+    value: float,
+    at_us: int,
+    prediction_id: str | None = None,
+    entity: str | None = None,
+    as_of_us: int | None = None,
+) -> bytes:
+    """One label that was reported, by prediction id or by entity and instant.
+
+    Args:
+        model: Whose prediction it judges.
+        value: The label.
+        at_us: When it was reported, microseconds.
+        prediction_id: Which prediction.
+        entity: Or: about whom,
+        as_of_us: as of when, microseconds.
+    """
+    return orjson.dumps(
+        {
+            "model": model,
+            "value": value,
+            "at_us": at_us,
+            "prediction_id": prediction_id,
+            "entity": entity,
+            "as_of_us": as_of_us,
+        }
+    )
+
+
+def prediction_ids(request_id: str, n: int) -> list[str]:
+    """The names of a request's predictions: records say only the request's, and answers use the same."""
+    return [f"{request_id}-{row}" for row in range(n)]
+
+
+def request_of(prediction_id: str) -> str:
+    """The name of a prediction's request; the reverse of `prediction_ids`."""
+    return prediction_id.rpartition("-")[0]
+
+
+def packed_vectors(vectors: FloatArray | Sequence[FloatArray]) -> dict[str, Any]:
+    """Vectors as the member ``vectors`` of a prediction entry; every bit of them.
+
+    Args:
+        vectors: A matrix of shape ``(n, width)``, or ``n`` vectors of shape ``(width,)``, each its own.
+    """
+    if isinstance(vectors, np.ndarray):
+        width, matrix = vectors.shape[1], vectors
+        return {"width": width, "f8": _as_text(matrix)}
+    return {"width": [len(vector) for vector in vectors], "f8": _as_text(np.concatenate(vectors))}
+
+
+def _as_text(numbers: FloatArray) -> str:
+    return base64.b64encode(numbers.astype(_F8, copy=False).tobytes()).decode()
+
+
+def _unpacked_vectors(packed: Mapping[str, Any], n: int) -> list[list[float | None]]:
+    """The reverse: ``n`` vectors, None for what is no number."""
+    numbers = np.frombuffer(base64.b64decode(packed["f8"], validate=True), dtype=_F8)
+    values: list[float | None] = numbers.tolist()
+    for place in np.flatnonzero(np.isnan(numbers)).tolist():
+        values[place] = None
+    widths = packed["width"] if isinstance(packed["width"], list) else [packed["width"]] * n
+    ends = list(itertools.accumulate(widths, initial=0))
+    if len(widths) != n or ends[-1] != len(values):
+        raise ValueError(f"{len(values)} numbers aren't {n} vectors of {packed['width']}")
+    return [values[first:last] for first, last in itertools.pairwise(ends)]
+
+
+def rows_from(
+    name: StreamName, entries: Sequence[tuple[StreamId, bytes]]
+) -> dict[str, tuple[list[StreamId], pa.Table]]:
+    """The table rows of stream entries, by model.
+
+    Args:
+        name: Which stream.
+        entries: Ids and payloads.
+
+    Returns:
+        For each model, the entry of each row, and rows with the columns of `PREDICTIONS` or `ACTUALS`.
+
+    Raises:
+        StreamEntryError: If an entry can't be read.
+    """
+    ids: dict[str, list[StreamId]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    schema = PREDICTIONS if name == "predictions" else ACTUALS
+    try:
+        for entry, payload in entries:
+            document = _document(payload)
+            model = _model(name, document)
+            found = _prediction_rows(document) if name == "predictions" else [_actual_row(document)]
+            ids.setdefault(model, []).extend([entry] * len(found))
+            rows.setdefault(model, []).extend(found)
+        return {model: (ids[model], pa.Table.from_pylist(each, schema=schema)) for model, each in rows.items()}
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise StreamEntryError(name, f"{type(error).__name__}: {error}") from error
+
+
+def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shared = {"model": document["model"], "revision": document.get("revision"), "at": int(document["at_us"])}
+    if "columns" not in document:  # as an earlier release wrote it: one request, an object a prediction
+        return [{**each, **shared, "request_id": document.get("request_id")} for each in document["entries"]]
+    names = [
+        {
+            "prediction_id": prediction_id,
+            "request_id": request["request_id"],
+            "trace_id": request.get("trace_id"),
+            "latency_ms": request.get("latency_ms"),
+            "forced": request.get("forced"),
+        }
+        for request in document["requests"]
+        for prediction_id in prediction_ids(request["request_id"], request["rows"])
+    ]
+    same = {"missing": (), "given": (), **document.get("same", {})}
+    columns = {**{name: [value] * len(names) for name, value in same.items()}, **document["columns"]}
+    if "newest_event" in columns:
+        columns["newest_event"] = [None if each is None else int(each) for each in columns["newest_event"]]
+    if "vectors" in document:
+        columns["features"] = _unpacked_vectors(document["vectors"], len(names))
+    for vector, places in zip(columns["features"], columns.pop("infinite", ()), strict=False):
+        for place, sign in (
+            places or ()
+        ):  # as an earlier release wrote it: JSON spells infinity as null, as it does NaN
+            vector[place] = math.inf * sign
+    sources = ["model" if each is None else "fallback" for each in columns.get("fallback", [None] * len(names))]
+    rows = zip(names, sources, *columns.values(), strict=True)
+    return [
+        {**name, **shared, "source": source, **dict(zip(columns, row, strict=True))} for name, source, *row in rows
+    ]
+
+
+def _actual_row(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {**document, "at": int(document["at_us"]), "as_of": document.get("as_of_us")}
+
+
+def _model(name: StreamName, document: Mapping[str, Any]) -> str:
+    model = document.get("model")
+    if not isinstance(model, str) or not model.isidentifier():
+        raise StreamEntryError(name, f"{model!r} names no model")
+    return model
+
+
+def _document(payload: bytes) -> dict[str, Any]:
+    try:
+        document = orjson.loads(payload)
+    except orjson.JSONDecodeError as error:
+        raise StreamEntryError("any", f"it is no JSON ({error}): {payload[:80]!r}") from None
+    if not isinstance(document, dict):
+        raise StreamEntryError("any", f"it is no JSON object: {payload[:80]!r}")
+    return document
