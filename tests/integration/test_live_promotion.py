@@ -92,7 +92,7 @@ def test_twenty_promotions_rollbacks_and_splits_drop_no_request_and_mix_no_versi
     routes = {row.revision: RoutingDocument.from_document(row.document) for row in shop.rollout.history("churn")}
     logged: dict[str, int] = {}
     for _, payload in shop.streams.read(shop.streams.record_stream("predictions")):
-        record = orjson.loads(payload)
+        record = orjson.loads(payload.partition(b"\n")[0])
         for each in record["requests"]:
             assert each["request_id"] not in logged
             logged[each["request_id"]] = record["revision"]

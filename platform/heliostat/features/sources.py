@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -23,7 +23,8 @@ from heliostat.schema import arrow_type, bucket_of, cast_column, describe_schema
 ROW_ID: Final = "row_id"
 """The column that names a row of a source whose rows aren't named by whoever sends them."""
 
-_INT64 = 2**63
+_SURELY_64_BITS = 18
+"""Digits."""
 
 KeyType = Literal["int64", "string"]
 EntityKey = int | str | Mapping[str, int | str]
@@ -154,9 +155,13 @@ class Entity:
     def texts(self, keys: Sequence[EntityKey]) -> list[str]:
         """Many keys as text; see `text`."""
         if self.has_integer_key and {*map(type, keys)} == {int}:
-            integers = cast("Sequence[int]", keys)  # most keys: no look at each one's parts
-            if min(integers) >= -_INT64 and max(integers) < _INT64:
-                return [*map(str, integers)]
+            # Most keys: no look at each one's parts, and no call of `str` for each.
+            try:
+                texts = orjson.dumps(keys)[1:-1].decode().split(",")
+            except orjson.JSONEncodeError:  # too large for 64 bits
+                texts = []
+            if texts and max(map(len, texts)) <= _SURELY_64_BITS:
+                return texts
         return [self.text(key) for key in keys]
 
     def _part(self, column: str, value: int | str) -> str:

@@ -23,7 +23,7 @@ from heliostat.errors import HeliostatError, PredictionLogError
 from heliostat.serving.answers import FORCED, PredictAnswer, Predictions
 from heliostat.serving.requests import Inputs
 from heliostat.serving.telemetry import Board
-from heliostat.storage.stream_entries import packed_vectors
+from heliostat.storage.stream_entries import prediction_entry
 from heliostat.timers import Deadlines
 from heliostat.tracing import Trace
 
@@ -47,7 +47,7 @@ def log_record(
     newest_us: FloatArray | None = None,
     traces: Sequence[Trace | None] | None = None,
 ) -> bytes:
-    """The stream entry of requests that were answered together, as JSON: a list a column, or one value for all rows.
+    """The stream entry of requests that were answered together, a list a column, or one value for all rows.
 
     Args:
         answers: What is to be answered, by one model and one revision of its routing document.
@@ -87,18 +87,15 @@ def log_record(
         columns["inputs"] = [
             orjson.dumps(inputs[row]).decode() if row in inputs else None for row in range(len(entities))
         ]
-    return orjson.dumps(
-        {
-            "model": answers[0].model,
-            "revision": answers[0].revision,
-            "at_us": at_us,
-            "requests": requests,
-            "columns": columns,
-            "same": same,
-            "vectors": packed_vectors(predictions.vectors),
-        },
-        option=orjson.OPT_SERIALIZE_NUMPY,
-    )
+    document = {
+        "model": answers[0].model,
+        "revision": answers[0].revision,
+        "at_us": at_us,
+        "requests": requests,
+        "columns": columns,
+        "same": same,
+    }
+    return prediction_entry(document, predictions.vectors)
 
 
 def _is_same(column: Sequence[Any] | None) -> bool:

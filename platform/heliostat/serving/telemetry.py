@@ -252,7 +252,8 @@ class ModelMeter:
     ) -> None:
         """Count predictions, row by row: who made them, for which variant, and which features had no value."""
         self._answered.update(zip(versions, variants, strict=True))
-        self._missing.update(missing)
+        if any(missing):
+            self._missing.update(missing)
         if not logged:
             self._board.add("heliostat_unlogged_predictions_total", self._model, by=len(versions))
         if len(self._missing) > _UNSORTED:

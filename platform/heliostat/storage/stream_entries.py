@@ -1,7 +1,8 @@
 """What the entries of Redis Streams say: events, predictions and actuals, one field each, holding JSON. Pure.
 
 A prediction entry is about all requests that were answered together: a list a column, or one value for all rows.
-What the models saw comes as the bytes of its numbers: text would take ten times as long to write as all the rest.
+What the models saw stands behind the JSON, as the bits of its numbers: as text it would be larger, and most of the
+work.
 """
 
 from __future__ import annotations
@@ -142,32 +143,30 @@ def request_of(prediction_id: str) -> str:
     return prediction_id.rpartition("-")[0]
 
 
-def packed_vectors(vectors: FloatArray | Sequence[FloatArray]) -> dict[str, Any]:
-    """Vectors as the member ``vectors`` of a prediction entry; every bit of them.
+def prediction_entry(document: Mapping[str, Any], vectors: FloatArray | Sequence[FloatArray]) -> bytes:
+    """The entry of predictions that were made together: a line of JSON, and behind it the bits of the vectors.
 
     Args:
-        vectors: A matrix of shape ``(n, width)``, or ``n`` vectors of shape ``(width,)``, each its own.
+        document: All but the vectors; numpy's arrays and numbers may be in it.
+        vectors: What the models saw: a matrix of shape ``(n, width)``, or ``n`` vectors, each as wide as it is.
     """
-    if isinstance(vectors, np.ndarray):
-        width, matrix = vectors.shape[1], vectors
-        return {"width": width, "f8": _as_text(matrix)}
-    return {"width": [len(vector) for vector in vectors], "f8": _as_text(np.concatenate(vectors))}
+    one = isinstance(vectors, np.ndarray)
+    width = vectors.shape[1] if isinstance(vectors, np.ndarray) else [len(vector) for vector in vectors]
+    numbers = np.asarray(vectors if one else np.concatenate(vectors), dtype=_F8)
+    line = orjson.dumps({**document, "width": width}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return b"\n".join((line, numbers.tobytes()))
 
 
-def _as_text(numbers: FloatArray) -> str:
-    return base64.b64encode(numbers.astype(_F8, copy=False).tobytes()).decode()
-
-
-def _unpacked_vectors(packed: Mapping[str, Any], n: int) -> list[list[float | None]]:
-    """The reverse: ``n`` vectors, None for what is no number."""
-    numbers = np.frombuffer(base64.b64decode(packed["f8"], validate=True), dtype=_F8)
+def _vectors(width: int | Sequence[int], content: bytes, n: int) -> list[list[float | None]]:
+    """The vectors of such an entry, ``n`` of them; None for what is no number."""
+    numbers = np.frombuffer(content, dtype=_F8)
     values: list[float | None] = numbers.tolist()
     for place in np.flatnonzero(np.isnan(numbers)).tolist():
         values[place] = None
-    widths = packed["width"] if isinstance(packed["width"], list) else [packed["width"]] * n
+    widths = [width] * n if isinstance(width, int) else list(width)
     ends = list(itertools.accumulate(widths, initial=0))
-    if len(widths) != n or ends[-1] != len(values):
-        raise ValueError(f"{len(values)} numbers aren't {n} vectors of {packed['width']}")
+    if len(widths) != n or min(widths, default=0) < 0 or ends[-1] != len(values):
+        raise ValueError(f"{len(values)} numbers aren't {n} vectors of {width}")
     return [values[first:last] for first, last in itertools.pairwise(ends)]
 
 
@@ -191,9 +190,10 @@ def rows_from(
     schema = PREDICTIONS if name == "predictions" else ACTUALS
     try:
         for entry, payload in entries:
-            document = _document(payload)
+            line, _, content = payload.partition(b"\n")
+            document = _document(line)
             model = _model(name, document)
-            found = _prediction_rows(document) if name == "predictions" else [_actual_row(document)]
+            found = _prediction_rows(document, content) if name == "predictions" else [_actual_row(document)]
             ids.setdefault(model, []).extend([entry] * len(found))
             rows.setdefault(model, []).extend(found)
         return {model: (ids[model], pa.Table.from_pylist(each, schema=schema)) for model, each in rows.items()}
@@ -201,7 +201,7 @@ def rows_from(
         raise StreamEntryError(name, f"{type(error).__name__}: {error}") from error
 
 
-def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _prediction_rows(document: Mapping[str, Any], content: bytes) -> list[dict[str, Any]]:
     shared = {"model": document["model"], "revision": document.get("revision"), "at": int(document["at_us"])}
     if "columns" not in document:  # as an earlier release wrote it: one request, an object a prediction
         return [{**each, **shared, "request_id": document.get("request_id")} for each in document["entries"]]
@@ -220,8 +220,8 @@ def _prediction_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns = {**{name: [value] * len(names) for name, value in same.items()}, **document["columns"]}
     if "newest_event" in columns:
         columns["newest_event"] = [None if each is None else int(each) for each in columns["newest_event"]]
-    if "vectors" in document:
-        columns["features"] = _unpacked_vectors(document["vectors"], len(names))
+    if "width" in document:
+        columns["features"] = _vectors(document["width"], content, len(names))
     for vector, places in zip(columns["features"], columns.pop("infinite", ()), strict=False):
         for place, sign in (
             places or ()

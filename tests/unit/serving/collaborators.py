@@ -180,7 +180,7 @@ class Stream:
     @property
     def requests(self) -> int:
         """How many requests the records are about."""
-        return sum(len(orjson.loads(record)["requests"]) for record in self.records)
+        return sum(len(orjson.loads(record.partition(b"\n")[0])["requests"]) for record in self.records)
 
     def entries(self, variant: str | None = None) -> list[dict[str, object]]:
         """Rows as the prediction table will have them."""

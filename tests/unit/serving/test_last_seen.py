@@ -48,4 +48,5 @@ def test_the_last_half_is_always_known_rightly_and_never_are_more_kept_than_may(
         found = kept(seen, entity)
         if found is not None:
             assert found[0] == [newest[entity]], "never another entity's, never an outdated one"
-    assert sum(len(half.rows) for half in (seen._young, seen._old)) <= entities
+    assert sum(half.used for half in (seen._young, seen._old)) <= entities
+    assert all(len(half.rows) <= half.used for half in (seen._young, seen._old))

@@ -15,11 +15,10 @@ from heliostat.errors import StreamEntryError
 from heliostat.schema import INGESTED, TIMESTAMP
 from heliostat.storage.stream_entries import (
     EVENT_FIELD,
-    _unpacked_vectors,
     actual_record,
     event_entries,
     events_from,
-    packed_vectors,
+    prediction_entry,
     rows_from,
 )
 
@@ -117,30 +116,37 @@ def test_request_becomes_one_row_an_entity_by_model() -> None:
 VALUES = st.none() | st.floats(allow_nan=False)
 
 
-@given(
-    st.lists(st.lists(VALUES, min_size=2, max_size=2), max_size=4)
-    | st.lists(st.lists(VALUES, max_size=3), max_size=4)
-)
-def test_what_models_saw_is_read_back_bit_for_bit(vectors: list[list[float | None]]) -> None:
-    arrays = [np.array(each, dtype=np.float64) for each in vectors]
-    even = len({len(each) for each in vectors}) == 1
-    for packed in [packed_vectors(np.array(arrays)) if even else None, packed_vectors(arrays) if vectors else None]:
-        if packed is not None:
-            found = _unpacked_vectors(orjson.loads(orjson.dumps(packed)), len(vectors))
-            assert [[_bits(value) for value in row] for row in found] == [
-                [_bits(value) for value in row] for row in vectors
-            ]
+EVEN, RAGGED = st.lists(VALUES, min_size=2, max_size=2), st.lists(VALUES, max_size=3)
+COLUMNS = {"entity": ["1", "2"], "version": [1, 1], "variant": ["a", "a"], "score": [0.5, 0.5]}
 
 
-def test_vectors_that_arent_as_many_as_they_say_are_refused() -> None:
-    row = {"request_id": "r", "rows": 2}
-    columns = {"entity": ["1", "2"], "version": [1, 1], "variant": ["a", "a"], "score": [0.5, 0.5]}
-    entry = {"model": "churn", "at_us": 1, "requests": [row], "columns": columns}
-    good = packed_vectors(np.ones((2, 3)))
-    assert rows_from("predictions", [((1, 0), orjson.dumps({**entry, "vectors": good}))])["churn"][1].num_rows == 2
-    for wrong in ({"width": 2}, {"width": [3]}, {"width": [1, 2]}, {"f8": "AAAA"}, {"f8": "?"}, {"f8": None}):
+def _prediction(n: int, **more: object) -> dict[str, object]:
+    columns = {name: values[:1] * n for name, values in COLUMNS.items()}
+    return {"model": "churn", "at_us": 1, "requests": [{"request_id": "r", "rows": n}], "columns": columns, **more}
+
+
+@given(st.lists(EVEN, min_size=1, max_size=4), st.lists(RAGGED, min_size=1, max_size=4))
+def test_what_models_saw_is_read_back_bit_for_bit(
+    even: list[list[float | None]], ragged: list[list[float | None]]
+) -> None:
+    for vectors in (even, ragged):
+        arrays = [np.array(each, dtype=np.float64) for each in vectors]
+        for given_as in [arrays, np.array(arrays)] if vectors is even else [arrays]:
+            entry = prediction_entry(_prediction(len(vectors)), given_as)
+            rows = rows_from("predictions", [((1, 0), entry)])["churn"][1].to_pylist()
+            found = [[_bits(value) for value in row["features"]] for row in rows]
+            assert found == [[_bits(value) for value in row] for row in vectors]
+
+
+@pytest.mark.parametrize("width", [2, -3, [3], [1, 2], [7, -1], [3, 4], "3", None, [None, 3]])
+def test_vectors_that_arent_what_they_say_are_refused(width: object) -> None:
+    entry = prediction_entry(_prediction(2), np.ones((2, 3)))
+    assert rows_from("predictions", [((1, 0), entry)])["churn"][1].num_rows == 2
+    line, _, numbers = entry.partition(b"\n")
+    other = orjson.dumps({**orjson.loads(line), "width": width})
+    for wrong in (line, line + b"\n" + numbers[:-8], line + b"\n" + numbers[:-1], other + b"\n" + numbers):
         with pytest.raises(StreamEntryError):
-            rows_from("predictions", [((1, 0), orjson.dumps({**entry, "vectors": {**good, **wrong}}))])
+            rows_from("predictions", [((1, 0), wrong)])
 
 
 def test_infinite_values_of_an_entry_of_an_earlier_release_come_back() -> None:
