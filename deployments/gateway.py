@@ -21,7 +21,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope
 
 from deployments.access import forced_variant
-from deployments.http import JSON, RETRY_AFTER, json_response, read_body, unless_gone
+from deployments.http import RETRY_AFTER, JsonBody, json_response, read_body, unless_gone
 from heliostat.clock import Clock, format_instant
 from heliostat.errors import HeliostatError, StorageError, TooManyEventsError, UnknownAliasError
 from heliostat.experiments.assignment import RoutingDocument
@@ -130,7 +130,7 @@ class Api:
         variant = forced_variant(scope)
         body = await self.body(scope, receive)
         answer = await self.predictions(receive, body, model, variant)
-        return Response(answer.to_json((time.perf_counter() - begin) * 1e3), media_type=JSON)
+        return JsonBody(answer.to_json((time.perf_counter() - begin) * 1e3))
 
     async def predictions(
         self, receive: Receive, body: bytes | dict[str, Any], model: str | None, variant: str | None

@@ -26,6 +26,8 @@ T = TypeVar("T")
 JSON = "application/json"
 """What answers are."""
 
+_JSON_TYPE = (b"content-type", JSON.encode())
+
 RETRY_AFTER_S = 1
 """When a client that was told 503 may try again, seconds."""
 
@@ -35,6 +37,19 @@ RETRY_AFTER = {"Retry-After": str(RETRY_AFTER_S)}
 _KEPT_HEADERS = ("allow", "retry-after", "www-authenticate")
 
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
+
+
+class JsonBody(Response):
+    """A document that is written already, as an HTTP answer.
+
+    Args:
+        body: JSON.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        # Not by `Response`, which takes 6 µs to find out what these headers are.
+        self.status_code, self.body, self.background = 200, body, None
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), _JSON_TYPE]
 
 
 def json_response(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:  # noqa: ANN401 - JSON

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -174,11 +175,43 @@ class Limits:
         """Make a call when the delay is over, unless it is cancelled until then."""
         return self._deadlines.call_at(asyncio.get_running_loop().time() + self.delay_s, call)
 
-    async def keep(self, work: Awaitable[T]) -> T:
+    async def keep(self, work: Coroutine[Any, Any, T]) -> T:
         """What some work gives, cancelled when the delay is over; to be awaited by a task of its own.
+
+        Work that waits for nothing has no limit, and costs none.
 
         Raises:
             TimeoutError: If it was cancelled for that.
         """
+        try:
+            waits_for = work.send(None)
+        except StopIteration as done:
+            found: T = done.value
+            return found
         with self._deadlines.until(asyncio.get_running_loop().time() + self.delay_s):
-            return await work
+            return await _Begun(work, waits_for)
+
+
+class _Begun(Awaitable[T]):
+    """The rest of a coroutine that waits for something already."""
+
+    def __init__(self, work: Coroutine[Any, Any, T], waits_for: object) -> None:
+        self._work, self._waits_for = work, waits_for
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        work, waits_for = self._work, self._waits_for
+        while True:
+            try:
+                sent = yield waits_for
+            except GeneratorExit:
+                work.close()
+                raise
+            except BaseException as error:  # noqa: BLE001 - a cancellation: it is the work's
+                step = partial(work.throw, error)
+            else:
+                step = partial(work.send, sent)
+            try:
+                waits_for = step()
+            except StopIteration as done:
+                found: T = done.value
+                return found

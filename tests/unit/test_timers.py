@@ -74,6 +74,48 @@ def test_work_that_takes_too_long_is_cancelled_and_that_is_no_cancellation_of_wh
     assert cleaned == ["cleaned"] * 2
 
 
+def test_work_that_waits_for_nothing_is_given_no_limit() -> None:
+    async def at_once(result: int) -> int:
+        if result < 0:
+            raise ValueError(result)
+        return result
+
+    async def scenario() -> None:
+        limits = Limits(30.0)
+        assert await limits.keep(at_once(5)) == 5
+        with pytest.raises(ValueError, match="-1"):
+            await limits.keep(at_once(-1))
+        assert limits._deadlines._waiting == []
+
+    asyncio.run(scenario())
+
+
+def test_work_that_has_begun_gets_what_it_waits_for_and_raises_what_it_raises() -> None:
+    async def adding(results: list[asyncio.Future[int]]) -> int:
+        found = 0
+        for result in results:
+            try:
+                found += await result
+            except KeyError:
+                found += 1_000
+        await asyncio.sleep(0)
+        if found > 5_000:
+            raise ValueError(found)
+        return found
+
+    async def scenario(*values: int) -> int:
+        loop = asyncio.get_running_loop()
+        results = [loop.create_future() for _ in values]
+        for at, (result, value) in enumerate(zip(results, values, strict=True)):
+            told = partial(result.set_exception, KeyError()) if value < 0 else partial(result.set_result, value)
+            loop.call_later(0.001 * at, told)
+        return await Limits(30.0).keep(adding(results))
+
+    assert asyncio.run(scenario(1, -1, 3)) == 1_004
+    with pytest.raises(ValueError, match="6000"):
+        asyncio.run(scenario(6_000))
+
+
 def test_whoever_is_cancelled_by_others_is_cancelled() -> None:
     async def scenario() -> None:
         task = asyncio.create_task(Limits(30.0).keep(asyncio.sleep(30.0)))
