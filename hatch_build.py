@@ -15,6 +15,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCES = (
+    "platform/heliostat/experiments/_slots.c",
     "platform/heliostat/online/_compiled.c",
     "platform/heliostat/serving/_writing.c",
     "platform/heliostat/storage/_packing.c",

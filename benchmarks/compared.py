@@ -32,6 +32,7 @@ class Line:
         theirs: The same for it, or why there is none.
         unit: Of both.
         goal: How many times as quick we want to be; None: nobody has said.
+        measured: How many times as quick we were, where that was measured turn by turn.
     """
 
     what: str
@@ -40,11 +41,14 @@ class Line:
     theirs: float | str
     unit: str
     goal: float | None = None
+    measured: float | None = None
 
     def cells(self) -> list[str]:
         """As the table shows it."""
         theirs = self.theirs if isinstance(self.theirs, str) else f"{shown(self.theirs)} {self.unit}"
-        times = None if isinstance(self.theirs, str) else self.theirs / self.ours
+        times = self.measured
+        if times is None and not isinstance(self.theirs, str):
+            times = self.theirs / self.ours
         reached = "" if times is None or self.goal is None else "yes" if times >= self.goal else "no"
         goal = "" if self.goal is None else f"≥ {shown(self.goal)}"
         ours = f"{shown(self.ours)} {self.unit}"

@@ -38,6 +38,8 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "heliostat.ingress:middlewares",
+    # Replicas answer users, and are Ray's workers: at Ray's own 15 everything else on their machine goes before them.
+    "RAY_worker_niceness": "0",
     # Workers stay warm: a job of a second shouldn't pay for a start of ten.
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "RAY_num_workers_soft_limit": "8",

@@ -132,8 +132,10 @@ class AsyncQuickCommands:
         Raises:
             redis.RedisError: If the server doesn't take it; a lost connection is opened once more.
         """
-        packed: bytes = hiredis.pack_command(("XADD", stream, "*", field, value))  # type: ignore[arg-type]
-        entry: bytes = await self._ask([packed])
+        # Packed by hand: values are large, and the client's packer copies them twice.
+        name = stream.encode()
+        head = b"*5\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$1\r\n*\r\n$%d\r\n%b\r\n$%d\r\n"
+        entry: bytes = await self._ask([head % (len(name), name, len(field), field, len(value)), value, b"\r\n"])
         return entry
 
     async def _ask(self, packed: Sequence[bytes]) -> Any:  # noqa: ANN401 - the command's own

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heliostat.errors import InvalidRouteError
+from heliostat.experiments import assignment
 from heliostat.experiments.assignment import N_SLOTS, OUTSIDE, RoutingDocument, Variant, slot_of, slots_of
 
 ENTITIES = [str(number) for number in range(5_000)]
@@ -48,6 +50,23 @@ def test_slots_of_many_are_those_of_each(salt: str, entities: list[str]) -> None
     digests = [hashlib.new("md5", f"{salt}:{each}".encode(), usedforsecurity=False) for each in entities]
     expected = [int(digest.hexdigest()[:16], 16) % N_SLOTS for digest in digests]
     assert slots_of(salt, entities).tolist() == [slot_of(salt, each) for each in entities] == expected
+
+
+@pytest.mark.parametrize("length", [0, 1, 46, 47, 48, 54, 55, 56, 57, 63, 64, 65, 119, 120, 128, 1_000])
+def test_keys_of_any_length_have_the_slots_that_python_finds(length: int) -> None:
+    keys = ["k" * length, "\u00e9" * length, "\U0001f600" * (length // 4)]
+    assert slots_of("s", keys).tolist() == assignment._python_slots(b"s:", keys).tolist()
+
+
+def test_what_is_no_text_has_no_slot() -> None:
+    with pytest.raises((TypeError, AttributeError)):
+        slots_of("s", ["1", 2])  # type: ignore[list-item]
+    with pytest.raises(UnicodeEncodeError):
+        slots_of("s", ["\ud800"])
+
+
+def test_slots_are_found_in_c_wherever_there_is_a_compiler() -> None:
+    assert assignment._slots is not None or shutil.which("cc") is None
 
 
 def test_slots_are_spread_evenly() -> None:

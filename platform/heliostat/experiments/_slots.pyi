@@ -1,0 +1,3 @@
+from collections.abc import Sequence
+
+def slots(prefix: bytes, entities: Sequence[str], /) -> bytes: ...
