@@ -110,7 +110,7 @@ def serving(rows: list[Row]) -> Iterator[Line]:
         pace, theirs = (1e3 / row[f"req/s {who}"] for who in ("Heliostat", "plain"))
         what = f"predict, {entities} {'entity' if entities == 1 else 'entities'}, {concurrency} at once"
         goal = GOALS.get(("plain", entities, concurrency))
-        yield Line(f"{what}, a request every", pace, "plain FastAPI", theirs, "ms", goal)
+        yield Line(f"{what}, a request every", pace, "plain FastAPI", theirs, "ms", goal, row["req/s ratio"])
         if concurrency > 1:
             yield Line(f"{what}, p99", row["p99 ms Heliostat"], "plain FastAPI", row["p99 ms plain"], "ms", 1.0)
 

@@ -12,11 +12,9 @@ programs that are connected to Ray already.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -35,6 +33,7 @@ from deployments.application import build_app
 from deployments.http import RETRY_AFTER_S
 from deployments.meter import Exporter
 from deployments.stages import ABRouterReplica, FeatureLookupReplica, ModelReplica, gateway_parts, waiting_limit
+from heliostat.cluster import free_ports
 from heliostat.errors import DeploymentFailedError, HeliostatError, UnknownAliasError
 from heliostat.serving.access import check_ingress
 from heliostat.serving.predictor import Predictor
@@ -259,7 +258,7 @@ def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if _get_global_client(raise_if_no_controller_running=False) is None:
         serve.start(
-            http_options=HTTPOptions(host=serving.host, port=serving.port or _free_ports(serving.host, 1)[0]),
+            http_options=HTTPOptions(host=serving.host, port=serving.port or free_ports(serving.host, 1)[0]),
             controller_options={"runtime_env": {"env_vars": _own_ports(serving.host)}},
             logging_config=_LOGGING,
         )
@@ -332,12 +331,4 @@ def _own_ports(host: str) -> dict[str, str]:
     if host not in _LOOPBACK:
         return {}
     names = [name for name in _PORTS if name not in os.environ]
-    return {name: str(port) for name, port in zip(names, _free_ports(host, len(names)), strict=True)}
-
-
-def _free_ports(host: str, count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
-        for probe in probes:
-            probe.bind((host, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    return {name: str(port) for name, port in zip(names, free_ports(host, len(names)), strict=True)}

@@ -7,9 +7,11 @@ machine, so a kept cluster (`start_head`) is stopped by its process id alone.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -60,6 +62,8 @@ RAY_ENVIRONMENT = {
 }
 
 _HEAD_FILE = "ray-head.json"
+# Above those of Ray's workers, below those of its replicas and of a system's connections.
+_PORTS = range(20_000, 30_000)
 _WORKERS_END_S = 5.0
 _START_LIMIT_S = 90.0
 
@@ -169,7 +173,7 @@ def _temporary_files(folder: str) -> Iterator[None]:
 
 def _ingress_environment(folder: Path) -> dict[str, str]:
     """Files and ports of Serve's HAProxy and of the proxy behind it, so that clusters on one machine keep apart."""
-    metrics_port, stats_port, fallback_port, fallback_grpc_port = _free_ports(4)
+    metrics_port, stats_port, fallback_port, fallback_grpc_port = free_ports("127.0.0.1", 4)
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -229,7 +233,7 @@ def start_head(settings: Settings) -> str:
     settings.home.mkdir(parents=True, exist_ok=True)
     # Ray puts unix sockets below this folder, and their paths may have 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="hs-ray-"))
-    port, jobs_port, client_port, agent_port = _free_ports(4)
+    port, jobs_port, client_port, agent_port = free_ports("127.0.0.1", 4)
     log = settings.home / "ray-head.log"
     command = [
         str(Path(sys.executable).with_name("ray")),
@@ -407,9 +411,25 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports of an address at which nobody listens.
+
+    None that the system would choose by itself: until somebody listens there, it might give it to any connection.
+
+    Raises:
+        OSError: If there aren't as many; or the address isn't this machine's.
+    """
+    candidates = random.sample(_PORTS, len(_PORTS))
+    found = list(itertools.islice((port for port in candidates if _is_free(host, port)), count))
+    if len(found) < count:
+        raise OSError(f"{host} has no {count} free ports from {_PORTS[0]} to {_PORTS[-1]}")
+    return found
+
+
+def _is_free(host: str, port: int) -> bool:
+    with contextlib.closing(socket.socket()) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True

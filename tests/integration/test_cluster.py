@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,3 +163,17 @@ def test_the_ingress_and_the_proxy_behind_it_get_ports_of_their_own(tmp_path: Pa
     assert {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"} <= ports.keys()
     assert len(set(ports.values())) == len(ports) == 4
     assert not set(ports.values()) & {8500, 9500}, "Serve's defaults, which a second cluster would find taken"
+
+
+def test_free_ports_are_none_that_a_connection_might_get_and_none_where_somebody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        everywhere = cluster.free_ports("127.0.0.1", 9_000)
+        assert taken.getsockname()[1] not in everywhere
+    (listened_at,) = cluster.free_ports("127.0.0.1", 1)
+    with socket.create_server(("127.0.0.1", listened_at)):
+        assert listened_at not in cluster.free_ports("127.0.0.1", 9_000)
+    assert len(set(everywhere)) == 9_000
+    assert max(everywhere) < 32_768
+    assert cluster.free_ports("127.0.0.1", 0) == []
+    with pytest.raises(OSError, match="192.0.2.99 has no 1 free ports"):
+        cluster.free_ports("192.0.2.99", 1)

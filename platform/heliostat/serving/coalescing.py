@@ -29,8 +29,8 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-# So often the event loop passes without a new item before a call starts.
-_QUIET_PASSES = 3
+# So often the event loop passes without a new item before a call starts; and after a call for one item alone.
+_QUIET_PASSES, _LONELY_PASSES = 3, 1
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +77,7 @@ class Coalescer(Generic[ItemT, ResultT]):
         self._waiting: deque[_Waiter[ItemT, ResultT]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._start_is_due = False
+        self._lonely = False
         self._submitted = 0
         self._closed = False
 
@@ -140,7 +141,7 @@ class Coalescer(Generic[ItemT, ResultT]):
             self._impatient = self._impatient or loop.call_at(self._started_at + self._patience_s, self._start)
         elif not self._start_is_due:
             self._start_is_due = True
-            loop.call_soon(self._start_when_quiet, self._submitted, _QUIET_PASSES)
+            loop.call_soon(self._start_when_quiet, self._submitted, _LONELY_PASSES if self._lonely else _QUIET_PASSES)
 
     def _start_when_quiet(self, waited: int, passes: int) -> None:
         """Start calls once the event loop has passed without bringing anything new.
@@ -172,7 +173,7 @@ class Coalescer(Generic[ItemT, ResultT]):
                 return
             # A context of its own: the call serves many requests and may outlive the one that woke it.
             task = loop.create_task(self._run(batch), context=contextvars.Context())
-            self._started_at = loop.time()
+            self._started_at, self._lonely = loop.time(), len(batch) == 1
             self._running.add(task)
             task.add_done_callback(self._finished)
 

@@ -49,6 +49,28 @@ def test_requests_that_arrive_together_share_one_call() -> None:
     asyncio.run(scenario())
 
 
+def test_whoever_comes_alone_again_hardly_waits_and_a_crowd_after_that_shares_a_call() -> None:
+    async def passes_until_a_call(coalescer: Coalescer[int, int], call: Recorder, n: int) -> int:
+        before, passes = len(call.batches), 0
+        task = asyncio.create_task(coalescer.submit(n))
+        while len(call.batches) == before:
+            await asyncio.sleep(0)
+            passes += 1
+        await task
+        return passes
+
+    async def scenario() -> None:
+        call = Recorder()
+        coalescer = Coalescer(call, max_weight=100)
+        first, second, third = [await passes_until_a_call(coalescer, call, n) for n in range(3)]
+        assert second == third < first
+        await asyncio.gather(*(coalescer.submit(n) for n in range(10)))
+        assert call.batches[3:] == [list(range(10))]
+        assert await passes_until_a_call(coalescer, call, 5) == first
+
+    asyncio.run(scenario())
+
+
 def test_requests_that_arrive_while_all_calls_are_under_way_share_the_next_one() -> None:
     async def scenario() -> None:
         call = Recorder(gated=True)
