@@ -62,7 +62,7 @@ class Exporter:
         try:
             for sample in self._board.samples():
                 self._gauges[sample.name].set(sample.value, self._tags_of(sample))
-        except Exception:  # whatever it is, the replica answers, and the next second may be better
+        except Exception:  # whatever it is, the replica answers, and the next time may be better
             _logger.exception("metrics can't be handed to Ray")
         loop.call_later(self._every_s, self._export, loop)
 

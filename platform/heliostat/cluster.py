@@ -7,6 +7,7 @@ machine, so a kept cluster (`start_head`) is stopped by its process id alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -64,6 +65,7 @@ RAY_ENVIRONMENT = {
 _HEAD_FILE = "ray-head.json"
 # Above those of Ray's workers, below those of its replicas and of a system's connections.
 _PORTS = range(20_000, 30_000)
+_given: set[int] = set()
 _WORKERS_END_S = 5.0
 _START_LIMIT_S = 90.0
 
@@ -414,15 +416,18 @@ def _listens(port: int) -> bool:
 def free_ports(host: str, count: int) -> list[int]:
     """Ports of an address at which nobody listens.
 
-    None that the system would choose by itself: until somebody listens there, it might give it to any connection.
+    None that a system would choose by itself, unless it is told to: until somebody listens there, it might give it
+    to any connection.
 
     Raises:
         OSError: If there aren't as many; or the address isn't this machine's.
     """
-    candidates = random.sample(_PORTS, len(_PORTS))
+    # What was given once and isn't listened at yet isn't given again, as long as there are others.
+    candidates = sorted(random.sample(_PORTS, len(_PORTS)), key=_given.__contains__)
     found = list(itertools.islice((port for port in candidates if _is_free(host, port)), count))
     if len(found) < count:
         raise OSError(f"{host} has no {count} free ports from {_PORTS[0]} to {_PORTS[-1]}")
+    _given.update(found)
     return found
 
 
@@ -430,6 +435,8 @@ def _is_free(host: str, port: int) -> bool:
     with contextlib.closing(socket.socket()) as probe:
         try:
             probe.bind((host, port))
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
             return False
         return True

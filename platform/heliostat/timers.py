@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextvars import Context
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
@@ -109,8 +110,8 @@ class Deadlines:
             heappop(waiting)
         due = Due(at, call)
         heappush(waiting, (at, next(self._order), due))
-        if at < self._rings_at:
-            self._set(loop, at)
+        if waiting[0][0] < self._rings_at:
+            self._set(loop, waiting[0][0])
         return due
 
     def until(self, at: float) -> Deadline:
@@ -129,16 +130,19 @@ class Deadlines:
     def _set(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer, self._rings_at = loop.call_at(at, self._ring), at
+        # A context of its own: it rings for many requests.
+        self._timer, self._rings_at = loop.call_at(at, self._ring, context=Context()), at
 
     def _ring(self) -> None:
         loop, waiting = asyncio.get_running_loop(), self._waiting
         self._timer, self._rings_at = None, math.inf
         now = loop.time() + _EARLY_S
-        while waiting and (waiting[0][0] <= now or waiting[0][2].is_over):
-            heappop(waiting)[2].make()
-        if waiting and waiting[0][0] < self._rings_at:  # a call may have set a timer of its own
-            self._set(loop, waiting[0][0])
+        try:
+            while waiting and (waiting[0][0] <= now or waiting[0][2].is_over):
+                heappop(waiting)[2].make()
+        finally:  # one call that raises mustn't take the others along
+            if waiting and waiting[0][0] < self._rings_at:  # a call may have set a timer of its own
+                self._set(loop, waiting[0][0])
 
 
 class Deadline(Interruption):
@@ -215,3 +219,5 @@ class _Begun(Awaitable[T]):
             except StopIteration as done:
                 found: T = done.value
                 return found
+            finally:
+                del step  # it may hold an error whose traceback holds this frame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,7 +39,7 @@ from heliostat.storage.embedded import EmbeddedServer
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore
-from heliostat.storage.stream_entries import actual_record, event_entries
+from heliostat.storage.stream_entries import actual_record, event_entries, prediction_entry
 from heliostat.storage.streams import AsyncStreams, Streams, record_key
 from heliostat.workspace import Workspace
 from jobs import ingest_events
@@ -427,6 +429,16 @@ def test_unreadable_prediction_is_put_aside(sink: Sink) -> None:
     moved = sink.drain_once()
     assert (moved.predictions, moved.unreadable, moved.trimmed) == (1, 2, 3)
     assert sink.offline_store.read_dead_letters("predictions").num_rows == 2
+
+
+def test_of_an_unreadable_prediction_every_bit_is_kept(sink: Sink) -> None:
+    numbers = np.array([[0.1, np.nan, np.inf]])
+    entry = prediction_entry({"model": "churn", "at_us": 1}, numbers)
+    sink.streams.append("predictions", [entry])
+    assert sink.drain_once().unreadable == 1
+    (letter,) = sink.offline_store.read_dead_letters("predictions").to_pylist()
+    line, _, content = letter["event"].partition("\n")
+    assert (line.encode(), base64.b64decode(content)) == (entry.partition(b"\n")[0], numbers.tobytes())
 
 
 def test_predictions_and_actuals_of_asyncio_are_drained(settings: Settings, sink: Sink) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -141,6 +143,47 @@ def test_calls_at_any_instants_are_made_in_order_of_those() -> None:
         assert made == [-1, 30, 90, 120]
 
     asyncio.run(scenario())
+
+
+def test_one_call_that_raises_takes_no_other_along() -> None:
+    async def scenario() -> list[str]:
+        loop, deadlines, made, failed = asyncio.get_running_loop(), Deadlines(), list[str](), list[object]()
+        loop.set_exception_handler(lambda _, told: failed.append(told["exception"]))
+        now = loop.time()
+        deadlines.call_at(now + 0.01, lambda: [][1])
+        deadlines.call_at(now + 0.01, lambda: made.append("same instant"))
+        deadlines.call_at(now + 0.05, lambda: made.append("later"))
+        await asyncio.sleep(0.2)
+        assert len(failed) == 1
+        return made
+
+    assert asyncio.run(scenario()) == ["same instant", "later"]
+
+
+def test_work_that_is_given_up_leaves_nothing_for_the_collector() -> None:
+    class Held:
+        pass
+
+    async def work(held: Held) -> None:
+        await asyncio.sleep(30.0)
+        raise AssertionError(held)
+
+    async def scenario() -> bool:
+        held = Held()
+        watch, coroutine = weakref.ref(held), work(held)
+        del held
+        with pytest.raises(TimeoutError):
+            await Limits(0.01).keep(coroutine)
+        del coroutine
+        await asyncio.sleep(0)  # until then the loop has hold of it
+        return watch() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(scenario())
+    finally:
+        gc.enable()
 
 
 def test_the_loop_is_asked_for_one_timer_however_many_limits_there_are() -> None:

@@ -36,7 +36,7 @@ from heliostat.storage.erasure import vacuum
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
 from heliostat.storage.online_store import OnlineConfig
-from heliostat.storage.stream_entries import StreamName, events_from, rows_from
+from heliostat.storage.stream_entries import StreamName, entry_text, events_from, rows_from
 from heliostat.storage.streams import Streams
 
 _log = logging.getLogger(__name__)
@@ -343,7 +343,7 @@ class Sink:
                 "file": f"{stream} {entry[0]}-{entry[1]}",
                 "row": 0,
                 "reason": reason,
-                "event": payload.decode(errors="replace"),
+                "event": entry_text(payload),
                 "rejected_at": now_us,
             }
             for (stream, entry, payload), reason in bad

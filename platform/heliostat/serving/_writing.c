@@ -78,20 +78,23 @@ static PyObject *pieces_of(Frame *frames, Py_ssize_t *made, PyObject **row, PyOb
     for (Py_ssize_t i = *made < FRAMES ? *made : FRAMES; i-- > 0;)
         if (!memcmp(frames[i].row, row, sizeof frames[i].row))
             return frames[i].pieces;
+    for (int i = 0; i < COLUMNS; i++)
+        Py_INCREF(row[i]); /* what is called may change the lists that they are in */
     PyObject *pieces = PyObject_Vectorcall(make, row, COLUMNS, NULL);
-    if (pieces == NULL)
-        return NULL;
-    int fits = PyTuple_Check(pieces) && PyTuple_GET_SIZE(pieces) == PIECES;
+    int fits = pieces != NULL && PyTuple_Check(pieces) && PyTuple_GET_SIZE(pieces) == PIECES;
     for (Py_ssize_t i = 0; fits && i < PIECES; i++)
         fits = PyBytes_Check(PyTuple_GET_ITEM(pieces, i));
     if (!fits) {
-        Py_DECREF(pieces);
-        PyErr_Format(PyExc_TypeError, "a frame is a tuple of %d bytes", PIECES);
+        if (pieces != NULL)
+            PyErr_Format(PyExc_TypeError, "a frame is a tuple of %d bytes", PIECES);
+        Py_XDECREF(pieces);
+        for (int i = 0; i < COLUMNS; i++)
+            Py_DECREF(row[i]);
         return NULL;
     }
     Frame *frame = &frames[(*made)++ % FRAMES];
     for (int i = 0; i < COLUMNS; i++)
-        Py_XSETREF(frame->row[i], Py_NewRef(row[i]));
+        Py_XSETREF(frame->row[i], row[i]);
     Py_XSETREF(frame->pieces, pieces);
     return pieces;
 }
@@ -145,6 +148,11 @@ static PyObject *entities(PyObject *module, PyObject *const *given, Py_ssize_t n
         return NULL;
     Items ids = items_of(given[0]), scores = items_of(given[1]);
     Py_ssize_t n = PyList_GET_SIZE(given[3]), made = 0;
+    for (int i = 1; i < COLUMNS; i++)
+        if (PyList_GET_SIZE(given[3 + i]) != n) {
+            PyErr_Format(PyExc_ValueError, "there are columns of %zd and of %zd rows", n, PyList_GET_SIZE(given[3 + i]));
+            return NULL;
+        }
     Frame frames[FRAMES] = {0};
     Text to = {PyBytes_FromStringAndSize(NULL, 64 + 320 * n), 0};
     if (to.text == NULL)

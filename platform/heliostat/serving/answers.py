@@ -268,7 +268,7 @@ class PredictAnswer:
         rows = self.predictions
         names = prediction_ids(self.request_id, len(rows))
         columns = rows.variants, rows.versions, names, rows.missing, rows.absent, rows.fallbacks
-        entities = list(map(_entity, self.entity_ids, rows.scores, *columns))
+        entities = list(itertools.starmap(_entity, zip(self.entity_ids, rows.scores, *columns, strict=True)))
         if self.explanations is not None:
             for entity, each in zip(entities, self.explanations, strict=True):
                 entity["explanation"] = each.document() if isinstance(each, Explanation) else None

@@ -1,4 +1,4 @@
-"""What a replica counts of its work: cumulative numbers in memory, cheap to add to, read once a second.
+"""What a replica counts of its work: cumulative numbers in memory, cheap to add to, read every few seconds.
 
 Whoever exports them (`deployments.meter`) reads `Board.samples`. To add to a number costs a dictionary look-up,
 to a histogram a bisection; what is said of each row of a batch is kept as it is and sorted out by the reader.

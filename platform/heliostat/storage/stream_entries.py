@@ -245,6 +245,13 @@ def _model(name: StreamName, document: Mapping[str, Any]) -> str:
     return model
 
 
+def entry_text(payload: bytes) -> str:
+    """An entry as text that keeps every bit of it: what stands behind its first line becomes base64."""
+    line, newline, content = payload.partition(b"\n")
+    text = line.decode(errors="backslashreplace")
+    return f"{text}\n{base64.b64encode(content).decode()}" if newline else text
+
+
 def _document(payload: bytes) -> dict[str, Any]:
     try:
         document = orjson.loads(payload)

@@ -82,8 +82,9 @@ def test_what_isnt_a_column_or_a_frame_is_refused() -> None:
     for frame in (lambda *_: None, lambda *_: (b"",) * 3, lambda *_: ("",) * 4):
         with pytest.raises(TypeError, match="a tuple of 4 bytes"):
             write(b"[1]", b"[1]", "r", *columns, frame)
-    with pytest.raises(IndexError):
-        write(b"[1,2]", b"[1,2]", "r", ["a", "a"], *columns[1:], answers._frame)
+    for longer in (["a", "a"], *columns[1:]), (*columns[:3], [(), ()]):
+        with pytest.raises(ValueError, match="columns of"):
+            write(b"[1]", b"[1]", "r", *longer, answers._frame)
     with pytest.raises(ZeroDivisionError):
         write(b"[1]", b"[1]", "r", *columns, lambda *_: 1 / 0)
 
