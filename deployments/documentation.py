@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from deployments.access import ROUTES
 from deployments.answer_schemas import SCHEMAS, Document, many, ref
 from deployments.gateway import Api
+from deployments.http import JSON
 from deployments.open_inference import PREFIX, OpenInference
 from heliostat.models.definitions import Definitions, ModelSpec
 from heliostat.serving.open_inference import ENTITY, HEADER_LENGTH, OUTPUTS
@@ -23,7 +24,6 @@ Every error is `{"error": code, "message": …, "fix" or "known": …}`; below `
 Open Inference Protocol has it. `503` comes with `Retry-After`.
 """
 
-_JSON = "application/json"
 _BYTES = "application/octet-stream"
 _REASONS = {
     400: "The body can't be read",
@@ -61,7 +61,7 @@ class _Route(NamedTuple):
     request: Document | None = None
     also: tuple[tuple[int, str], ...] = ()
     """Answers of another status than 200 that are no errors."""
-    content: tuple[str, ...] = (_JSON,)
+    content: tuple[str, ...] = (JSON,)
 
 
 def add_routes(app: FastAPI, api: Api, inference: OpenInference, definitions: Definitions) -> None:
@@ -175,7 +175,7 @@ def _inference_routes(inference: OpenInference, model: ModelSpec | None) -> list
             (404, 409),
             also=not_ready,
         ),
-        _Route("POST", f"{at}/infer", inference.infer, "V2Answer", answer, asking, asked, content=(_JSON, _BYTES)),
+        _Route("POST", f"{at}/infer", inference.infer, "V2Answer", answer, asking, asked, content=(JSON, _BYTES)),
         _Route(
             "POST",
             f"{at}/versions/{{version}}/infer",
@@ -184,7 +184,7 @@ def _inference_routes(inference: OpenInference, model: ModelSpec | None) -> list
             answer,
             (*asking, 409),
             asked,
-            content=(_JSON, _BYTES),
+            content=(JSON, _BYTES),
         ),
     ]
 
@@ -200,7 +200,7 @@ def _add(app: FastAPI, route: _Route) -> None:
             kinds.append(ref(error))
         answers[status] = {
             "description": _REASONS[status],
-            "content": {_JSON: {"schema": kinds[0] if len(kinds) == 1 else {"anyOf": kinds}}},
+            "content": {JSON: {"schema": kinds[0] if len(kinds) == 1 else {"anyOf": kinds}}},
         }
         if status == 503:
             answers[status]["headers"] = _RETRY
@@ -208,7 +208,7 @@ def _add(app: FastAPI, route: _Route) -> None:
             answers[status]["headers"] = _CHALLENGE
     answers[200] = {
         "description": SCHEMAS[route.answer]["description"],
-        "content": {_JSON: {"schema": ref(route.answer)}},
+        "content": {JSON: {"schema": ref(route.answer)}},
     }
     if _BYTES in route.content:
         length = {"description": "Bytes of JSON before those of tensors", "schema": {"type": "integer"}}
@@ -220,7 +220,7 @@ def _add(app: FastAPI, route: _Route) -> None:
         extra["security"] = [{each: []} for each in _SECURITY]
     if route.request is not None:
         schema = {name: value for name, value in route.request.items() if name != "example"}
-        content: Document = {_JSON: {"schema": schema}}
+        content: Document = {JSON: {"schema": schema}}
         if _BYTES in route.content:
             content[_BYTES] = {"schema": {"type": "string", "format": "binary"}}
         extra["requestBody"] = {"required": True, "content": content}
@@ -241,16 +241,16 @@ def _openapi(app: FastAPI, routes: list[_Route], definitions: Definitions) -> Do
         examples |= {} if view is None else {"view": view.name}
         for route in routes:  # FastAPI leaves null out of what it is given
             operation = document["paths"][route.path.replace(":path", "")][route.method.lower()]
-            operation["responses"]["200"]["content"][_JSON]["example"] = route.example
+            operation["responses"]["200"]["content"][JSON]["example"] = route.example
             if route.request is not None:
-                operation["requestBody"]["content"][_JSON]["example"] = route.request["example"]
+                operation["requestBody"]["content"][JSON]["example"] = route.request["example"]
         for path in document["paths"].values():
             for operation in path.values():
                 for parameter in operation.get("parameters", ()):
                     if parameter["name"] in examples:
                         parameter["example"] = examples[parameter["name"]]
                 # FastAPI documents one for every path with a parameter, whether a text can be wrong or not.
-                wrong = operation["responses"].get("422", {}).get("content", {}).get(_JSON, {}).get("schema", {})
+                wrong = operation["responses"].get("422", {}).get("content", {}).get(JSON, {}).get("schema", {})
                 if "HTTPValidationError" in str(wrong):
                     del operation["responses"]["422"]
         app.openapi_schema = document

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope
 
 from deployments.access import forced_variant
 from deployments.gateway import Api, Parts
-from deployments.http import RETRY_AFTER, answer_to, as_protocol_has_it, header_of, json_response
+from deployments.http import RETRY_AFTER, JsonBody, answer_to, as_protocol_has_it, header_of, json_response
 from heliostat.errors import (
     HeliostatError,
     InvalidFieldError,
@@ -38,7 +38,6 @@ from heliostat.serving.open_inference import (
 
 PREFIX = "/v2"
 
-_JSON = "application/json"
 _BYTES = "application/octet-stream"
 
 Endpoint = Callable[..., Awaitable[Response]]
@@ -146,7 +145,7 @@ class OpenInference:
             raise VersionNotServingError(spec.name, version, tuple(sorted(others)))
         body, header_length = infer_body(answer, asked)
         if header_length is None:
-            return Response(body, 200, media_type=_JSON)
+            return JsonBody(body)
         return Response(body, 200, {HEADER_LENGTH: str(header_length)}, _BYTES)
 
     async def _serving(self, spec: ModelSpec, version: str | None) -> tuple[int, ...]:

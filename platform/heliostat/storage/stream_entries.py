@@ -150,11 +150,13 @@ def prediction_entry(document: Mapping[str, Any], vectors: FloatArray | Sequence
         document: All but the vectors; numpy's arrays and numbers may be in it.
         vectors: What the models saw: a matrix of shape ``(n, width)``, or ``n`` vectors, each as wide as it is.
     """
-    one = isinstance(vectors, np.ndarray)
-    width = vectors.shape[1] if isinstance(vectors, np.ndarray) else [len(vector) for vector in vectors]
-    numbers = np.asarray(vectors if one else np.concatenate(vectors), dtype=_F8)
+    width: int | list[int]
+    if isinstance(vectors, np.ndarray):
+        width, numbers = vectors.shape[1], vectors
+    else:
+        width, numbers = [len(vector) for vector in vectors], np.concatenate(vectors)
     line = orjson.dumps({**document, "width": width}, option=orjson.OPT_SERIALIZE_NUMPY)
-    return b"\n".join((line, numbers.tobytes()))
+    return b"\n".join((line, numbers.astype(_F8, copy=False).tobytes()))
 
 
 def _vectors(width: int | Sequence[int], content: bytes, n: int) -> list[list[float | None]]:
@@ -222,10 +224,9 @@ def _prediction_rows(document: Mapping[str, Any], content: bytes) -> list[dict[s
         columns["newest_event"] = [None if each is None else int(each) for each in columns["newest_event"]]
     if "width" in document:
         columns["features"] = _vectors(document["width"], content, len(names))
+    # An earlier release wrote them as JSON, which spells infinity as null, as it does NaN.
     for vector, places in zip(columns["features"], columns.pop("infinite", ()), strict=False):
-        for place, sign in (
-            places or ()
-        ):  # as an earlier release wrote it: JSON spells infinity as null, as it does NaN
+        for place, sign in places or ():
             vector[place] = math.inf * sign
     sources = ["model" if each is None else "fallback" for each in columns.get("fallback", [None] * len(names))]
     rows = zip(names, sources, *columns.values(), strict=True)
