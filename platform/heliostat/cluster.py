@@ -36,7 +36,13 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    # The ingress's metrics come from replicas. Otherwise it writes a line a request to a process that parses them in
+    # Python, which takes as long as the ingress does; what no replica answers is in HAProxy's own metrics.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # Nor does anybody read a line a request at the port of syslog, unless he says so; one of a thousand is left.
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000",
+    # A replica that goes is sent requests until the ingress has heard of it: one that hangs up meanwhile loses them.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
     # What replicas have under way is told this often, for autoscaling: ten seconds would be late.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",

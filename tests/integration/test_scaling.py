@@ -127,7 +127,8 @@ def test_replicas_that_are_replaced_answer_what_they_began_and_write_the_whole_a
         slow = [asyncio.create_task(slow_request(house.url, load, each, go_on)) for each in begun]
         await asyncio.gather(*(each.wait() for each in begun))
         deploying = asyncio.create_task(asyncio.to_thread(house.deploy, **options, max_queued_requests=1000))
-        await until(lambda: states().get("STOPPING", 0) > 0, limit_s=_PATIENCE_S)
+        await until(lambda: deploying.done() or states().get("STOPPING", 0) > 0, limit_s=_PATIENCE_S)
+        assert not deploying.done(), f"it didn't wait for those who still have a request: {deploying}, {slow}"
         await asyncio.sleep(1.0)
         assert before & replicas(), "who still has a request in flight stays"
         go_on.set()
@@ -135,13 +136,39 @@ def test_replicas_that_are_replaced_answer_what_they_began_and_write_the_whole_a
         await deploying
         assert not before & replicas()
 
-    act, _, _ = house.run(scenario, rate=60)
+    act, _, _ = house.run(scenario, rate=200)
     assert len(replicas()) == 2
     assert act.failed == 0
     # A replica that stops, or whose oldest row has waited for its second, has its answers wait for the log instead:
     # how many do is a matter of the machine.
     assert act.unlogged > 0, "with an asynchronous log answers leave before they are logged"
     assert not act.fallbacks
+
+
+def test_who_was_silent_while_replicas_were_replaced_is_answered_on_the_same_connection(house: House) -> None:
+    options = {"replicas": 1, "deadline_ms": _UNHURRIED_MS}
+    house.deploy(**options)
+    before = replicas()
+    host, port = house.url.removeprefix("http://").split(":")
+    body = json.dumps({"entity_ids": [1, 2]})
+    request = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[str, bytes]:
+        writer.write(request)
+        status, answer, _ = await chaos_load._answer(reader)
+        return status, answer
+
+    async def scenario() -> None:
+        pipes = [await asyncio.open_connection(host, int(port)) for _ in range(8)]
+        assert {(await ask(*pipe))[0] for pipe in pipes} == {"200"}
+        await asyncio.to_thread(house.deploy, **options, max_queued_requests=1000)
+        assert not before & replicas()
+        for pipe in pipes:
+            status, answer = await ask(*pipe)
+            assert status == "200", answer
+            pipe[1].close()
+
+    asyncio.run(scenario())
 
 
 def test_replicas_follow_the_load_up_and_down_and_no_request_fails(house: House) -> None:
