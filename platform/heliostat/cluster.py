@@ -7,12 +7,9 @@ machine, so a kept cluster (`start_head`) is stopped by its process id alone.
 from __future__ import annotations
 
 import contextlib
-import errno
-import itertools
 import json
 import logging
 import os
-import random
 import secrets
 import shutil
 import signal
@@ -29,6 +26,7 @@ import ray
 from ray._raylet import Config  # type: ignore[attr-defined] # compiled, without types
 
 from heliostat.errors import StorageError, StorageNotSharedError
+from heliostat.ports import free_ports
 from heliostat.settings import Settings
 
 RAY_ENVIRONMENT = {
@@ -69,9 +67,6 @@ RAY_ENVIRONMENT = {
 }
 
 _HEAD_FILE = "ray-head.json"
-# Above those of Ray's workers, below those of its replicas and of a system's connections.
-_PORTS = range(20_000, 30_000)
-_given: set[int] = set()
 _WORKERS_END_S = 5.0
 _START_LIMIT_S = 90.0
 
@@ -417,32 +412,3 @@ def _listens(port: int) -> bool:
     with contextlib.closing(socket.socket()) as probe:
         probe.settimeout(0.2)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Ports of an address at which nobody listens.
-
-    None that a system would choose by itself, unless it is told to: until somebody listens there, it might give it
-    to any connection.
-
-    Raises:
-        OSError: If there aren't as many; or the address isn't this machine's.
-    """
-    # What was given once and isn't listened at yet isn't given again, as long as there are others.
-    candidates = sorted(random.sample(_PORTS, len(_PORTS)), key=_given.__contains__)
-    found = list(itertools.islice((port for port in candidates if _is_free(host, port)), count))
-    if len(found) < count:
-        raise OSError(f"{host} has no {count} free ports from {_PORTS[0]} to {_PORTS[-1]}")
-    _given.update(found)
-    return found
-
-
-def _is_free(host: str, port: int) -> bool:
-    with contextlib.closing(socket.socket()) as probe:
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            return False
-        return True

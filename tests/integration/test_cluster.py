@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -163,23 +162,3 @@ def test_the_ingress_and_the_proxy_behind_it_get_ports_of_their_own(tmp_path: Pa
     assert {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"} <= ports.keys()
     assert len(set(ports.values())) == len(ports) == 4
     assert not set(ports.values()) & {8500, 9500}, "Serve's defaults, which a second cluster would find taken"
-
-
-def test_free_ports_are_none_that_a_connection_might_get_and_none_where_somebody_listens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        everywhere = cluster.free_ports("127.0.0.1", 9_000)
-        assert taken.getsockname()[1] not in everywhere
-    (listened_at,) = cluster.free_ports("127.0.0.1", 1)
-    with socket.create_server(("127.0.0.1", listened_at)):
-        assert listened_at not in cluster.free_ports("127.0.0.1", 9_000)
-    assert len(set(everywhere)) == 9_000
-    assert max(everywhere) < 32_768
-    assert cluster.free_ports("127.0.0.1", 0) == []
-    monkeypatch.setattr(cluster, "_given", set())
-    first, second = (set(cluster.free_ports("127.0.0.1", 400)) for _ in range(2))
-    assert not first & second, "not yet listened at, but given"
-    for wrong in ("192.0.2.99", "no.such.host.invalid"):
-        with pytest.raises(OSError, match=r"assign|known|resol"):
-            cluster.free_ports(wrong, 1)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import uvicorn
 from deployments.application import build_app
 from deployments.stages import gateway_parts
 from heliostat.ingestion.sink import Sink
+from heliostat.ports import free_ports
 from heliostat.serving.telemetry import Meter
 from heliostat.settings import ClockSettings, OnlineSettings, ServingSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
@@ -70,9 +70,7 @@ def stopped(pid: int) -> Iterator[None]:
 @pytest.mark.parametrize("log", ["durable", "async"])
 def test_a_gateway_that_is_killed_takes_no_more_rows_along_than_its_log_allows(shop: Shop, log: str) -> None:
     settings = shop.workspace.settings
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports("127.0.0.1", 1)
     serving = ServingSettings(
         port=port, log=log, log_buffer_rows=BUFFER_ROWS, log_max_delay_s=MAX_DELAY_S, deadline_ms=3_000.0
     )

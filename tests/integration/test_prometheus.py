@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import graph
+from heliostat.ports import free_ports
 from heliostat.serving.telemetry import STAGES
 from heliostat.telemetry import METRICS
 from heliostat.workspace import Workspace
@@ -186,9 +186,7 @@ class Prometheus:
     """The server itself, with the project's alerts, looking at Ray every second."""
 
     def __init__(self, program: str, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._address = f"127.0.0.1:{free_ports('127.0.0.1', 1)[0]}"
         (folder / "prometheus.yml").write_text(
             json.dumps(  # which is YAML
                 {

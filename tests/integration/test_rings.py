@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -31,6 +30,7 @@ from heliostat.online.materialize import materialize
 from heliostat.online.merging import parse_rings
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingLimits, ring_layout
+from heliostat.ports import free_ports
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import Settings
 from heliostat.storage.event_log import EventLog
@@ -147,10 +147,7 @@ def event_log(home: Path) -> EventLog:
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A server for what would disturb others, by port: one node that is a whole cluster."""
-    with socket.socket() as one, socket.socket() as other:
-        for each in (one, other):
-            each.bind(("127.0.0.1", 0))
-        port, bus_port = one.getsockname()[1], other.getsockname()[1]
+    port, bus_port = free_ports("127.0.0.1", 2)
     options = {"port": port, "cluster-port": bus_port, "cluster-enabled": "yes", "bind": "127.0.0.1", "save": ""}
     options["dir"] = str(tmp_path_factory.mktemp("cluster"))
     command = [
