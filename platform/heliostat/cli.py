@@ -14,7 +14,7 @@ import typer
 
 from heliostat import cluster, data_commands
 from heliostat.clock import format_instant
-from heliostat.errors import DataError, ServingUnavailableError
+from heliostat.errors import DataError, ServingUnavailableError, reason_of
 from heliostat.features.registry import Plan
 from heliostat.ingestion.intake import ingest_files
 from heliostat.key_commands import keys_app
@@ -373,7 +373,7 @@ def predict(
         answer = httpx.post(url, json=request, headers=headers, timeout=_HTTP_TIMEOUT_S)
         document = answer.json()
     except (httpx.HTTPError, ValueError) as error:
-        raise ServingUnavailableError(serving_url(settings), str(error) or type(error).__name__) from None
+        raise ServingUnavailableError(serving_url(settings), reason_of(error)) from None
     if answer.is_error:
         raise ServingUnavailableError(serving_url(settings), f"{answer.status_code}: {document.get('message')}")
     if as_json:

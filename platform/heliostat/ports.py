@@ -11,6 +11,8 @@ import socket
 # Above those of Ray's workers, below those of its replicas and of a system's connections.
 _PORTS = range(20_000, 30_000)
 _given: set[int] = set()
+# Not `random`'s own: whoever seeds that, as tests do, would have several processes find the same ports free.
+_random = random.SystemRandom()
 
 
 def free_ports(host: str, count: int) -> list[int]:
@@ -23,7 +25,7 @@ def free_ports(host: str, count: int) -> list[int]:
         OSError: If there aren't as many; or the address isn't this machine's.
     """
     # What was given once and isn't listened at yet isn't given again, as long as there are others.
-    candidates = sorted(random.sample(_PORTS, len(_PORTS)), key=_given.__contains__)
+    candidates = sorted(_random.sample(_PORTS, len(_PORTS)), key=_given.__contains__)
     found = list(itertools.islice((port for port in candidates if _is_free(host, port)), count))
     if len(found) < count:
         raise OSError(f"{host} has no {count} free ports from {_PORTS[0]} to {_PORTS[-1]}")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from heliostat.clock import US_PER_DAY, format_duration, format_instant, parse_duration_us
-from heliostat.errors import GateFailedError, RolloutError
+from heliostat.errors import GateFailedError, RolloutError, reason_of
 from heliostat.models.definitions import ModelSpec
 from heliostat.monitoring.checks import run_checks
 from heliostat.monitoring.performance import watermark_us
@@ -303,7 +303,7 @@ def retrain(
         done = _retrain(workspace, decision, challenger_weight, progress)
     except BaseException as error:
         with catalog.write() as rows:
-            report = {"decision": decision.to_dict(), "error": str(error) or type(error).__name__}
+            report = {"decision": decision.to_dict(), "error": reason_of(error)}
             rows.finish_run(run, "failed", report, finished_us=clock.now_us())
         raise
     with catalog.write() as rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 
 import pytest
@@ -27,3 +28,15 @@ def test_free_ports_are_none_that_a_connection_might_get_and_none_where_somebody
     for wrong in ("192.0.2.99", "no.such.host.invalid"):
         with pytest.raises(OSError, match=r"assign|known|resol"):
             ports.free_ports(wrong, 1)
+
+
+def test_processes_that_seed_alike_get_other_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, state = list[list[int]](), random.getstate()
+    try:
+        for _ in range(2):
+            random.seed(0)
+            monkeypatch.setattr(ports, "_given", set())  # as in another process
+            found.append(ports.free_ports("127.0.0.1", 20))
+    finally:
+        random.setstate(state)
+    assert found[0] != found[1]

@@ -62,6 +62,7 @@ from heliostat.errors.access import (
 )
 from heliostat.errors.base import (
     HeliostatError,
+    reason_of,
 )
 from heliostat.errors.data import (
     DataError,
@@ -259,4 +260,5 @@ __all__ = [
     "VersionNotServingError",
     "ViewInUseError",
     "WindowError",
+    "reason_of",
 ]

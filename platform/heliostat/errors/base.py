@@ -10,6 +10,11 @@ def listed(names: tuple[str, ...]) -> str:
     return ", ".join(names) if names else "nothing yet"
 
 
+def reason_of(error: BaseException) -> str:
+    """What any error says, for a message; of one that says nothing, what it is."""
+    return str(error) or type(error).__name__
+
+
 class HeliostatError(Exception):
     """Base of every error that Heliostat raises on purpose."""
 

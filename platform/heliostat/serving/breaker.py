@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-from heliostat.errors import DependencyOpenError, HeliostatError
+from heliostat.errors import DependencyOpenError, HeliostatError, reason_of
 
 QueryT = TypeVar("QueryT")
 AnswerT = TypeVar("AnswerT")
@@ -183,7 +183,7 @@ def guarded(call: Callable[[QueryT], Awaitable[AnswerT]], breaker: Breaker) -> C
             if isinstance(error, HeliostatError) and error.http_status < 500:
                 breaker.succeeded(permit)
             else:
-                breaker.failed(permit, str(error) or type(error).__name__)
+                breaker.failed(permit, reason_of(error))
             raise
         breaker.succeeded(permit)
         return answer

@@ -33,7 +33,7 @@ import orjson
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_S, Clock, parse_instant_us
-from heliostat.errors import UnservableModelError
+from heliostat.errors import UnservableModelError, reason_of
 from heliostat.serving.breaker import Breakers
 from heliostat.serving.telemetry import Board, cause_of
 from heliostat.storage.online_store import OnlineKeys
@@ -250,7 +250,7 @@ class VersionLadder:
                 return scores
             reason, cause = f"it gave no finite number for each of {rows} rows", "error"
         except Exception as error:  # noqa: BLE001 - whatever a model does, the request is answered
-            reason, cause = str(error) or type(error).__name__, cause_of(error)
+            reason, cause = reason_of(error), cause_of(error)
         breaker.failed(permit, reason)
         _logger.warning("version %d of model %s can't answer: %s", version, model, reason)
         return _Refusal(reason, cause)
@@ -273,7 +273,7 @@ class VersionLadder:
                     with self._deadlines.until(until):
                         cached = await self._cached(model, entities())
                 except Exception as error:  # noqa: BLE001 - whatever is there, the next rung answers
-                    told = str(error) or type(error).__name__
+                    told = reason_of(error)
                     _logger.warning("batch predictions of model %s can't be read: %s", model, told)
                 if len(cached) == rows:
                     return Scored(np.array([cached[row].score for row in range(rows)]), versions[0], rung, cached)

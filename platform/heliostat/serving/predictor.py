@@ -24,14 +24,16 @@ from heliostat.errors import (
     DependencyOpenError,
     HeliostatError,
     UnknownAliasError,
+    reason_of,
 )
 from heliostat.serving.answers import FORCED, Explanation, PredictAnswer, Predictions
+from heliostat.serving.batch_scorer import BatchScorer
 from heliostat.serving.breaker import Breakers
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.fallback import Rung, VersionLadder, breaker_name
-from heliostat.serving.lookup import FeatureBlock, FeatureQuery, FeatureReaders, shown
+from heliostat.serving.lookup import FeatureBlock, FeatureQuery, FeatureReaders
 from heliostat.serving.prediction_log import PredictionLog, log_record
-from heliostat.serving.request_batch import RequestBatch, answers_of, deduplicated, joined_query, mark_stand_ins
+from heliostat.serving.request_batch import RequestBatch, answers_of, deduplicated, joined_query
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.routing import Assignment, RouteQuery
 from heliostat.serving.scoring import ScoreQuery
@@ -133,7 +135,8 @@ class Predictor:
         self._max_batch_entities, self._max_waiting, self._patience_s = max_batch_entities, max_waiting, patience_s
         self._breakers = breakers or Breakers()
         self._spares = spares or SpareFeatures(readers, clock)
-        self._ladder = ladder or VersionLadder(versions.prior, self._breakers)
+        ladder = ladder or VersionLadder(versions.prior, self._breakers)
+        self._scorer = BatchScorer(stages.runner, versions, ladder, self._spares)
         self._meter = meter or Meter()
         self._meter.watch(self._lines)
         self._queues: dict[_Lane, Coalescer[_Waiting, PredictAnswer]] = {}
@@ -263,7 +266,7 @@ class Predictor:
         assignment = await self._assign(query, block, until=variants_until, forced=requests[0].variant)
         batch = await self._widened(RequestBatch(requests, query, block, assignment), until=models_until)
         marks.append(clock())
-        predictions = await self._score(batch, until=models_until)
+        predictions = await self._scorer.scored(batch, until=models_until)
         if rows is not None:
             batch, predictions = batch.taken(rows), predictions.taken(rows)
         self._meter.of(model).fell_back(predictions.fallbacks, predictions.causes)
@@ -274,7 +277,7 @@ class Predictor:
         explaining: asyncio.Task[list[Explanation | str]] | None = None
         if requests[0].explain:  # whoever shares a queue shares this
             explaining = asyncio.create_task(
-                self._explain(batch, predictions, until=now + _EXPLANATIONS_SHARE * (deadline - now))
+                self._scorer.explained(batch, predictions, until=now + _EXPLANATIONS_SHARE * (deadline - now))
             )
         try:
             logged = await self._log.write(
@@ -336,7 +339,7 @@ class Predictor:
         except DependencyOpenError as error:
             return replace(self._spares.block(query), cause=cause_of(error))
         except Exception as error:  # noqa: BLE001 - whatever a stage does, the request is answered
-            _logger.warning("features of model %s can't be read: %s", query.model, _told(error))
+            _logger.warning("features of model %s can't be read: %s", query.model, reason_of(error))
             return replace(self._spares.block(query), cause=cause_of(error))
         self._spares.keep(query, block)
         return block
@@ -353,7 +356,7 @@ class Predictor:
         except DependencyOpenError:
             found = await self._stages.spare_router(routing)
         except Exception as error:  # noqa: BLE001 - whatever a stage does, the request is answered
-            _logger.warning("the router of model %s doesn't answer: %s", query.model, _told(error))
+            _logger.warning("the router of model %s doesn't answer: %s", query.model, reason_of(error))
             found = await self._stages.spare_router(routing)
         return found if forced is None else found.forced(query.model, forced, prefix=FORCED)
 
@@ -380,92 +383,6 @@ class Predictor:
                 return await self._versions.usable(model, version)
         except (HeliostatError, TimeoutError):
             return None
-
-    # ── Scores ──────────────────────────────────────────────────────────────────────
-
-    async def _score(self, batch: RequestBatch, *, until: float) -> Predictions:
-        assignment = batch.assignment
-        versions = np.array(assignment.versions)[assignment.chosen]
-        distinct = dict.fromkeys(versions.tolist())
-        if len(distinct) == 1:
-            predictions = await self._score_rows(batch, next(iter(distinct)), None, until=until)
-        else:
-            rows = {version: np.flatnonzero(versions == version) for version in distinct}
-            parts = await asyncio.gather(
-                *(self._score_rows(batch, version, each, until=until) for version, each in rows.items())
-            )
-            predictions = Predictions.merged(parts, np.concatenate(list(rows.values())))
-        predictions.variants = [assignment.names[at] for at in assignment.chosen.tolist()]
-        predictions.absent = batch.block.absent_views()
-        return predictions
-
-    async def _score_rows(
-        self, batch: RequestBatch, version: int, rows: NDArray[np.intp] | None, *, until: float
-    ) -> Predictions:
-        """What one version says, or whoever stands in for it, of some rows or (None) of all."""
-        seen: dict[int, tuple[tuple[str, ...], FloatArray]] = {}
-        spared: dict[int, list[Rung]] = {}
-        block, entities = batch.block, batch.query.entities
-
-        async def score(candidate: int) -> FloatArray:
-            facts = await self._versions.usable(batch.model, candidate)
-            matrix = block.matrix(facts.wanted, rows)
-            if not block.stored:
-                matrix, spared[candidate] = self._spares.completed(
-                    batch.query, block, matrix, names=facts.names, medians=facts.medians, rows=rows
-                )
-            seen[candidate] = facts.names, matrix
-            return await self._stages.runner(ScoreQuery(batch.model, candidate, matrix))
-
-        scored = await self._ladder.climb(
-            batch.model,
-            version,
-            score,
-            control=batch.assignment.versions[0],
-            entities=lambda: entities if rows is None else [entities[row] for row in rows],
-            rows=len(entities) if rows is None else len(rows),
-            until=until,
-        )
-        by_a_model = scored.rung is None or scored.rung.of_a_model
-        if by_a_model:
-            names, matrix = seen[scored.version]
-        else:
-            names, matrix = tuple(map(shown, block.names)), block.matrix(block.names, rows)
-        predictions = Predictions.of(scored.scores, scored.version, scored.rung, names, matrix)
-        if scored.rung is not None or not block.stored:
-            mark_stand_ins(predictions, scored, block, rows, spared.get(scored.version) if by_a_model else None)
-        return predictions
-
-    async def _explain(
-        self, batch: RequestBatch, predictions: Predictions, *, until: float
-    ) -> list[Explanation | str]:
-        """What each prediction is made of, row by row; or, as a text, why that can't be said."""
-        found: list[Explanation | str] = [
-            f"no model answered, but the fallback {rung}" for rung in predictions.fallbacks
-        ]
-        for version in dict.fromkeys(predictions.versions):
-            rows = [
-                row
-                for row, (each, rung) in enumerate(zip(predictions.versions, predictions.fallbacks, strict=True))
-                if each == version and (rung is None or Rung(rung).of_a_model)
-            ]
-            if not rows:
-                continue
-            try:
-                with self._deadlines.until(until):
-                    facts = await self._versions.usable(batch.model, version)
-                    matrix = np.array([predictions.vectors[row] for row in rows])
-                    parts = await self._stages.runner(ScoreQuery(batch.model, version, matrix, explain=True))
-            except Exception as error:  # noqa: BLE001 - the prediction stands, whatever its explanation does
-                _logger.warning("predictions of model %s can't be explained: %s", batch.model, _told(error))
-                why = "there was no time for it" if isinstance(error, TimeoutError) else "the model gave none"
-                for row in rows:
-                    found[row] = why
-                continue
-            for row, (*contributions, base, raw) in zip(rows, parts.tolist(), strict=True):
-                named = dict(zip(facts.names, contributions, strict=True))
-                found[row] = Explanation(named, base, raw, facts.scale.name, facts.scale.prediction)
-        return found
 
     def _record(self, batch: RequestBatch, answers: list[PredictAnswer], predictions: Predictions) -> bytes:
         return log_record(
@@ -502,7 +419,3 @@ class Predictor:
                 )
             except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
                 _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)
-
-
-def _told(error: Exception) -> str:
-    return str(error) or type(error).__name__

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, reason_of
 from heliostat.experiments.rollout import Rollout
 from heliostat.models.registry import PRODUCTION, ModelRegistry
 from heliostat.serving.breaker import Breaker, guarded
@@ -145,7 +145,7 @@ class Standby:
             async with asyncio.timeout(_PREPARE_S):
                 await self._prepare(model, version)
         except Exception as error:  # noqa: BLE001 - whatever a version does, those that serve go on
-            told = str(error) or type(error).__name__
+            told = reason_of(error)
             _logger.warning("version %d of model %s can't be made ready: %s", version, model, told)
 
     async def _go_on(self) -> None:

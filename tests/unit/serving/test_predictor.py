@@ -84,7 +84,7 @@ def test_nobody_who_doesnt_ask_waits_for_an_explanation_or_gets_one() -> None:
         seen.append(query)
         return await runner(query)
 
-    house.predictor._stages = replace(house.predictor._stages, runner=noting)
+    house.predictor._scorer._runner = noting
 
     async def scenario() -> tuple[PredictAnswer, ...]:
         explained = replace(request(2), explain=True)
@@ -115,7 +115,7 @@ def test_a_prediction_stands_when_its_explanation_fails() -> None:
             raise ZeroDivisionError
         return await runner(query)
 
-    house.predictor._stages = replace(house.predictor._stages, runner=failing)
+    house.predictor._scorer._runner = failing
     answer = asyncio.run(house.predictor.predict(replace(request(1), explain=True)))
     assert [each.score for each in answer.entities] == expected(1, ONE)
     assert answer.explanations == ("the model gave none",)

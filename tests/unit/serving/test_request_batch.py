@@ -82,7 +82,7 @@ def test_an_entity_is_read_and_scored_once_for_all_who_ask() -> None:
         scored.append(len(query.matrix))
         return await runner(query)
 
-    house.predictor._stages = replace(house.predictor._stages, runner=noting)
+    house.predictor._scorer._runner = noting
     together(house, crowd())
     (keys,) = house.store.reads
     assert (keys - 1) % len(EVERYBODY) == 0, "and the routing document"
