@@ -14,7 +14,8 @@ import typer
 
 from heliostat import cluster, data_commands
 from heliostat.clock import format_instant
-from heliostat.errors import DataError, ServingUnavailableError, reason_of
+from heliostat.errors import DataError, ServingUnavailableError
+from heliostat.errors.base import reason_of
 from heliostat.features.registry import Plan
 from heliostat.ingestion.intake import ingest_files
 from heliostat.key_commands import keys_app

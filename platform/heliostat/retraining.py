@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from heliostat.clock import US_PER_DAY, format_duration, format_instant, parse_duration_us
-from heliostat.errors import GateFailedError, RolloutError, reason_of
+from heliostat.errors import GateFailedError, RolloutError
+from heliostat.errors.base import reason_of
 from heliostat.models.definitions import ModelSpec
 from heliostat.monitoring.checks import run_checks
 from heliostat.monitoring.performance import watermark_us

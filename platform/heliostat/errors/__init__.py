@@ -62,7 +62,6 @@ from heliostat.errors.access import (
 )
 from heliostat.errors.base import (
     HeliostatError,
-    reason_of,
 )
 from heliostat.errors.data import (
     DataError,
@@ -260,5 +259,4 @@ __all__ = [
     "VersionNotServingError",
     "ViewInUseError",
     "WindowError",
-    "reason_of",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from heliostat.errors import reason_of
+from heliostat.errors.base import reason_of
 from heliostat.serving.answers import Explanation, Predictions
 from heliostat.serving.fallback import Rung, VersionLadder
 from heliostat.serving.lookup import shown

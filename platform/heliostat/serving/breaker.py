@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-from heliostat.errors import DependencyOpenError, HeliostatError, reason_of
+from heliostat.errors import DependencyOpenError, HeliostatError
+from heliostat.errors.base import reason_of
 
 QueryT = TypeVar("QueryT")
 AnswerT = TypeVar("AnswerT")

@@ -33,7 +33,8 @@ import orjson
 from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_S, Clock, parse_instant_us
-from heliostat.errors import UnservableModelError, reason_of
+from heliostat.errors import UnservableModelError
+from heliostat.errors.base import reason_of
 from heliostat.serving.breaker import Breakers
 from heliostat.serving.telemetry import Board, cause_of
 from heliostat.storage.online_store import OnlineKeys

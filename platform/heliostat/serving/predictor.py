@@ -24,8 +24,8 @@ from heliostat.errors import (
     DependencyOpenError,
     HeliostatError,
     UnknownAliasError,
-    reason_of,
 )
+from heliostat.errors.base import reason_of
 from heliostat.serving.answers import FORCED, Explanation, PredictAnswer, Predictions
 from heliostat.serving.batch_scorer import BatchScorer
 from heliostat.serving.breaker import Breakers

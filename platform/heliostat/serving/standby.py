@@ -12,7 +12,8 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from heliostat.errors import HeliostatError, reason_of
+from heliostat.errors import HeliostatError
+from heliostat.errors.base import reason_of
 from heliostat.experiments.rollout import Rollout
 from heliostat.models.registry import PRODUCTION, ModelRegistry
 from heliostat.serving.breaker import Breaker, guarded
