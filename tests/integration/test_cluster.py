@@ -43,6 +43,7 @@ nodes.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_several_nodes_with_storage_that_one_alone_sees_are_refused(home: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL_NODES, str(home)], cwd=ROOT, capture_output=True, text=True, check=False
@@ -67,6 +68,7 @@ print(*(pid for pid in here if cluster._alive(pid)))
 """
 
 
+@pytest.mark.slow
 def test_a_cluster_knows_its_workers_and_takes_them_along(home: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WORKERS, str(home)], cwd=ROOT, capture_output=True, text=True, check=False

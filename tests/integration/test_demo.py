@@ -77,6 +77,7 @@ def test_an_interrupted_demo_leaves_nothing_running(
         assert alive_after(60, started) == []
 
 
+@pytest.mark.slow
 def test_a_demo_that_nobody_reads_leaves_nothing_running(home: Path) -> None:
     with demo_until("Start the embedded store and Ray", home) as (demo, started):
         assert demo.stdout is not None

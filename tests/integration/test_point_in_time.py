@@ -207,6 +207,7 @@ def test_a_pandas_frame_comes_back_as_one_with_its_index(history: History) -> No
     assert list(found.columns) == [*frame.columns, "spending__spent", "demand__sold"]
 
 
+@pytest.mark.slow
 def test_a_ray_dataset_comes_back_as_one_with_the_rows_numbers(history: History) -> None:
     blocks = [history.spine.slice(start, 50) for start in range(0, history.spine.num_rows, 50)]
     found = historical_features(ray.data.from_arrow(blocks), VIEWS, history.log)

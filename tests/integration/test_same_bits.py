@@ -64,6 +64,7 @@ def bits(scores: Scores, customers: list[int]) -> np.ndarray:
     return np.array([scores[each] for each in customers]).view(np.int64)
 
 
+@pytest.mark.slow
 def test_fused_distributed_batch_offline_and_logged_scores_are_the_same_bits(workspace: Workspace) -> None:
     settings = workspace.settings
     customers, matrix, _ = rows_of(workspace, JULY_US, labelled=False)
