@@ -117,6 +117,10 @@ async def slow_request(url: str, load: Load, begun: asyncio.Event, go_on: asynci
     writer.close()
 
 
+# Under investigation: in about one of ten whole runs of the slow tests, and never alone, Serve starts one replica of two.
+@pytest.mark.xfail(
+    strict=False, reason="now and then Serve's rollout ends with one new replica of two; not yet understood"
+)
 def test_replicas_that_are_replaced_answer_what_they_began_and_write_the_whole_async_log(house: House) -> None:
     options = {"replicas": 2, "log": "async", "body_timeout_s": 2 * _PATIENCE_S, "deadline_ms": _UNHURRIED_MS}
     house.deploy(**options)
