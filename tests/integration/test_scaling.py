@@ -117,7 +117,7 @@ async def slow_request(url: str, load: Load, begun: asyncio.Event, go_on: asynci
     writer.close()
 
 
-# Under investigation: in about one of ten whole runs of the slow tests, and never alone, Serve starts one replica of two.
+# In about half of the whole runs of the slow tests, and never alone: see the reason.
 @pytest.mark.xfail(
     strict=False, reason="now and then Serve's rollout ends with one new replica of two; not yet understood"
 )
