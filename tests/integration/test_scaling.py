@@ -130,7 +130,7 @@ def test_replicas_that_are_replaced_answer_what_they_began_and_write_the_whole_a
         slow = [asyncio.create_task(slow_request(house.url, load, each, go_on)) for each in begun]
         await asyncio.gather(*(each.wait() for each in begun))
         deploying = asyncio.create_task(asyncio.to_thread(house.deploy, **options, max_queued_requests=1000))
-        # Not asked of Serve: it can't be asked in one thread while another one deploys (its pickling isn't made for that).
+        # Serve isn't asked: it pickles in a way that two threads can't at once, and one of them deploys.
         await until(lambda: deploying.done() or len(replicas() - before) == 2)
         assert not deploying.done(), f"it didn't wait for those who still have a request: {deploying}, {slow}"
         await asyncio.sleep(1.0)
