@@ -274,8 +274,7 @@ class VersionLadder:
                     with self._deadlines.until(until):
                         cached = await self._cached(model, entities())
                 except Exception as error:  # noqa: BLE001 - whatever is there, the next rung answers
-                    told = reason_of(error)
-                    _logger.warning("batch predictions of model %s can't be read: %s", model, told)
+                    _logger.warning("batch predictions of model %s can't be read: %s", model, reason_of(error))
                 if len(cached) == rows:
                     return Scored(np.array([cached[row].score for row in range(rows)]), versions[0], rung, cached)
             if rung is Rung.PRIOR:

@@ -146,8 +146,7 @@ class Standby:
             async with asyncio.timeout(_PREPARE_S):
                 await self._prepare(model, version)
         except Exception as error:  # noqa: BLE001 - whatever a version does, those that serve go on
-            told = reason_of(error)
-            _logger.warning("version %d of model %s can't be made ready: %s", version, model, told)
+            _logger.warning("version %d of model %s can't be made ready: %s", version, model, reason_of(error))
 
     async def _go_on(self) -> None:
         while True:
