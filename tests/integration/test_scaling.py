@@ -127,7 +127,7 @@ def test_replicas_that_are_replaced_answer_what_they_began_and_write_the_whole_a
         slow = [asyncio.create_task(slow_request(house.url, load, each, go_on)) for each in begun]
         await asyncio.gather(*(each.wait() for each in begun))
         deploying = asyncio.create_task(asyncio.to_thread(house.deploy, **options, max_queued_requests=1000))
-        # To ask Serve and to have it deploy is nothing for two threads at once, in which it pickles: first that, then this.
+        # Asking Serve and telling it to deploy both pickle as two threads mustn't at once: ask once it was told.
         await until(lambda: deploying.done() or len(replicas() - before) == 2)
         await until(lambda: deploying.done() or states().get("STOPPING", 0) > 0)
         assert not deploying.done(), f"it didn't wait for those who still have a request: {deploying}, {slow}"
