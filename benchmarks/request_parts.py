@@ -27,7 +27,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "look features up": ("/online/", "/features/", "storage/online_store.py", "(FeatureLookup."),
     "route": ("experiments/assignment.py", "(ABRouter."),
     "predict": ("models/packaging.py", "models/boosters.py", "lightgbm/", "(ModelRunner."),
-    "log": ("serving/prediction_log.py", "storage/streams.py", "Predictor._record"),
+    "log": ("serving/prediction_log.py", "storage/streams.py", "Predictor._log_answers"),
     "answer": ("serving/answers.py", "json_response "),
     "check access": ("deployments/access.py", "serving/access.py", "serving/keys.py"),
     "count and trace": ("deployments/meter.py", "heliostat/tracing.py", "heliostat/telemetry.py", "util/metrics.py"),

@@ -7,7 +7,7 @@
 A model server is asked for scores of feature vectors; it knows no entities, stores and logs nothing. Heliostat knows
 features itself, and takes them from a request as well, of `POST /predict` or of the Open Inference Protocol: with an
 entity in each row, since variants are assigned and predictions logged by entity. So here it does all that besides:
-reads the routing document, assigns, and logs, durable before the answer, or (a second deployment) soon after it.
+goes by the routing document, assigns, and logs, durable before the answer, or (a second deployment) soon after it.
 
 Same machine, same model, same rows, same load generator; the contenders take turns. Beside requests/s the table has
 the processor time of a request in all processes of its server: that is what it costs, however busy the machine is.
@@ -58,9 +58,9 @@ NOTES = (
         " the replica, HAProxy and the online store's server."
     ),
     (
-        "Heliostat: one replica behind HAProxy, `POST /predict` with `entity_ids` and all features of the model. The"
-        " routing document is read, a variant assigned and every prediction logged: durable before the answer leaves,"
-        " or with `serving.log: async` soon after it."
+        "Heliostat: one replica behind HAProxy, `POST /predict` with `entity_ids` and all features of the model. A"
+        " variant is assigned by the routing document, which holds when the prediction is logged: durable before the"
+        " answer leaves, or with `serving.log: async`, where the document is read instead, soon after it."
     ),
     (
         "Open Inference Protocol: the same deployment as the first, `POST /v2/models/churn/infer` with a tensor a"

@@ -184,6 +184,7 @@ def prediction_log(settings: Settings, streams: AsyncStreams, breakers: Breakers
     serving = settings.serving
     return PredictionLog(
         guarded(streams.append_predictions, breakers.of(LOG)),
+        guarded(streams.append_prediction_while, breakers.of(LOG)) if streams.can_check else None,
         when_fails=serving.when_log_fails,
         buffer_rows=serving.log_buffer_rows if serving.log == "async" else 0,
         late_rows=serving.log_buffer_rows,

@@ -48,7 +48,12 @@ def moves(shop: Workspace) -> Iterator[Callable[[], object]]:
 def test_twenty_promotions_rollbacks_and_splits_drop_no_request_and_mix_no_versions(shop: Workspace) -> None:
     shop.promote("churn", 1, reason="the first one", force=True)
     url = graph.deploy(shop.settings)
-    scores: dict[int, list[float]] = {}
+    # One looks features up, and the route with them; one brings them all, and the log sees whether its route holds.
+    names = shop.definitions.model("churn").feature_names
+    given = [{name: float(each * at % 8) for at, name in enumerate(names, 1)} for each in ENTITIES]
+    alone = {"entity_ids": ENTITIES, "features": given}
+    bodies = (ASKED, alone)
+    scores: dict[tuple[int, int], list[float]] = {}
     sent: dict[str, tuple[int, list[int]]] = {}
 
     async def scenario() -> None:
@@ -56,20 +61,21 @@ def test_twenty_promotions_rollbacks_and_splits_drop_no_request_and_mix_no_versi
         async with httpx.AsyncClient(base_url=url, timeout=20, limits=limits) as client:
             for version in VERSIONS:
                 shop.rollout.serve("churn", version, reason="what does it say")
-                scores[version] = (await client.post("/predict", json=ASKED)).json()["predictions"]
+                for which, body in enumerate(bodies):
+                    scores[which, version] = (await client.post("/predict", json=body)).json()["predictions"]
             shop.rollout.serve("churn", 1, reason="the first one again")
             done = asyncio.Event()
             acknowledged = revision(shop)
 
-            async def ask() -> None:
+            async def ask(which: int) -> None:
                 while not done.is_set():
                     known = acknowledged
-                    reply = await client.post("/predict", json=ASKED)
+                    reply = await client.post("/predict", json=bodies[which])
                     assert reply.status_code == 200, reply.text
                     answer = reply.json()
                     assert answer["degraded"] is False
                     versions = [each["model_version"] for each in answer["entities"]]
-                    right = [scores[version][row] for row, version in enumerate(versions)]
+                    right = [scores[which, version][row] for row, version in enumerate(versions)]
                     assert answer["predictions"] == right, "scores of another version"
                     sent[answer["request_id"]] = known, versions
 
@@ -85,10 +91,10 @@ def test_twenty_promotions_rollbacks_and_splits_drop_no_request_and_mix_no_versi
                 finally:
                     done.set()
 
-            await asyncio.gather(move(), *(ask() for _ in range(8)))
+            await asyncio.gather(move(), *(ask(each % len(bodies)) for each in range(8)))
 
     asyncio.run(scenario())
-    assert len({tuple(each) for each in scores.values()}) == len(VERSIONS)
+    assert len({tuple(each) for each in scores.values()}) == len(VERSIONS) * len(bodies)
     routes = {row.revision: RoutingDocument.from_document(row.document) for row in shop.rollout.history("churn")}
     logged: dict[str, int] = {}
     for _, payload in shop.streams.read(shop.streams.record_stream("predictions")):

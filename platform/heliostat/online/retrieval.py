@@ -361,10 +361,13 @@ class FeatureReader:
             found.setdefault(position, {})[feature] = (np.array(list(each)), np.array(list(each.values())))
         return found
 
-    def _given_alone(self, entity_texts: EntityTexts, overrides: RowOverrides | None) -> FeatureBatch | None:
+    def given_alone(self, entity_texts: EntityTexts, overrides: RowOverrides | None) -> FeatureBatch | None:
         """The vectors, where every row gives all that is asked for: then no ring needs to be read.
 
         None if there is something to read. Whether the store holds a view isn't known then, and not said.
+
+        Raises:
+            UnknownFeatureError: If an override names none of the features that are read.
         """
         if not overrides or isinstance(entity_texts, Mapping) or len(overrides) != len(entity_texts):
             return None
@@ -415,7 +418,7 @@ class FeatureReader:
         Raises:
             OnlineStoreUnavailableError: If the store doesn't answer.
         """
-        if (batch := self._given_alone(entity_texts, overrides)) is not None:
+        if (batch := self.given_alone(entity_texts, overrides)) is not None:
             return batch, store.read(also) if also else []
         values = store.read([*also, *self.keys(entity_texts)])
         batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)
@@ -432,7 +435,7 @@ class FeatureReader:
         also: Sequence[str] = (),
     ) -> tuple[FeatureBatch, list[bytes | None]]:
         """As `read`, for asyncio."""
-        if (batch := self._given_alone(entity_texts, overrides)) is not None:
+        if (batch := self.given_alone(entity_texts, overrides)) is not None:
             return batch, await store.read(also) if also else []
         values = await store.read([*also, *self.keys(entity_texts)])
         batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)

@@ -162,6 +162,21 @@ class FeatureReaders:
             self._planned[names] = reader
         return reader
 
+    def given_alone(self, query: FeatureQuery, *, as_of_us: int, route: bytes) -> FeatureBlock | None:
+        """What is looked up, where the request gives all of it itself; None if something has to be read.
+
+        Args:
+            query: What was asked for.
+            as_of_us: Now.
+            route: The model's routing document, which would have come along.
+        """
+        found = self.of(query.names).given_alone(query.entities, query.overrides_by_row())
+        if found is None:
+            return None
+        return FeatureBlock(
+            found.names, found.matrix, found.views, found.absent, route, as_of_us, newest_us=found.newest_us
+        )
+
     def _view(self, name: str) -> FeatureView:
         view = self.definitions.view(name)
         return view.pinned if name == view.ref else view

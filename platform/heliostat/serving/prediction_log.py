@@ -21,9 +21,12 @@ from numpy.typing import NDArray
 
 from heliostat.errors import HeliostatError, PredictionLogError
 from heliostat.serving.answers import FORCED, PredictAnswer, Predictions
+from heliostat.serving.request_batch import RequestBatch
 from heliostat.serving.requests import Inputs
 from heliostat.serving.telemetry import Board
+from heliostat.storage.quick_commands import Held
 from heliostat.storage.stream_entries import prediction_entry
+from heliostat.storage.streams import CheckedRecord
 from heliostat.timers import Deadlines
 from heliostat.tracing import Trace
 
@@ -98,9 +101,32 @@ def log_record(
     return prediction_entry(document, predictions.vectors)
 
 
+def batch_record(
+    batch: RequestBatch,
+    answers: Sequence[PredictAnswer],
+    predictions: Predictions,
+    given: Sequence[Sequence[str]] | None,
+) -> bytes:
+    """`log_record` of what a batch was asked, and what is to be answered."""
+    return log_record(
+        answers,
+        predictions,
+        batch.query.entities,
+        at_us=batch.block.as_of_us,
+        given=given,
+        inputs=batch.query.inputs,
+        newest_us=batch.block.newest_us,
+        traces=[each.trace for each in batch.requests],
+    )
+
+
 def _is_same(column: Sequence[Any] | None) -> bool:
     """Whether a column says the same of every row: it is written once then."""
     return column is not None and column.count(column[0]) == len(column)
+
+
+class RouteChangedError(Exception):
+    """What a record says was decided by a routing document that no longer holds: it isn't logged. Caught inside."""
 
 
 class PredictionLog:
@@ -115,6 +141,8 @@ class PredictionLog:
 
     Args:
         append: Appends records in one round trip; returns when the server has taken them.
+        append_while: Appends one record if a key of the server holds what it has to, and says whether it did; None:
+            the server can't.
         when_fails: ``reject`` raises when the log can't be written; ``answer`` says so and goes on.
         buffer_rows: Rows that may be in memory only when their answers leave; 0: none.
         late_rows: With ``answer``: rows that may wait in memory for a server that doesn't answer.
@@ -125,6 +153,7 @@ class PredictionLog:
     def __init__(
         self,
         append: Callable[[list[bytes]], Awaitable[object]],
+        append_while: Callable[[CheckedRecord], Awaitable[bool]] | None = None,
         *,
         when_fails: Literal["reject", "answer"] = "reject",
         buffer_rows: int = 0,
@@ -132,7 +161,7 @@ class PredictionLog:
         max_delay_s: float = 1.0,
         grace_s: float = 4.0,
     ) -> None:
-        self._append, self._when_fails = append, when_fails
+        self._append, self._append_while, self._when_fails = append, append_while, when_fails
         self._buffer_rows, self._late_rows, self._max_delay_s = buffer_rows, late_rows, max_delay_s
         self._grace_s = grace_s
         self._buffer: deque[_Buffered] = deque()
@@ -146,18 +175,25 @@ class PredictionLog:
         """Put into numbers what lies in the buffer."""
         board.set("heliostat_log_buffer_rows", value=self.buffered_rows)
 
-    async def write(self, records: list[bytes], *, rows: int, until: float) -> bool:
+    @property
+    def checks(self) -> bool:
+        """Whether `write` can see to it that a key holds something when it writes: not where answers don't wait."""
+        return self._append_while is not None and not self._buffer_rows
+
+    async def write(self, records: list[bytes], *, rows: int, until: float, held: Held | None = None) -> bool:
         """Make records durable, now or (with a buffer) soon.
 
         Args:
             records: One or several.
             rows: Predictions in them.
             until: When to stop waiting, on the event loop's clock, seconds.
+            held: What has to hold then, of one record; None: nothing. See `checks`.
 
         Returns:
             Whether they are durable.
 
         Raises:
+            RouteChangedError: If ``held`` doesn't hold; then they aren't.
             PredictionLogError: If they aren't, and that isn't allowed.
         """
         if self._has_room(rows):
@@ -165,7 +201,10 @@ class PredictionLog:
             return False
         try:
             with self._deadlines.until(until):
-                await self._append(records)
+                if held is None or self._append_while is None:
+                    await self._append(records)
+                elif not await self._append_while((records[0], held)):
+                    raise RouteChangedError
         except (HeliostatError, OSError) as error:  # TimeoutError is an OSError
             reason = str(error) or "it took too long"
             if self._when_fails == "reject":

@@ -24,6 +24,7 @@ from heliostat.errors import (
     DependencyOpenError,
     HeliostatError,
     UnknownAliasError,
+    UnservableModelError,
 )
 from heliostat.errors.base import reason_of
 from heliostat.serving.answers import FORCED, Explanation, PredictAnswer, Predictions
@@ -32,23 +33,22 @@ from heliostat.serving.breaker import Breakers
 from heliostat.serving.coalescing import Coalescer
 from heliostat.serving.fallback import Rung, VersionLadder, breaker_name
 from heliostat.serving.lookup import FeatureBlock, FeatureQuery, FeatureReaders
-from heliostat.serving.prediction_log import PredictionLog, log_record
+from heliostat.serving.prediction_log import PredictionLog, RouteChangedError, batch_record
 from heliostat.serving.request_batch import RequestBatch, answers_of, deduplicated, joined_query
 from heliostat.serving.requests import PredictRequest
-from heliostat.serving.routing import Assignment, RouteQuery
+from heliostat.serving.routing import Assignment, RouteQuery, SeenRoutes
 from heliostat.serving.scoring import ScoreQuery
+from heliostat.serving.shadows import Shadows
 from heliostat.serving.spare_features import SpareFeatures
 from heliostat.serving.telemetry import Meter, cause_of
 from heliostat.serving.version_book import VersionBook, VersionFacts
+from heliostat.storage.quick_commands import Held
 from heliostat.timers import Deadlines
 
 FloatArray = NDArray[np.float64]
 _Lane = tuple[str, bool, bool, bool]
 
 _logger = logging.getLogger("heliostat.serving")
-
-SHADOW_NAME = "shadow"
-"""The variant of predictions that answered nobody."""
 
 # Of the time that is left when a batch starts, features are waited for until this share has
 # passed, variants (which the process knows itself) and models until those; the rest is the log's.
@@ -61,7 +61,6 @@ _EXPLANATIONS_SHARE = 0.9
 _EXPLAINED_AT_ONCE = 128
 # A request with less than this share of its time left gets no place in a batch: it would hurry all others.
 _TOO_LATE_SHARE = 0.2
-_SHADOWS_AT_ONCE = 4
 # Of a model: a batch that waits for a store or a model that hangs mustn't hold up all others.
 _BATCHES_AT_ONCE = 4
 # The log's time ends a little before the request's: an answer that may go out unlogged still has to.
@@ -92,6 +91,22 @@ class Stages:
 class _Waiting:
     request: PredictRequest
     deadline: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """What is answered together, and until when."""
+
+    requests: list[PredictRequest]
+    query: FeatureQuery
+    rows: NDArray[np.intp] | None
+    since: float
+    deadline: float
+    marks: list[float]
+
+    def until(self, share: float) -> float:
+        """When a share of the time is over, on the event loop's clock, seconds."""
+        return self.since + share * (self.deadline - self.since)
 
 
 class Predictor:
@@ -137,11 +152,12 @@ class Predictor:
         self._spares = spares or SpareFeatures(readers, clock)
         ladder = ladder or VersionLadder(versions.prior, self._breakers)
         self._scorer = BatchScorer(stages.runner, versions, ladder, self._spares)
+        self._shadows = Shadows(stages.runner, versions, readers, log, limit_s=deadline_ms / 1e3)
         self._meter = meter or Meter()
         self._meter.watch(self._lines)
         self._queues: dict[_Lane, Coalescer[_Waiting, PredictAnswer]] = {}
         self._names: dict[str, tuple[str, ...]] = {}
-        self._shadows: set[asyncio.Task[None]] = set()
+        self._routes = SeenRoutes()
         self._deadlines = Deadlines()
 
     async def predict(self, request: PredictRequest) -> PredictAnswer:
@@ -228,8 +244,7 @@ class Predictor:
         """Answer those who were accepted, and refuse the rest."""
         for queue in self._queues.values():
             await queue.close()
-        if self._shadows:
-            await asyncio.wait(self._shadows)
+        await self._shadows.close()
         await self._log.close()
 
     async def _answer_in_time(self, waiting: list[_Waiting]) -> list[PredictAnswer | Exception]:
@@ -254,43 +269,50 @@ class Predictor:
         self, requests: list[PredictRequest], deadline: float, marks: list[float]
     ) -> list[PredictAnswer | Exception]:
         """Answers; ``marks`` takes the times, on the event loop's clock, at which stages were done."""
-        clock = asyncio.get_running_loop().time
-        now = clock()
-        features_until, variants_until, models_until = (
-            now + share * (deadline - now) for share in (_FEATURES_SHARE, _VARIANTS_SHARE, _MODELS_SHARE)
-        )
         model = requests[0].model
         query, rows = deduplicated(joined_query(model, self._looked_up(model), requests))
-        block = await self._features(query, until=features_until)
-        marks.append(clock())
-        assignment = await self._assign(query, block, until=variants_until, forced=requests[0].variant)
-        batch = await self._widened(RequestBatch(requests, query, block, assignment), until=models_until)
-        marks.append(clock())
-        predictions = await self._scorer.scored(batch, until=models_until)
-        if rows is not None:
-            batch, predictions = batch.taken(rows), predictions.taken(rows)
-        self._meter.of(model).fell_back(predictions.fallbacks, predictions.causes)
-        marks.append(clock())
-        if requests[0].strict and any(predictions.fallbacks):  # whoever shares a queue shares this
-            return await self._refuse(batch, predictions, deadline)
+        asked = _Asked(requests, query, rows, asyncio.get_running_loop().time(), deadline, marks)
+        given = self._given_alone(requests[0], query)
+        if given is not None:
+            try:
+                return await self._answer_with(asked, given, checked=True)
+            except (RouteChangedError, UnservableModelError):  # that was another route's version
+                del marks[1:]
+        return await self._answer_with(asked, await self._features(query, until=asked.until(_FEATURES_SHARE)))
+
+    async def _answer_with(
+        self, asked: _Asked, block: FeatureBlock, *, checked: bool = False
+    ) -> list[PredictAnswer | Exception]:
+        """Answers; if ``checked``, only if the route holds when they are logged."""
+        loop, marks, first = asyncio.get_running_loop(), asked.marks, asked.requests[0]
+        marks.append(loop.time())
+        assignment = await self._assign(asked.query, block, until=asked.until(_VARIANTS_SHARE), forced=first.variant)
+        batch = RequestBatch(asked.requests, asked.query, block, assignment)
+        batch = await self._widened(batch, until=asked.until(_MODELS_SHARE))
+        marks.append(loop.time())
+        predictions = await self._scorer.scored(batch, until=asked.until(_MODELS_SHARE))
+        if asked.rows is not None:
+            batch, predictions = batch.taken(asked.rows), predictions.taken(asked.rows)
+        marks.append(loop.time())
+        if first.strict and any(predictions.fallbacks):  # whoever shares a queue shares this
+            self._meter.of(batch.model).fell_back(predictions.fallbacks, predictions.causes)
+            return await self._refuse(batch, predictions, asked.deadline)
         answers = answers_of(batch, predictions)
         explaining: asyncio.Task[list[Explanation | str]] | None = None
-        if requests[0].explain:  # whoever shares a queue shares this
-            explaining = asyncio.create_task(
-                self._scorer.explained(batch, predictions, until=now + _EXPLANATIONS_SHARE * (deadline - now))
-            )
+        if first.explain:  # whoever shares a queue shares this
+            until = asked.until(_EXPLANATIONS_SHARE)
+            explaining = asyncio.create_task(self._scorer.explained(batch, predictions, until=until))
         try:
-            logged = await self._log.write(
-                [self._record(batch, answers, predictions)],
-                rows=len(predictions),
-                until=now + _LOG_SHARE * (deadline - now),
+            logged = await self._log_answers(
+                batch, answers, predictions, until=asked.until(_LOG_SHARE), route=block.route if checked else None
             )
             explanations = None if explaining is None else await explaining
         finally:
             if explaining is not None:
                 explaining.cancel()
-            marks.append(clock())
+            marks.append(loop.time())
         meter = self._meter.of(batch.model)
+        meter.fell_back(predictions.fallbacks, predictions.causes)
         meter.routed(assignment.revision, assignment.versions[0])
         meter.predicted(predictions.versions, predictions.variants, predictions.missing, logged=logged)
         if not logged:
@@ -298,8 +320,33 @@ class Predictor:
         if explanations is not None:
             told = iter(explanations)
             answers = [replace(each, explanations=tuple(islice(told, len(each.entity_ids)))) for each in answers]
-        self._start_shadows(batch)
+        self._shadows.start(batch)
         return [*answers]
+
+    async def _log_answers(
+        self,
+        batch: RequestBatch,
+        answers: list[PredictAnswer],
+        predictions: Predictions,
+        *,
+        until: float,
+        route: bytes | None,
+    ) -> bool:
+        """Log what is to be answered, as long as a route holds or (None) whichever does; says whether it is durable.
+
+        Raises:
+            RouteChangedError: If it doesn't.
+            PredictionLogError: If it isn't durable, and that isn't allowed.
+        """
+        record, rows = batch_record(batch, answers, predictions, self._readers.given(batch.query)), len(predictions)
+        if route is None:
+            return await self._log.write([record], rows=rows, until=until)
+        held, logged = Held(self._readers.keys.route(batch.model), route), False
+        try:
+            logged = await self._log.write([record], rows=rows, until=until, held=held)
+        finally:
+            self._routes.see(batch.model, route if logged else None)
+        return logged
 
     async def _refuse(
         self, batch: RequestBatch, predictions: Predictions, deadline: float
@@ -342,7 +389,25 @@ class Predictor:
             _logger.warning("features of model %s can't be read: %s", query.model, reason_of(error))
             return replace(self._spares.block(query), cause=cause_of(error))
         self._spares.keep(query, block)
+        self._routes.see(query.model, block.route)
         return block
+
+    def _given_alone(self, request: PredictRequest, query: FeatureQuery) -> FeatureBlock | None:
+        """Features that requests give themselves, all of them, and the route as it was a moment ago.
+
+        Whether it still is is seen when the predictions are logged: a round trip less. None if something else has to
+        be read, if the log can't see that, or if what the route says may be an error.
+
+        Args:
+            request: One of them; whoever shares a queue shares what matters here.
+            query: What they ask for.
+        """
+        if not query.overrides or not self._log.checks or request.strict or request.variant is not None:
+            return None
+        route = self._routes.recent(query.model)
+        if route is None:
+            return None
+        return self._readers.given_alone(query, as_of_us=self._clock.now_us(), route=route)
 
     async def _assign(
         self, query: FeatureQuery, block: FeatureBlock, *, until: float, forced: str | None = None
@@ -383,39 +448,3 @@ class Predictor:
                 return await self._versions.usable(model, version)
         except (HeliostatError, TimeoutError):
             return None
-
-    def _record(self, batch: RequestBatch, answers: list[PredictAnswer], predictions: Predictions) -> bytes:
-        return log_record(
-            answers,
-            predictions,
-            batch.query.entities,
-            at_us=batch.block.as_of_us,
-            given=self._readers.given(batch.query),
-            inputs=batch.query.inputs,
-            newest_us=batch.block.newest_us,
-            traces=[each.trace for each in batch.requests],
-        )
-
-    def _start_shadows(self, batch: RequestBatch) -> None:
-        """Score the versions that answer nobody, beside the answer; dropped when there is no time for it."""
-        if not batch.assignment.shadow or not batch.block.stored or len(self._shadows) >= _SHADOWS_AT_ONCE:
-            return
-        task = asyncio.get_running_loop().create_task(self._score_shadows(batch))
-        self._shadows.add(task)
-        task.add_done_callback(self._shadows.discard)
-
-    async def _score_shadows(self, batch: RequestBatch) -> None:
-        until = asyncio.get_running_loop().time() + self._deadline_ms / 1e3
-        for version in batch.assignment.shadow:
-            try:
-                facts = await self._versions.usable(batch.model, version)
-                matrix = batch.block.matrix(facts.wanted)
-                with self._deadlines.until(until):
-                    scores = await self._stages.runner(ScoreQuery(batch.model, version, matrix, beside=True))
-                shadow = Predictions.of(scores, version, None, facts.names, matrix)
-                shadow.variants = [SHADOW_NAME] * len(shadow)
-                await self._log.write(
-                    [self._record(batch, answers_of(batch, shadow), shadow)], rows=len(shadow), until=until
-                )
-            except Exception as error:  # noqa: BLE001 - a shadow never disturbs those who serve
-                _logger.warning("shadow version %d of model %s isn't logged: %s", version, batch.model, error)

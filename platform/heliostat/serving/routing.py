@@ -78,6 +78,30 @@ class Assignment:
         return Assignment(self.revision, tuple(prefix + name for name in self.names), self.versions, chosen)
 
 
+class SeenRoutes:
+    """Routing documents as the online store held them a moment ago. Belongs to one event loop.
+
+    Args:
+        hold_s: How long a moment is, seconds.
+    """
+
+    def __init__(self, hold_s: float = 1.0) -> None:
+        self._hold_s = hold_s
+        self._seen: dict[str, tuple[bytes, float]] = {}
+
+    def see(self, model: str, document: bytes | None) -> None:
+        """Remember what the store holds now; None: nothing, or nobody knows."""
+        if document is None:
+            self._seen.pop(model, None)
+        else:
+            self._seen[model] = document, asyncio.get_running_loop().time()
+
+    def recent(self, model: str) -> bytes | None:
+        """What it held a moment ago, if that was seen."""
+        document, seen_at = self._seen.get(model) or (None, -math.inf)
+        return document if asyncio.get_running_loop().time() < seen_at + self._hold_s else None
+
+
 class ABRouter:
     """Assigns entities to variants by the routing document that rides along with the features.
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from heliostat.errors import TableCommitError
 from heliostat.storage.delta import Commit, Table, arrow_schema
 from heliostat.storage.online_store import OnlineConfig
-from heliostat.storage.ring_scripts import Script
+from heliostat.storage.scripts import Script
 
 _ABANDONED_HOURS: Final = 24
 _REWRITE_TIMEOUT_S: Final = 600.0

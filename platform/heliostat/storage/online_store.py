@@ -22,8 +22,9 @@ from heliostat.settings import Settings
 from heliostat.storage.event_updates import OUTCOMES, EventCall, EventOutcome, EventUpdate, event_calls
 from heliostat.storage.online_config import OnlineConfig as OnlineConfig
 from heliostat.storage.online_config import OnlineKeys as OnlineKeys
-from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RINGS, Script
+from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RINGS
 from heliostat.storage.ring_writes import SUPERSEDED, BucketLease, RingCall, RingOutcome
+from heliostat.storage.scripts import Script
 
 _Command: TypeAlias = tuple[Any, ...]
 

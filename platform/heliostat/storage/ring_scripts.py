@@ -18,10 +18,11 @@ A new tile drops those that it puts out of the ring's reach, or adds them to the
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from dataclasses import dataclass
 from typing import Final
+
+from heliostat.storage.scripts import Script
 
 _HEADER = struct.Struct("<IIdBH")
 _WIDTH = struct.Struct("<H")
@@ -58,18 +59,6 @@ class RingDescriptor:
         )
         header = _HEADER.pack(self.n_slots, len(self.empty_slot), float(self.expire_ms), self.life, len(operators))
         return header + operators + self.empty_slot
-
-
-@dataclass(frozen=True)
-class Script:
-    """A server-side program and the name that the server caches it by."""
-
-    text: str
-
-    @property
-    def sha(self) -> str:
-        """What EVALSHA calls it."""
-        return hashlib.sha1(self.text.encode()).hexdigest()  # noqa: S324 - the protocol's choice, not security
 
 
 _COMMON = """

@@ -8,12 +8,16 @@ What an entry's bytes say, `heliostat.storage.stream_entries` knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from heliostat.settings import Settings
 from heliostat.storage.delta import StreamId
 from heliostat.storage.online_store import OnlineConfig
+from heliostat.storage.quick_commands import Held
 from heliostat.storage.stream_entries import RECORD_FIELD, StreamName
+
+CheckedRecord: TypeAlias = tuple[bytes, Held]
+"""A record, and what has to hold when it is appended."""
 
 
 class Streams:
@@ -222,6 +226,24 @@ class AsyncStreams:
     async def append_predictions(self, records: list[bytes]) -> list[StreamId]:
         """Append to the prediction stream: what `serving.prediction_log` asks for."""
         return await self.append("predictions", records)
+
+    @property
+    def can_check(self) -> bool:
+        """Whether `append_prediction_while` is to be had: a cluster keeps the two keys in different places."""
+        return self._quick is not None
+
+    async def append_prediction_while(self, checked: CheckedRecord) -> bool:
+        """Append to the prediction stream if, at that instant, another key holds what it has to; says whether it did.
+
+        Raises:
+            OnlineStoreUnavailableError: If the server doesn't answer.
+        """
+        if self._quick is None:
+            raise NotImplementedError("ask can_check first")
+        record, held = checked
+        with self.config.reported():
+            stream = record_key(self.config, "predictions")
+            return await self._quick.xadd_while(held, stream, RECORD_FIELD, record) is not None
 
     async def backlog(self, streams: Sequence[str]) -> tuple[int, StreamId | None]:
         """How many entries wait in streams, and the oldest of them; None if none waits.

@@ -33,6 +33,7 @@ from heliostat.serving.telemetry import Meter
 from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.stream_entries import rows_from
+from heliostat.storage.streams import CheckedRecord
 
 NOW_US = parse_instant_us("2026-03-01T12:00:00Z")
 KEYS = OnlineKeys("hs", "test")
@@ -160,9 +161,10 @@ class Versions:
 
 
 class Stream:
-    """A prediction stream that remembers its records and how many came in one call."""
+    """A prediction stream that remembers its records and how many came in one call; on the server of a store."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: OnlineMemory | None = None) -> None:
+        self.store = store or OnlineMemory()
         self.records: list[bytes] = []
         self.calls: list[int] = []
         self.down = False
@@ -176,6 +178,13 @@ class Stream:
             raise OnlineStoreUnavailableError("redis://test", "connection refused")
         self.calls.append(len(records))
         self.records.extend(records)
+
+    async def append_while(self, checked: CheckedRecord) -> bool:
+        record, held = checked
+        await asyncio.sleep(0)
+        holds = self.store.values.get(held.key) == held.value
+        await self.append([record] if holds else [])
+        return holds
 
     @property
     def requests(self) -> int:
@@ -200,7 +209,7 @@ class House:
         self.store = OnlineMemory(rings_of(events((1, 1, 10.0), (1, 2, 20.0), (2, 3, 5.0), (3, 40, 7.0))))
         self.store.publish(RoutingDocument.single("churn", 1, revision=1))
         self.versions = Versions()
-        self.stream = Stream()
+        self.stream = Stream(self.store)
         self.clock = ManualClock(NOW_US)
         self.catalog: dict[str, RoutingDocument] = {}
         self.readers = FeatureReaders(BOTH, keys=KEYS, n_buckets=N_BUCKETS, limits=LIMITS)
@@ -217,7 +226,7 @@ class House:
             ),
             self.readers,
             book,
-            PredictionLog(self.stream.append, when_fails=when_log_fails),  # type: ignore[arg-type] # a literal
+            PredictionLog(self.stream.append, self.stream.append_while, when_fails=when_log_fails),  # type: ignore[arg-type] # a literal
             self.clock,
             deadline_ms=deadline_ms,
             breakers=self.breakers,

@@ -17,7 +17,7 @@ from heliostat.serving.breaker import BreakerRule
 from heliostat.serving.scoring import ModelRunner, ScoreQuery
 from tests.unit.serving.collaborators import NAMES, House, Versions, request, trained
 
-DEADLINE_MS = 500.0
+DEADLINE_MS = 1_000.0
 
 
 class Bad:
