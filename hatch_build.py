@@ -16,6 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCES = (
     "platform/heliostat/experiments/_slots.c",
+    "platform/heliostat/models/_trees.c",
     "platform/heliostat/online/_compiled.c",
     "platform/heliostat/serving/_writing.c",
     "platform/heliostat/storage/_packing.c",

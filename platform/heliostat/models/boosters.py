@@ -1,9 +1,10 @@
-"""A LightGBM booster's predictions for small batches, without what its Python package does around the call.
+"""A LightGBM booster's predictions, without what takes longer than they do; the package's own, bit by bit.
 
-The package builds a predictor, a parameter text and several objects of ctypes for each call: 60 µs or more, where
-the library itself takes 6 µs for a row. So the library's C function is called directly: the same function with the
-same arguments, which gives the same bits. Where the installed release isn't one whose interface is known, or gives
-other bits in a trial, the package is asked.
+Trees over numbers are walked by our own code (`heliostat.models.trees`), eight rows at once: a quarter of the
+library's time. For all others the library's C function is called directly: the package builds a predictor, a text of
+parameters and several objects of ctypes for each call, 60 µs or more, where the library takes 6 µs for a row. Where
+the installed release isn't one whose interface is known, the package is asked; and whatever gives other bits than the
+package in a trial isn't used.
 
 Source: LightGBM's C API, https://lightgbm.readthedocs.io/en/stable/C-API.html, ``LGBM_BoosterPredictForMat``.
 """
@@ -13,10 +14,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from heliostat.models.trees import compiled
 
 if TYPE_CHECKING:
     import lightgbm as lgb
@@ -30,7 +35,7 @@ _KNOWN_RELEASES: Final = ("4",)
 _FLOAT64, _NORMAL, _ROW_MAJOR = 1, 0, 1
 # One thread: a replica scores small batches, and its neighbours have the other cores.
 _PARAMETERS: Final = b"num_threads=1"
-_TRIAL_ROWS = 8
+_TRIAL_ROWS = 64
 
 
 class BoosterPredictor:
@@ -38,11 +43,21 @@ class BoosterPredictor:
 
     Args:
         booster: What predicts.
+        text: What it was made of, if that is at hand.
     """
 
-    def __init__(self, booster: lgb.Booster) -> None:
+    def __init__(self, booster: lgb.Booster, text: str | None = None) -> None:
         self._booster = booster
         self._columns = booster.num_feature()
+        trees = compiled(
+            text or booster.model_to_string(),
+            n_columns=self._columns,
+            n_trees=booster.best_iteration if booster.best_iteration > 0 else None,
+        )
+        if trees is not None and not self._agrees(trees, trees.trial(_TRIAL_ROWS)):
+            _logger.warning("LightGBM's trees aren't walked here: its Python package predicts otherwise")
+            trees = None
+        self._trees = trees
         call = _function()
         if call is not None and not self._fits(call):
             _logger.warning("LightGBM's library isn't called directly: its Python package predicts otherwise")
@@ -55,6 +70,8 @@ class BoosterPredictor:
         Raises:
             lightgbm.basic.LightGBMError: If the matrix doesn't fit.
         """
+        if self._trees is not None and matrix.shape[1] == self._columns:
+            return self._trees(np.ascontiguousarray(matrix))
         found = None if self._call is None else self._directly(self._call, matrix)
         if found is None:
             found = self._by_the_package(matrix)
@@ -91,7 +108,11 @@ class BoosterPredictor:
             return False
         trial = np.random.default_rng(0).normal(scale=100.0, size=(_TRIAL_ROWS, self._columns))
         trial[0] = np.nan
-        found = self._directly(call, trial)
+        return self._agrees(partial(self._directly, call), trial)
+
+    def _agrees(self, predict: Callable[[FloatArray], FloatArray | None], trial: FloatArray) -> bool:
+        """Whether something says of rows what the package says."""
+        found = predict(trial)
         return found is not None and found.tobytes() == self._by_the_package(trial).tobytes()
 
 
