@@ -259,8 +259,10 @@ class ModelMeter:
         if len(self._missing) > _UNSORTED:
             self._sort_out()
 
-    def fell_back(self, rungs: Iterable[str | None], causes: Iterable[str | None]) -> None:
+    def fell_back(self, rungs: Sequence[str | None], causes: Sequence[str | None]) -> None:
         """Count what stood in and why, row by row, None where nothing did; no causes: nothing did for anybody."""
+        if not causes:
+            return
         for (rung, cause), number in Counter(zip(rungs, causes, strict=False)).items():
             if rung is not None and cause is not None:
                 self._board.add("heliostat_fallbacks_total", self._model, rung, cause, by=number)
