@@ -278,6 +278,7 @@ class Predictor:
                 return await self._answer_with(asked, given, checked=True)
             except (RouteChangedError, UnservableModelError):  # that was another route's version
                 del marks[1:]
+                asked = replace(asked, since=asyncio.get_running_loop().time())
         return await self._answer_with(asked, await self._features(query, until=asked.until(_FEATURES_SHARE)))
 
     async def _answer_with(
@@ -396,11 +397,7 @@ class Predictor:
         """Features that requests give themselves, all of them, and the route as it was a moment ago.
 
         Whether it still is is seen when the predictions are logged: a round trip less. None if something else has to
-        be read, if the log can't see that, or if what the route says may be an error.
-
-        Args:
-            request: One of them; whoever shares a queue shares what matters here.
-            query: What they ask for.
+        be read, if the log can't see that, or if what the route says may be an error. The request is one of them.
         """
         if not query.overrides or not self._log.checks or request.strict or request.variant is not None:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,8 @@ from heliostat.features.request import UniformOverrides
 from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.requests import PredictRequest
 from heliostat.serving.routing import SeenRoutes
-from tests.unit.serving.collaborators import NAMES, House, request, split, trained
+from heliostat.serving.scoring import ScoreQuery
+from tests.unit.serving.collaborators import NAMES, House, OnlineMemory, request, split, trained
 
 VALUES = [[2.0, 30.0, 15.0, 4.0], [9.0, 5.0, 5.0, 2.0]]
 
@@ -103,6 +104,30 @@ def test_a_version_that_only_the_old_route_knows_and_nobody_can_load_is_no_reaso
         assert (await house.predictor.predict(given(1))).version == 2
 
     run(house, scenario)
+
+
+def test_there_is_time_to_read_the_new_route_when_the_old_ones_version_was_slow() -> None:
+    house = House(deadline_ms=3_000.0)
+    scorer = house.predictor._scorer
+
+    async def slow(query: ScoreQuery) -> np.ndarray:
+        if query.version == 1:
+            await asyncio.sleep(1.8)  # more than what features may take of the time
+        return await house.runner(query)
+
+    async def as_a_server_does(keys: Sequence[str]) -> list[bytes | None]:
+        await asyncio.sleep(0.02)
+        return await OnlineMemory.read(house.store, keys)
+
+    async def scenario() -> None:
+        scorer._runner, house.store.read = slow, as_a_server_does  # type: ignore[method-assign]
+        house.store.publish(RoutingDocument.single("churn", 2, revision=2))
+        answer = await house.predictor.predict(given(1))
+        assert (answer.version, answer.revision) == (2, 2)
+        assert answer.entities[0].fallback is None
+
+    run(house, scenario)
+    assert house.store.reads == [1]
 
 
 def test_what_the_route_may_make_an_error_of_reads_it_first() -> None:
