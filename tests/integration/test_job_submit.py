@@ -52,6 +52,7 @@ def _constant(score_bias: float) -> ModelPackage:
     return ModelPackage(booster.model_to_string(), Signature.of(churn), churn.objective)
 
 
+@pytest.mark.slow
 def test_batch_prediction_is_submitted_to_a_running_cluster_and_its_rows_are_there(
     head: str, settings: Settings
 ) -> None:

@@ -50,6 +50,7 @@ def _outcomes(workspace: Workspace) -> list[str | None]:
         return [run.outcome for run in rows.runs("retrain")]
 
 
+@pytest.mark.slow
 def test_the_first_training_is_due_takes_the_settings_instants_and_serves(workspace: Workspace) -> None:
     decision = _decide(workspace)
     assert [reason.trigger for reason in decision.reasons] == ["nothing serves"]

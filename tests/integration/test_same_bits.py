@@ -95,6 +95,7 @@ def test_fused_distributed_batch_offline_and_logged_scores_are_the_same_bits(wor
     )
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_version_and_another_one_another(workspace: Workspace) -> None:
     first = workspace.models.get("churn", 1).artifact
     again, other = (workspace.models.register(churn, trained(workspace, seed), lineage={}) for seed in (7, 8))

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { FORMAT = 1, SIDE_BY_SIDE = 8, ROWS_AT_ONCE = 128 };
+enum { FORMAT = 2, SIDE_BY_SIDE = 8, ROWS_AT_ONCE = 128, COPIES = 3 };
 enum { PLAIN, LOGISTIC, EXPONENTIAL };
 
 /* Below it LightGBM takes a feature for 0; a float there as well. */
@@ -50,16 +50,19 @@ static void add(const Tree *tree, const Node *nodes, const double *values_at, co
         sums[i] += values_at[place[i]];
 }
 
-/* A row's column twice: with what makes nulls go right, and, behind all of those, with what makes them go left. */
-static void lay_out(const double *matrix, Py_ssize_t n, Py_ssize_t n_columns, double *values)
+/* A row's columns three times, one behind the other: with what makes nulls go right, with what makes them go left, and
+ * whether they are null. */
+static void lay_out(const double *matrix, Py_ssize_t n, Py_ssize_t n_columns, double *right)
 {
-    double *others = values + n_columns * SIDE_BY_SIDE;
+    double *left = right + n_columns * SIDE_BY_SIDE, *null = left + n_columns * SIDE_BY_SIDE;
     for (Py_ssize_t i = 0; i < SIDE_BY_SIDE; i++) {
         const double *row = matrix + (i < n ? i : n - 1) * n_columns;
         for (Py_ssize_t column = 0; column < n_columns; column++) {
             double value = fabs(row[column]) <= ZERO ? 0.0 : row[column];
-            values[column * SIDE_BY_SIDE + i] = isnan(value) ? INFINITY : value;
-            others[column * SIDE_BY_SIDE + i] = isnan(value) ? -INFINITY : value;
+            Py_ssize_t at = column * SIDE_BY_SIDE + i;
+            right[at] = isnan(value) ? INFINITY : value;
+            left[at] = isnan(value) ? -INFINITY : value;
+            null[at] = isnan(value) ? 1.0 : 0.0;
         }
     }
 }
@@ -82,7 +85,7 @@ static int run(const Head *head, const double *matrix, Py_ssize_t n, double *out
     const Node *nodes = (const Node *)(trees + head->n_trees);
     const double *values = (const double *)(nodes + head->n_nodes);
     Py_ssize_t n_columns = head->n_columns;
-    Py_ssize_t block = 2 * SIDE_BY_SIDE * n_columns;
+    Py_ssize_t block = COPIES * SIDE_BY_SIDE * n_columns;
     double *laid_out = PyMem_RawMalloc(sizeof(double) * (block * (ROWS_AT_ONCE / SIDE_BY_SIDE) + 1));
     if (laid_out == NULL)
         return -1;

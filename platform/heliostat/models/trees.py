@@ -26,7 +26,7 @@ except ImportError:  # built without a compiler
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-_FORMAT = 1
+_FORMAT = 2
 AVAILABLE = _trees is not None and _trees.FORMAT == _FORMAT and sys.byteorder == "little"
 """Whether the package was built with it."""
 
@@ -41,6 +41,8 @@ _SCALES: Final[Mapping[str, int]] = {
 _CATEGORICAL, _NULLS_LEFT, _NULLS_AT = 1, 2, 2
 _NONE, _NAN = 0, 2
 _MOST_COLUMNS = 2**24
+# Which of a column's copies a node reads; 0: the one whose nulls go right.
+_NULLS_GO_LEFT, _IS_NULL = 1, 2
 
 _ODD: Final = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-36, -1e-36, 1e300, -1e300])
 _ODD_SHARE = 0.2
@@ -163,14 +165,17 @@ def _tree(told: Mapping[str, str], n_columns: int) -> _Tree | None:
         )
     )
     nulls = kinds >> _NULLS_AT & 3
-    if (kinds & _CATEGORICAL).any() or not np.isin(nulls, (_NONE, _NAN)).all() or not np.isfinite(thresholds).all():
+    if (kinds & _CATEGORICAL).any() or not np.isin(nulls, (_NONE, _NAN)).all() or np.isnan(thresholds).any():
         return None
     # Each is the child of one other, but for the first: then no path comes back, and none leads out of the tree.
     if sorted([*lefts.tolist(), *rights.tolist()]) != [*range(-n_leaves, 0), *range(1, n_leaves - 1)]:
         raise ValueError("its children")
     if columns.min() < 0 or columns.max() >= n_columns:
         raise ValueError("its features")
-    columns += n_columns * np.where(nulls == _NAN, (kinds & _NULLS_LEFT) != 0, thresholds >= 0.0)
+    nulls_left = np.where(nulls == _NAN, (kinds & _NULLS_LEFT) != 0, thresholds >= 0.0)
+    nulls_apart = ~nulls_left & (thresholds == np.inf)  # from all numbers, infinity among them
+    thresholds[nulls_apart] = 0.0
+    columns += n_columns * np.where(nulls_apart, _IS_NULL, np.where(nulls_left, _NULLS_GO_LEFT, 0))
     depth = 0
     for split, place, level, left in _placed(lefts.tolist(), rights.tolist()):
         depth = max(depth, level)

@@ -124,6 +124,17 @@ def test_any_booster_over_numbers_is_what_the_library_says(
     assert _same(booster, _walked(booster).trial(100))
 
 
+def test_nulls_that_are_parted_from_all_numbers_are_the_librarys() -> None:
+    matrix = np.array([[np.nan], [0.0], [np.inf], [-np.inf], [1e300]] * 40)
+    data = lgb.Dataset(matrix, np.isnan(matrix[:, 0]).astype(float))
+    given = {"objective": "binary", "verbosity": -1, "num_threads": 1, "min_data_in_leaf": 1, "max_bin": 3}
+    booster = lgb.Booster(model_str=lgb.train(given, data, 3).model_to_string())
+    assert "threshold=inf" in booster.model_to_string()
+    walked = BoosterPredictor(booster)._trees
+    assert walked is not None
+    assert walked(matrix).tobytes() == np.asarray(booster.predict(matrix, num_threads=1)).tobytes()
+
+
 def test_a_sigmoid_of_another_steepness_is_the_librarys() -> None:
     assert _same(_trained(sigmoid=0.7), _matrix(3))
 
