@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ from heliostat.features.definitions import FeatureView
 from heliostat.features.inputs import evaluate
 from heliostat.online.tiles import RingLimits, pack_rings, ring_layout, tile_states
 from heliostat.schema import hash64, tie48, times_us
+from heliostat.storage.bundles import bundled, rings_in
 from heliostat.storage.online_store import OnlineKeys
 
 
@@ -23,8 +24,8 @@ def rings_of(
     as_of_us: int,
     limits: RingLimits,
 ) -> dict[str, bytes]:
-    """What the online store holds of views after events of their source, by key."""
-    found: dict[str, bytes] = {}
+    """What the online store holds of views after events of their source: each entity's bundle, by key."""
+    found: dict[str, dict[bytes, bytes]] = {}
     for view in views:
         source, entity = view.source, view.entity
         before = events.filter(pa.array(times_us(events.column(source.event_time)) < as_of_us))
@@ -41,5 +42,19 @@ def rings_of(
             packed = pack_rings(group, tiles, len(texts), as_of_us=as_of_us, limits=limits)
             for text, bucket, ring in zip(texts, buckets.tolist(), packed.to_bytes().split(), strict=True):
                 if ring:
-                    found[keys.ring(view.ref, group.name, text, bucket)] = ring
-    return found
+                    key = keys.bundle(source.name, entity.name, text, bucket)
+                    found.setdefault(key, {})[group.ring_id] = ring
+    return {key: bundled(rings) for key, rings in found.items()}
+
+
+def rings_held(
+    content: Mapping[str, bytes | None], views: Sequence[FeatureView], limits: RingLimits
+) -> dict[str, bytes]:
+    """Each ring of views in bundles by key, as ``view@version:layout:entity's key``."""
+    groups = [group for view in views for group in ring_layout(view, limits).groups]
+    return {
+        f"{group.view_ref}:{group.name}:{key.split('}:', 1)[1]}": ring
+        for key, value in content.items()
+        for group in groups
+        if (ring := rings_in(value).get(group.ring_id)) is not None
+    }

@@ -193,6 +193,11 @@ class _Forgetting:
         return self._workspace.definitions.views.values()
 
     @cached_property
+    def _owners(self) -> Mapping[tuple[str, str], Entity]:
+        """Whose rings they are, by the names of their source and entity."""
+        return {(view.source.name, view.entity.name): view.entity for view in self._declared_views}
+
+    @cached_property
     def _models(self) -> Mapping[str, Entity]:
         return {name: spec.entity for name, spec in self._workspace.definitions.models.items()}
 
@@ -275,8 +280,8 @@ class _Forgetting:
         for key in dict.fromkeys((*self._server.find(text), *self._server.find(quote(text, safe="")))):
             kind, _, rest = key.removeprefix(prefix).partition(":")
             if kind == "r" and rest.count(":") >= 3:
-                view, _, _, about = rest.split(":", 3)
-                owner = views.get(view)
+                source, entity, _, about = rest.split(":", 3)
+                owner = self._owners.get((source, entity))
             elif kind == "batch" and ":" in rest:
                 model, _, about = rest.partition(":")
                 owner = self._models.get(model)
@@ -316,12 +321,11 @@ class _Forgetting:
 
     def _unnote(self) -> None:
         """Out of what the sink has noted of rings that it makes anew."""
-        views = {(view.source.name, view.entity.name): view.entity for view in self._declared_views}
         streams = self._workspace.streams
         meant: list[bytes] = []
         for note in streams.noted():
             source, name, text = orjson.loads(note)
-            if self._subject.is_meant(views.get((source, name)), text):
+            if self._subject.is_meant(self._owners.get((source, name)), text):
                 meant.append(note)
         streams.unnote(meant)
 

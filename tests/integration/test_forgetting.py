@@ -136,7 +136,7 @@ def fill(workspace: Workspace) -> None:
     state = BucketState("layout", 3, NOW_US, NOW_US, left=("b", MARK))
     workspace.online.put_many(
         {
-            keys.ring("old_view@3", "1d", MARK, bucket): b"bytes",
+            keys.bundle("old_source", "user", MARK, bucket): b"bytes",
             keys.bucket_state("old_view@3", bucket): state.to_bytes(),
             keys.bucket_state("other@1", bucket): BucketState("layout", 3, NOW_US, NOW_US).to_bytes(),
         }

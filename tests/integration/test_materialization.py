@@ -32,12 +32,14 @@ from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP, times_us
 from heliostat.settings import Settings
 from heliostat.storage import event_log
+from heliostat.storage.bundles import bundled, ring_id, rings_in
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.log_version import LogVersion
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineStore
 from heliostat.storage.stream_tail import StreamTail, advance
 from heliostat.storage.streams import Streams
+from tests.rings import rings_held
 
 NOW_US = parse_instant_us("2020-06-01T12:00:00")
 LIMITS = RingLimits(lateness_us=US_PER_DAY, future_tolerance_us=60_000_000)
@@ -144,9 +146,13 @@ class World:
             columns = [expected[f"{view.name}__{name}"] for name in view.feature_names]
             np.testing.assert_allclose(found.matrix, np.column_stack(columns), rtol=1e-12, atol=1e-9)
 
-    def rings(self) -> dict[str, bytes | None]:
+    def bundles(self) -> dict[str, bytes | None]:
         keys = sorted(key for chunk in self.store.scan(f"{self.store.keys.root}:r:") for key in chunk)
         return dict(zip(keys, self.store.read(keys), strict=True))
+
+    def rings(self) -> dict[str, bytes]:
+        """As ``view@version:layout:entity's key``."""
+        return rings_held(self.bundles(), (*VIEWS, ADDED), LIMITS)
 
     def lose(self) -> None:
         """What FLUSHALL does, to this project alone."""
@@ -526,7 +532,7 @@ def test_rings_of_entities_that_vanished_from_the_log_are_cleared_and_no_others(
     assert done.rings.cleared == 2 * 3
     other.events["e5000"] = sale(5000, 11, 60_000_000)
     other.check(SPENDING)
-    texts = {key.rpartition(":")[2] for key in other.rings() if ":spending@1:" in key}
+    texts = {name.rpartition(":")[2] for name in other.rings() if name.startswith("spending@1:")}
     assert texts == {str(each["user_id"]) for each in [*kept, {"user_id": 11}]}
     other.close()
 
@@ -534,24 +540,32 @@ def test_rings_of_entities_that_vanished_from_the_log_are_cleared_and_no_others(
 def test_rings_whose_windows_have_all_emptied_are_cleared(world: World) -> None:
     world.bulk(sales(range(60)))
     world.materialize()
-    assert any(":traffic@1:" in key for key in world.rings())
+    assert any(name.startswith("traffic@1:") for name in world.rings())
     world.clock.advance(60 * US_PER_DAY)
     world.materialize()
     left = world.rings()
     assert left
-    assert all(":life." in key for key in left)
+    assert all(":life." in name for name in left)
     world.check()
 
 
 def test_rings_of_a_layout_that_is_no_more_are_cleared(world: World) -> None:
     world.bulk(sales(range(60)))
     world.materialize()
-    before = set(world.rings())
-    stale = f"{world.store.keys.ring_prefix('spending@1', '1d.00000000')}{{b0}}:7"
-    foreign = f"{world.store.keys.ring_prefix('other@1', '1d.00000000')}{{b0}}:7"
-    world.store.put_many({stale: b"x", foreign: b"y"})
+    before = {key: rings_in(value) for key, value in world.bundles().items()}
+    prefix = world.store.keys.bundle_prefix("sales", "user")
+    (of_seven,) = [key for key in before if key.startswith(prefix) and key.endswith(":7")]
+    nobody = of_seven.removesuffix(":7") + ":700"
+    stale, foreign = ring_id("spending@1", "1d.00000000"), ring_id("other@1", "1d.00000000")
+    world.store.put_many(
+        {
+            of_seven: bundled({stale: b"stale 01", **before[of_seven], foreign: b"foreign1"}),
+            nobody: bundled({stale: b"stale 02", foreign: b"foreign2"}),
+        }
+    )
     world.materialize(full=True)
-    assert set(world.rings()) == before | {foreign}
+    before[of_seven][foreign], before[nobody] = b"foreign1", {foreign: b"foreign2"}
+    assert {key: rings_in(value) for key, value in world.bundles().items()} == before
 
 
 # ── After a server was lost ─────────────────────────────────────────────────────────

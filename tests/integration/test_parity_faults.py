@@ -19,7 +19,7 @@ from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
 from heliostat.models.registry import ModelRegistry
 from heliostat.monitoring.checks import run_checks
 from heliostat.monitoring.verdict import Severity, Verdict
-from heliostat.online.tiles import RingLimits
+from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.serving.lookup import FeatureLookup, FeatureReaders
 from heliostat.serving.prediction_log import PredictionLog
 from heliostat.serving.predictor import Predictor, Stages
@@ -28,10 +28,11 @@ from heliostat.serving.routing import ABRouter
 from heliostat.serving.scoring import ModelRunner
 from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.settings import ClockSettings, OnlineSettings, Settings
+from heliostat.storage.bundles import bundled, rings_in
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams
 from heliostat.workspace import Workspace
-from tests.integration.erasure_declarations import churn, user_sales
+from tests.integration.erasure_declarations import USER, churn, user_sales
 
 NOW_US = parse_instant_us("2026-03-01T12:00:00Z")
 NAMES = churn.feature_names
@@ -141,12 +142,13 @@ def test_untouched_rings_are_what_training_would_have_seen(served: Workspace) ->
 def test_a_byte_of_a_ring_that_was_changed_by_hand_is_a_mismatch_and_an_alarm(
     served: Workspace, feature: str, life: bool, byte: int
 ) -> None:
-    client, root = served.online.client, served.online.keys.root
-    keys = [key for key in client.scan_iter(f"{root}:r:user_sales@1:*") if key.endswith(b":u7")]
-    (ring_key,) = [key for key in keys if (b"life" in key) == life]
-    ring = bytearray(client.get(ring_key))
+    client, key = served.online.client, bundle_key(served, "u7")
+    limits = RingLimits.of(served.settings.ingestion)
+    (changed,) = [group for group in ring_layout(user_sales, limits).groups if group.life == life]
+    rings = rings_in(client.get(key))
+    ring = bytearray(rings[changed.ring_id])
     ring[state_byte(ring)] ^= byte
-    client.set(ring_key, bytes(ring))
+    client.set(key, bundled(rings | {changed.ring_id: bytes(ring)}))
     serve(served, USERS)
     findings = parity(served)
     wrong = findings[feature]
@@ -158,6 +160,11 @@ def test_a_byte_of_a_ring_that_was_changed_by_hand_is_a_mismatch_and_an_alarm(
     assert {name for name, each in findings.items() if each.severity is not Severity.OK} == {feature}
 
 
+def bundle_key(workspace: Workspace, user: str) -> str:
+    (bucket,) = USER.buckets(USER.encoded([user]), workspace.settings.storage.buckets).tolist()
+    return workspace.online.keys.bundle("sales", USER.name, user, bucket)
+
+
 def state_byte(ring: bytearray) -> int:
     """Where the highest byte but one of a state lies, in the first slot that events of these days went into."""
     values = np.frombuffer(bytes(ring), dtype="<f8")
@@ -167,8 +174,7 @@ def state_byte(ring: bytearray) -> int:
 
 
 def test_a_ring_that_was_lost_is_told_as_what_it_is(served: Workspace) -> None:
-    client, root = served.online.client, served.online.keys.root
-    client.unlink(*[key for key in client.scan_iter(f"{root}:r:user_sales@1:*") if key.endswith(b":u3")])
+    served.online.client.unlink(bundle_key(served, "u3"))
     serve(served, USERS)
     findings = parity(served)
     assert findings["user_sales__n_30d"].evidence["counts"]["mismatch"] == 1, "a count of nothing is 0, not null"

@@ -33,6 +33,7 @@ from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.ports import free_ports
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import Settings
+from heliostat.storage.bundles import bundled, rings_in
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import RingCounts
@@ -77,6 +78,7 @@ habits = FeatureView(
         "largest_12d": Max("amount", window="12d"),
     },
 )
+brisk = FeatureView("brisk", version=1, source=orders, entity=user, features={"n_2h": Count(window="2h")})
 traffic = FeatureView("traffic", version=1, source=orders, entity=shop, features={"n": Count(window="7d")})
 
 
@@ -126,6 +128,7 @@ def stream_entries(store: OnlineStore) -> list[str]:
 
 
 def rings(store: OnlineStore) -> dict[bytes, bytes]:
+    """All bundles, by key."""
     keys = sorted(store.client.scan_iter(f"{store.keys.root}:r:*"))
     return {key: store.client.get(key) for key in keys}
 
@@ -197,13 +200,12 @@ def test_a_ring_holds_a_slot_for_each_tile_with_events_in_their_order(store: Onl
     apply(store, events.take(pa.array(np.random.default_rng(4).permutation(events.num_rows))), habits)
     lengths = set()
     for group in ring_layout(habits, LIMITS).groups:
-        for key, value in rings(store).items():
-            if group.name.encode() in key:
-                slots = parse_rings(group, [value]).slots
-                tiles = np.floor(slots[1 if group.life else 0 :, 0])
-                assert (np.diff(tiles) > 0).all()
-                assert tiles[-1] - tiles[0] < group.n_slots - group.life
-                lengths.add(len(tiles))
+        for value in rings(store).values():
+            slots = parse_rings(group, [rings_in(value)[group.ring_id]]).slots
+            tiles = np.floor(slots[1 if group.life else 0 :, 0])
+            assert (np.diff(tiles) > 0).all()
+            assert tiles[-1] - tiles[0] < group.n_slots - group.life
+            lengths.add(len(tiles))
     assert min(lengths) < max(lengths)
 
 
@@ -290,14 +292,45 @@ def test_a_server_that_has_forgotten_the_scripts_is_told_them_again(store: Onlin
 
 
 def test_rings_are_forgotten_only_when_a_ttl_has_ended_all_that_they_could_answer(store: OnlineStore) -> None:
-    view = FeatureView("brief", version=1, source=orders, entity=user, features={"n": Count(window="12d")}, ttl="2d")
-    apply(store, orders_table([("a", 1, NOW_US - 1, 5.0)]), view, habits)
-    left_ms = {key: store.client.pttl(key) for key in rings(store)}
-    brief = [left for key, left in left_ms.items() if b"brief" in key]
-    assert len(brief) == 2
-    assert min(brief) > 2 * 86_400_000
-    assert max(brief) > 13 * 86_400_000
-    assert all(left == -1 for key, left in left_ms.items() if b"habits" in key)
+    brief = FeatureView("brief", version=1, source=orders, entity=user, features={"n": Count(window="12d")}, ttl="2d")
+    apply(store, orders_table([("a", 1, NOW_US - 1, 5.0)]), brief)
+    (key,) = rings(store)
+    assert 13 * 86_400_000 < store.client.pttl(key) <= 14 * 86_400_000, "as its longest ring has to"
+    store.client.pexpire(key, 1_000)
+    apply(store, orders_table([("b", 1, NOW_US - 1, 5.0)]), brief)
+    assert store.client.pttl(key) > 13 * 86_400_000, "from the last event on"
+    apply(store, orders_table([("c", 1, NOW_US - 1, 5.0)]), brief, habits)
+    assert store.client.pttl(key) == -1, "another view's ring is kept for ever"
+    apply(store, orders_table([("d", 1, NOW_US - 1, 5.0)]), brief)
+    assert store.client.pttl(key) == -1
+
+
+def test_history_lets_a_bundle_live_for_as_long_as_any_of_its_rings_has_to(
+    store: OnlineStore, event_log: EventLog
+) -> None:
+    brief = FeatureView("brief", version=1, source=orders, entity=user, features={"n": Count(window="12d")}, ttl="2d")
+    event_log.append(orders, orders_table([("a", 1, NOW_US - 1, 5.0), ("b", 2, NOW_US - 1, 5.0)]), ingested_us=NOW_US)
+    materialized(event_log, store, brief)
+    assert all(13 * 86_400_000 < store.client.pttl(key) <= 14 * 86_400_000 for key in rings(store))
+    (first, second) = rings(store)
+    store.client.pexpire(first, 1_000)
+    assert materialized(event_log, store, brief) == RingCounts(unchanged=4)
+    assert store.client.pttl(first) > 13 * 86_400_000
+    materialized(event_log, store, habits)
+    assert [store.client.pttl(key) for key in (first, second)] == [-1, -1]
+    materialized(event_log, store, brief)
+    assert [store.client.pttl(key) for key in (first, second)] == [-1, -1]
+
+
+def test_a_bundle_is_kept_in_as_few_bytes_as_its_rings_have(store: OnlineStore) -> None:
+    """Tiles that come and go in every ring, in any order, never leave anything between them."""
+    events = random_orders(900, seed=11, days=60)
+    apply(store, events.take(pa.array(np.random.default_rng(11).permutation(events.num_rows))), habits, brisk)
+    ids = [group.ring_id for view in (habits, brisk) for group in ring_layout(view, LIMITS).groups]
+    for value in rings(store).values():
+        held = rings_in(value)
+        assert set(held) == set(ids)
+        assert bundled(held) == value
 
 
 # ── asyncio, documents, clusters ────────────────────────────────────────────────────
@@ -411,9 +444,13 @@ def test_history_repairs_what_live_updates_have_missed(store: OnlineStore, event
     events = random_orders(300, seed=9)
     event_log.append(orders, events, ingested_us=NOW_US)
     materialized(event_log, store, habits)
-    lost = next(iter(store.client.scan_iter(f"{store.keys.root}:r:*life*")))
-    store.client.delete(lost)
+    (life,) = [group.ring_id for group in ring_layout(habits, LIMITS).groups if group.life]
+    key, value = next(iter(rings(store).items()))
+    store.client.set(key, bundled({each: ring for each, ring in rings_in(value).items() if each != life}))
     assert materialized(event_log, store, habits).written == 1
+    store.client.set(key, b"no bundle at all")
+    assert materialized(event_log, store, habits).written == len(rings_in(value))
+    assert rings(store)[key] == value
     np.testing.assert_allclose(
         vectors(store, habits, USERS), offline_vectors(habits, events, USERS), rtol=1e-12, atol=1e-9
     )

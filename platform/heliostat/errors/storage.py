@@ -37,19 +37,28 @@ class OnlineStoreUnavailableError(StorageError):
 
 
 class RingCorruptError(StorageError):
-    """What the online store holds under a ring's key isn't such a ring."""
+    """What the online store holds as an entity's bundle isn't one, or what is in it isn't such a ring.
+
+    Args:
+        view: Whose ring was looked for.
+        group: Which.
+        found_bytes: The lengths of what is there: of bundles, or of rings.
+        slot_bytes: A slot's; None: it isn't even a bundle.
+    """
 
     told = "the online store holds something unexpected"
 
-    def __init__(self, view: str, group: str, found_bytes: tuple[int, ...], slot_bytes: int) -> None:
+    def __init__(self, view: str, group: str, found_bytes: tuple[int, ...], slot_bytes: int | None = None) -> None:
         super().__init__(view, group, found_bytes, slot_bytes)
         self.view, self.group, self.found_bytes, self.slot_bytes = view, group, found_bytes, slot_bytes
 
     def __str__(self) -> str:
+        wrong = "not all of them bundles of rings"
+        if self.slot_bytes is not None:
+            wrong = f"no multiple of the {self.slot_bytes} of a slot"
         return (
-            f"rings {self.group!r} of view {self.view!r} have {self.found_bytes} bytes in the online store, "
-            f"no multiple of the {self.slot_bytes} of a slot; something else wrote them: delete these keys and run "
-            "jobs/materialize_features.py"
+            f"rings {self.group!r} of view {self.view!r}: the online store has {self.found_bytes} bytes, {wrong}; "
+            "something else wrote them: delete these keys and run jobs/materialize_features.py"
         )
 
 

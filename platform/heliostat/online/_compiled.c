@@ -10,11 +10,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#define FORMAT 1
+#define FORMAT 2
 
 /* A program: int64 words, a header and four tables. A double is stored by its bits. */
 enum { H_FORMAT, H_GROUPS, H_WINDOWS, H_STEPS, H_FEATURES, H_SCRATCH, H_TTL, H_LAST_EVENT, H_WORDS };
-enum { G_HOP, G_WIDTH, G_LIFE, G_WORDS };
+enum { G_HOP, G_WIDTH, G_LIFE, G_ID, G_SECOND_ID, G_WORDS };
 enum { W_GROUP, W_LENGTH, W_FIRST, W_STEPS, W_WORDS };
 enum { S_OPERATOR, S_COLUMN, S_SCRATCH, S_WORDS };
 enum { F_KIND, F_A, F_B, F_OUT, F_NUMBER, F_WORDS };
@@ -27,6 +27,14 @@ typedef struct {
     Py_ssize_t n;
 } Ring;
 
+/* A bundle: how many rings; of each its id, of two words, and how many bytes it has; the rings. All in words. */
+enum { E_ID, E_SECOND_ID, E_SIZE, E_WORDS };
+
+typedef struct {
+    const char *entries, *rings, *past;
+    int64_t n;
+} Bundle;
+
 static inline double number(const char *place)
 {
     double value;
@@ -38,6 +46,55 @@ static inline int64_t floor_division(int64_t a, int64_t b) /* b > 0 */
 {
     int64_t quotient = a / b;
     return quotient - (a % b < 0);
+}
+
+/* Whether a value is a bundle, or none; how long its rings are is seen where one is looked for. */
+static int bundle_of(PyObject *value, Bundle *found)
+{
+    memset(found, 0, sizeof *found);
+    if (value == Py_None)
+        return 1;
+    if (!PyBytes_Check(value)) {
+        PyErr_Format(PyExc_TypeError, "a bundle is bytes, not %.50s", Py_TYPE(value)->tp_name);
+        return 0;
+    }
+    const char *at = PyBytes_AS_STRING(value);
+    Py_ssize_t size = PyBytes_GET_SIZE(value);
+    if (size == 0)
+        return 1;
+    double n = size < 8 ? -1.0 : number(at);
+    if (!(n >= 1.0 && n <= (double)((size - 8) / (8 * E_WORDS))) || n != floor(n))
+        goto wrong;
+    found->n = (int64_t)n;
+    found->entries = at + 8;
+    found->rings = found->entries + found->n * 8 * E_WORDS;
+    found->past = at + size;
+    double left = (double)(found->past - found->rings);
+    for (int64_t i = 0; i < found->n; i++) {
+        double length = number(found->entries + 8 * (i * E_WORDS + E_SIZE));
+        if (!(length >= 0.0 && length <= left) || length != floor(length))
+            goto wrong;
+        left -= length;
+    }
+    if (left == 0.0)
+        return 1;
+wrong:
+    PyErr_SetString(PyExc_ValueError, "no bundle of rings");
+    return 0;
+}
+
+/* A ring of a bundle, and its bytes; none if it has no such ring. `id` is two words. */
+static const char *ring_of(const Bundle *bundle, const void *id, Py_ssize_t *size)
+{
+    const char *ring = bundle->rings, *entry = bundle->entries;
+    for (int64_t i = 0; i < bundle->n; i++, entry += 8 * E_WORDS) {
+        *size = (Py_ssize_t)number(entry + 8 * E_SIZE);
+        if (memcmp(entry, id, 16) == 0)
+            return ring;
+        ring += *size;
+    }
+    *size = 0;
+    return "";
 }
 
 /* One state over the slots that count. `out` takes a number, or three of an edge. */
@@ -229,55 +286,55 @@ static PyObject *merge(PyObject *module, PyObject *const *arguments, Py_ssize_t 
             last_column = run.features[f * F_WORDS + F_OUT];
     if (last_column >= out.shape[1] || newest.shape[0] != n || absent.shape[0] != n || view < 0
         || view >= absent.shape[1] || first < 0 || run.n_groups < 1
-        || first + run.n_groups * n > PyList_GET_SIZE(values)) {
-        PyErr_SetString(PyExc_IndexError, "fewer values than rings, or no room for results");
+        || first + n > PyList_GET_SIZE(values)) {
+        PyErr_SetString(PyExc_IndexError, "fewer values than entities, or no room for results");
         goto done;
     }
 
+    rings = PyMem_Malloc((n ? n : 1) * run.n_groups * sizeof *rings);
+    if (rings == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
     Py_ssize_t most = 0; /* slots of a ring */
-    for (int64_t g = 0; g < run.n_groups; g++) {
-        Py_ssize_t slot = 8 * run.groups[g * G_WORDS + G_WIDTH];
-        for (Py_ssize_t e = 0; e < n; e++) {
-            PyObject *value = PyList_GET_ITEM(values, first + g * n + e);
-            if (value == Py_None)
-                continue;
-            if (!PyBytes_Check(value)) {
-                PyErr_Format(PyExc_TypeError, "a ring is bytes, not %.50s", Py_TYPE(value)->tp_name);
-                goto done;
-            }
-            Py_ssize_t size = PyBytes_GET_SIZE(value);
+    for (Py_ssize_t e = 0; e < n; e++) {
+        Bundle bundle;
+        if (!bundle_of(PyList_GET_ITEM(values, first + e), &bundle))
+            goto done;
+        for (int64_t g = 0; g < run.n_groups; g++) {
+            const int64_t *group = run.groups + g * G_WORDS;
+            Ring *ring = rings + e * run.n_groups + g;
+            Py_ssize_t slot = 8 * group[G_WIDTH], size;
+            ring->slots = ring_of(&bundle, group + G_ID, &size);
             if (size % slot) {
                 PyErr_SetString(PyExc_ValueError, "a ring's length is no multiple of its layout's slots");
                 goto done;
             }
-            if (size / slot > most)
-                most = size / slot;
+            ring->n = size / slot;
+            if (ring->n > most)
+                most = ring->n;
         }
     }
 
-    rings = PyMem_Malloc(run.n_groups * sizeof *rings);
     run.scratch = PyMem_Malloc((run.n_scratch ? run.n_scratch : 1) * sizeof *run.scratch);
     run.used = PyMem_Malloc((most ? most : 1) * sizeof *run.used);
-    if (rings == NULL || run.scratch == NULL || run.used == NULL) {
+    if (run.scratch == NULL || run.used == NULL) {
         PyErr_NoMemory();
         goto done;
     }
 
     const int64_t *longest = run.groups + (run.n_groups - 1) * G_WORDS;
     for (Py_ssize_t e = 0; e < n; e++) {
+        const Ring *own = rings + e * run.n_groups;
+        Ring ring = own[run.n_groups - 1];
         Py_ssize_t all = 0;
-        for (int64_t g = 0; g < run.n_groups; g++) {
-            PyObject *value = PyList_GET_ITEM(values, first + g * n + e);
-            rings[g].slots = value == Py_None ? "" : PyBytes_AS_STRING(value);
-            rings[g].n = value == Py_None ? 0 : PyBytes_GET_SIZE(value) / (8 * run.groups[g * G_WORDS + G_WIDTH]);
-            all += rings[g].n;
-        }
+        for (int64_t g = 0; g < run.n_groups; g++)
+            all += own[g].n;
         int expired = 0;
         if (run.ttl_us >= 0)
-            expired = !((double)as_of_us - last_event(&run, rings[run.n_groups - 1]) <= (double)run.ttl_us);
-        merge_one(&run, rings, expired, (char *)out.buf + e * out.strides[0], out.strides[1]);
+            expired = !((double)as_of_us - last_event(&run, ring) <= (double)run.ttl_us);
+        merge_one(&run, own, expired, (char *)out.buf + e * out.strides[0], out.strides[1]);
         ((char *)absent.buf)[e * absent.strides[0] + view * absent.strides[1]] = all == 0 || expired;
-        Ring ring = rings[run.n_groups - 1];
         if (ring.n > (longest[G_LIFE] != 0)) {
             double tile = floor(number(ring.slots + (ring.n - 1) * 8 * longest[G_WIDTH])) * (double)longest[G_HOP];
             double *known = (double *)(void *)((char *)newest.buf + e * newest.strides[0]);
@@ -298,6 +355,32 @@ done:
     if (absent.obj)
         PyBuffer_Release(&absent);
     return result;
+}
+
+PyDoc_STRVAR(rings_doc, "rings(values, ring_id)\n--\n\nOne ring of each bundle; empty where there is none.");
+
+static PyObject *rings_of(PyObject *module, PyObject *const *arguments, Py_ssize_t n_arguments)
+{
+    if (n_arguments != 2 || !PyList_Check(arguments[0]) || !PyBytes_Check(arguments[1])
+        || PyBytes_GET_SIZE(arguments[1]) != 16) {
+        PyErr_SetString(PyExc_TypeError, "rings takes a list of bundles, and an id of 16 bytes");
+        return NULL;
+    }
+    Py_ssize_t n = PyList_GET_SIZE(arguments[0]), size;
+    PyObject *found = PyList_New(n);
+    for (Py_ssize_t i = 0; found != NULL && i < n; i++) {
+        Bundle bundle;
+        PyObject *ring = NULL;
+        if (bundle_of(PyList_GET_ITEM(arguments[0], i), &bundle)) {
+            const char *at = ring_of(&bundle, PyBytes_AS_STRING(arguments[1]), &size);
+            ring = PyBytes_FromStringAndSize(at, size);
+        }
+        if (ring == NULL)
+            Py_CLEAR(found);
+        else
+            PyList_SET_ITEM(found, i, ring);
+    }
+    return found;
 }
 
 /* An integer as Python writes it, inside int64; 0 if it is anything else. */
@@ -335,7 +418,7 @@ static uint64_t splitmix64(uint64_t key)
 
 PyDoc_STRVAR(names_doc,
     "names(prefixes, tags, texts)\n--\n\n"
-    "Names of the rings of integer keys, prefix by prefix; None if Python has to look at them.");
+    "Names of the bundles of integer keys, prefix by prefix; None if Python has to look at them.");
 
 static PyObject *names(PyObject *module, PyObject *const *arguments, Py_ssize_t n_arguments)
 {
@@ -386,6 +469,7 @@ static PyObject *names(PyObject *module, PyObject *const *arguments, Py_ssize_t 
 
 static PyMethodDef methods[] = {
     {"merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, merge_doc},
+    {"rings", (PyCFunction)(void (*)(void))rings_of, METH_FASTCALL, rings_doc},
     {"names", (PyCFunction)(void (*)(void))names, METH_FASTCALL, names_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -21,7 +21,6 @@ from heliostat.features.entity_codes import EntityCodes
 from heliostat.features.offline import earliest_us, needed_columns
 from heliostat.features.timeline import EventIndex
 from heliostat.online.tiles import (
-    BoolArray,
     IntArray,
     RingGroup,
     RingLayout,
@@ -32,8 +31,9 @@ from heliostat.online.tiles import (
     tile_states,
 )
 from heliostat.schema import ID_HASH, hash64, tie48, times_us
+from heliostat.storage.bundles import RingBytes
 from heliostat.storage.online_store import OnlineKeys
-from heliostat.storage.ring_writes import EntityRings, RingBytes
+from heliostat.storage.ring_writes import EntityRings
 
 _RINGS_AT_ONCE_BYTES = 8 * 2**20
 _EVENTS_AT_ONCE = 250_000
@@ -70,18 +70,17 @@ class RingPlan:
         """The columns of events that they are made from."""
         return needed_columns(self.views)
 
-    @cached_property
-    def prefixes(self) -> tuple[str, ...]:
-        """What each group's keys begin with."""
-        return tuple(
-            self.keys.ring_prefix(layout.view.ref, group.name) for layout in self.layouts for group in layout.groups
-        )
+    @property
+    def prefix(self) -> str:
+        """What the bundles' keys begin with."""
+        return self.keys.bundle_prefix(self.views[0].source.name, self.views[0].entity.name)
 
     @cached_property
-    def described(self) -> tuple[tuple[bytes, int], ...]:
-        """Each group's packed descriptor, and its first tile that late events may still change."""
+    def described(self) -> tuple[tuple[bytes, bytes, int], ...]:
+        """Each group's id and packed descriptor, and its first tile that late events may still change."""
         return tuple(
-            (group.descriptor, self.limits.first_live_tile(self.as_of_us, group.hop_us)) for group in self.groups
+            (group.ring_id, group.descriptor, self.limits.first_live_tile(self.as_of_us, group.hop_us))
+            for group in self.groups
         )
 
     @cached_property
@@ -92,7 +91,7 @@ class RingPlan:
     @property
     def open_us(self) -> int:
         """Events from here on are in an open tile of some group."""
-        return min(first * group.hop_us for (_, first), group in zip(self.described, self.groups, strict=True))
+        return min(first * group.hop_us for (*_, first), group in zip(self.described, self.groups, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,13 +102,11 @@ class BucketRings:
         plan: Which rings.
         bucket: The bucket's number.
         texts: The entities' keys.
-        present: For each group, whether each entity has an event in its reach, shape ``(n_entities,)``.
     """
 
     plan: RingPlan
     bucket: int
     texts: list[str]
-    present: list[BoolArray]
     _events: _SortedEvents
     _recent: dict[int, list[str]]
 
@@ -140,13 +137,11 @@ class BucketRings:
         seen: dict[int, list[str]] = {}
         for place, event_id in sorted(zip(places.to_pylist(), ids, strict=True)):
             seen.setdefault(place, []).append(prefix + event_id)
-        present = [np.zeros(len(texts), dtype=np.bool_) for _ in plan.groups]
-        return cls(plan, bucket, texts, present, _SortedEvents.of(plan, events, numbered.rows), seen)
+        return cls(plan, bucket, texts, _SortedEvents.of(plan, events, numbered.rows), seen)
 
     def writes(self) -> Iterator[EntityRings]:
-        """All entities' rings, some entities' at a time; fills in ``present``."""
-        groups, tag = self.plan.groups, f"{{b{self.bucket}}}:"
-        prefixes = [prefix + tag for prefix in self.plan.prefixes]
+        """All entities' rings, some entities' at a time."""
+        groups, prefix = self.plan.groups, f"{self.plan.prefix}{{b{self.bucket}}}:"
         ring_bytes = sum(group.most_bytes for group in groups)
         at_once = max(1, _RINGS_AT_ONCE_BYTES // ring_bytes)
         recent = list(self._recent)
@@ -154,15 +149,15 @@ class BucketRings:
             chunk, texts = self._events.of_entities(first, last), self.texts[first:last]
             yield EntityRings(
                 first,
-                [[prefix + text for text in texts] for prefix in prefixes],
-                [self._rings(at, group, chunk, first, last) for at, group in enumerate(groups)],
+                [prefix + text for text in texts],
+                [self._rings(group, chunk, last - first) for group in groups],
                 {
                     place - first: self._recent[place]
                     for place in recent[_before(recent, first) : _before(recent, last)]
                 },
             )
 
-    def _rings(self, at: int, group: RingGroup, chunk: _SortedEvents, first: int, last: int) -> RingBytes:
+    def _rings(self, group: RingGroup, chunk: _SortedEvents, n_entities: int) -> RingBytes:
         tiles = tile_states(group, chunk.codes, chunk.times_us, chunk.ties, chunk.inputs)
         if not group.life and len(tiles.tiles):
             newest = max(self.plan.as_of_us // group.hop_us, int(tiles.tiles.max()))
@@ -171,14 +166,13 @@ class BucketRings:
         here = tiles.codes[begins]
         own = TileStates(np.cumsum(begins) - 1, tiles.tiles, tiles.slots)
         packed = pack_rings(group, own, len(here), as_of_us=self.plan.as_of_us, limits=self.plan.limits)
-        sizes = np.zeros(last - first, dtype=np.int64)
+        sizes = np.zeros(n_entities, dtype=np.int64)
         data, sizes[here] = packed.to_bytes()
-        self.present[at][first + here] = True
         return RingBytes(data, sizes)
 
-    def hashes(self, group: int) -> NDArray[np.uint64]:
-        """Of the keys of entities with an event in a group's reach, once `writes` is through; shape ``(n,)``."""
-        return hash64(pa.array(self.texts, pa.string()).filter(pa.array(self.present[group])))
+    def hashes(self) -> NDArray[np.uint64]:
+        """Of the entities' keys, shape ``(n_entities,)``."""
+        return hash64(pa.array(self.texts, pa.string()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,13 +215,11 @@ class _SortedEvents:
         return _SortedEvents(self.codes[low:high] - first, self.times_us[low:high], self.ties[low:high], inputs)
 
 
-def rings_among(plan: RingPlan, group: int, keys: pa.Array) -> tuple[IntArray, IntArray, pa.Array]:
-    """Which keys are those of a group's rings: their places, and of each the bucket and the entity's key."""
-    prefix = plan.prefixes[group]
-    places = np.flatnonzero(pc.starts_with(keys, prefix).to_numpy(zero_copy_only=False))
-    ends = pc.utf8_slice_codeunits(keys.take(pa.array(places)), len(prefix))
+def entities_of(plan: RingPlan, keys: Sequence[str]) -> tuple[IntArray, pa.Array]:
+    """Whose bundles these keys are: of each the bucket and the entity's key."""
+    ends = pc.utf8_slice_codeunits(pa.array(keys, pa.string()), len(plan.prefix))
     parts = pc.extract_regex(ends, r"(?s)^\{b(?P<bucket>\d+)\}:(?P<text>.*)$")
-    return places, pc.struct_field(parts, "bucket").cast(pa.int64()).to_numpy(), pc.struct_field(parts, "text")
+    return pc.struct_field(parts, "bucket").cast(pa.int64()).to_numpy(), pc.struct_field(parts, "text")
 
 
 def views_together(views: Sequence[FeatureView]) -> tuple[tuple[FeatureView, ...], ...]:

@@ -131,8 +131,7 @@ class BucketDone:
         entities: Entities whose rings were sent.
         rings: What became of them.
         n_bytes: Of rings that were sent.
-        present: For each group, hashes of the entities with events in reach, if all were looked at and
-            somebody wants to know.
+        present: Hashes of the keys of all entities that were looked at, if all were and somebody wants to know.
     """
 
     bucket: int
@@ -143,7 +142,7 @@ class BucketDone:
     entities: int
     rings: RingCounts
     n_bytes: int
-    present: tuple[bytes, ...] = ()
+    present: bytes = b""
 
 
 @dataclass
@@ -171,7 +170,7 @@ class BucketTask:
             what was done is remembered.
         rate: How fast this task may write.
         known: The log as it was when all this began.
-        sweeps: Whether somebody wants to know which entities have events (`BucketDone.present`).
+        sweeps: Whether somebody wants to know which entities were looked at (`BucketDone.present`).
     """
 
     views: tuple[FeatureView, ...]
@@ -212,7 +211,7 @@ class BucketTask:
         left, last = self._settled(lease, rings.texts, history, tally, store)
         if self.present:
             self._remember(job, full, left, store)
-        present = tuple(rings.hashes(at).tobytes() for at in range(len(plan.groups))) if full and self.sweeps else ()
+        present = rings.hashes().tobytes() if full and self.sweeps else b""
         return BucketDone(
             job.bucket, full, last.token, lease.epoch, n_events, tally.entities, tally.rings, tally.n_bytes, present
         )

@@ -31,16 +31,18 @@ from heliostat.features.aggregations import (
 )
 from heliostat.online.merging import MergePlan
 from heliostat.online.tiles import BoolArray
+from heliostat.storage.bundles import rings_in
 
 try:
     from heliostat.online import _compiled
 except ImportError:  # built without a compiler
     _compiled = None  # type: ignore[assignment]
 
-_FORMAT = 1
+_FORMAT = 2
 AVAILABLE = _compiled is not None and _compiled.FORMAT == _FORMAT and sys.byteorder == "little"
 """Whether the package was built with it, and for a machine that stores numbers as rings do."""
 
+_ID = struct.Struct("<2q")
 _OPERATORS = {"add": 0, "min": 1, "max": 2, "or": 3, "first": 4, "last": 5}
 _PLAIN, _RATIO, _SINCE, _EDGE, _MEMBERS = range(5)
 _NULL_AT: dict[type[Aggregation], float] = {
@@ -103,7 +105,11 @@ class MergeProgram:
         ttl_us, last_event = plan.layout.view.ttl_us, plan.last_event_column
         head = [_FORMAT, len(plan.groups), len(steps), n_steps, len(features), n_scratch]
         head += [-1, 0] if ttl_us is None or last_event is None else [ttl_us, last_event]
-        groups = [word for group in plan.groups for word in (group.hop_us, group.width, int(group.life))]
+        groups = [
+            word
+            for group in plan.groups
+            for word in (group.hop_us, group.width, int(group.life), *_ID.unpack(group.ring_id))
+        ]
         words = [*head, *groups, *windows, *(word for each in steps.values() for word in each)]
         finishes = [struct.pack("<4qd", *each) for each in features]
         self._code = b"".join([struct.pack(f"<{len(words)}q", *words), *finishes])
@@ -122,7 +128,7 @@ class MergeProgram:
         """Merge the rings of ``n`` entities.
 
         Args:
-            values: As the store gives them: ring by ring, and of each ring ``n``.
+            values: Bundles, as the store gives them; ``n`` of each source and entity.
             first: Where the plan's begin.
             as_of_us: Query instant, later than every event in the rings.
             out: Takes the features, shape ``(n, …)``, of any strides.
@@ -131,7 +137,7 @@ class MergeProgram:
             view: In which column.
 
         Raises:
-            ValueError: If a value's length is no multiple of a slot's.
+            ValueError: If a value isn't a bundle, or a ring's length no multiple of a slot's.
         """
         _compiled.merge(
             self._code,
@@ -145,11 +151,26 @@ class MergeProgram:
         )
 
 
-def ring_names(prefixes: tuple[str, ...], tags: tuple[str, ...], texts: Sequence[str]) -> list[str] | None:
-    """Names of the rings of integer keys, prefix by prefix; None where Python has to look at them.
+def rings_of(values: Sequence[bytes | None], ring_id: bytes) -> list[bytes]:
+    """One ring of each bundle; empty where there is none.
 
     Args:
-        prefixes: What the rings' names begin with.
+        values: Bundles, as the store gives them.
+        ring_id: Which.
+
+    Raises:
+        ValueError: If a value isn't a bundle.
+    """
+    if AVAILABLE:
+        return _compiled.rings(values if isinstance(values, list) else list(values), ring_id)
+    return [rings_in(value).get(ring_id, b"") for value in values]
+
+
+def bundle_names(prefixes: tuple[str, ...], tags: tuple[str, ...], texts: Sequence[str]) -> list[str] | None:
+    """Names of the bundles of integer keys, prefix by prefix; None where Python has to look at them.
+
+    Args:
+        prefixes: What the bundles' names begin with.
         tags: What comes next, by bucket.
         texts: The keys.
     """

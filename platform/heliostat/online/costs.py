@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 from heliostat.features.definitions import FeatureView
 from heliostat.features.offline import earliest_us
 from heliostat.online.tiles import RingLimits, ring_layout
+from heliostat.storage.bundles import directory_bytes
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineKeys
 
 _COUNTED_EVENTS: Final = 500_000
-_ENTITY_TEXT_BYTES: Final = 16  # what an entity's own key adds to a ring's, about
+_ENTITY_TEXT_BYTES: Final = 16  # what an entity's own key adds to its bundle's, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class BackfillCost:
         files: How many.
         entities: With an event in reach; exact if ``entities_counted`` says so.
         entities_counted: Whether every bucket was counted, not just some.
-        ring_bytes: Of the rings and their keys at most, without the server's own overhead: as if no tile
+        ring_bytes: Of the bundles and their keys at most, without the server's own overhead: as if no tile
             had two events, up to the rings' reach.
     """
 
@@ -102,11 +103,10 @@ def _cost(
     since_us = earliest_us(views, np.array([as_of_us]))
     reached = event_log.statistics(source, entity, min_time_us=since_us, max_time_us=as_of_us)
     entities, counted = _entities(views, event_log, as_of_us, reached.rows_by_bucket)
-    ring_bytes = sum(
-        entities * (len(keys.ring(view.ref, group.name, "", 0)) + _ENTITY_TEXT_BYTES)
-        + min(entities * group.n_slots, reached.rows + entities * group.life) * group.slot_bytes
-        for view in views
-        for group in ring_layout(view, limits).groups
+    groups = [group for view in views for group in ring_layout(view, limits).groups]
+    beside = len(keys.bundle(source.name, entity.name, "", 0)) + _ENTITY_TEXT_BYTES + directory_bytes(len(groups))
+    ring_bytes = entities * beside + sum(
+        min(entities * group.n_slots, reached.rows + entities * group.life) * group.slot_bytes for group in groups
     )
     return BackfillCost(
         views=tuple(view.ref for view in views),

@@ -34,15 +34,14 @@ def remember_ms(limits: RingLimits) -> int:
 class _Ring:
     """One group's part in a batch of events."""
 
-    prefix: str
     descriptor: bytes
     slots: bytes
     slot_bytes: int
     touched: list[bool]
 
-    def part(self, event: int, place: str) -> tuple[str, bytes, bytes]:
+    def part(self, event: int) -> tuple[bytes, bytes]:
         begin = event * self.slot_bytes
-        return self.prefix + place, self.descriptor, self.slots[begin : begin + self.slot_bytes]
+        return self.descriptor, self.slots[begin : begin + self.slot_bytes]
 
 
 class LiveRings:
@@ -120,33 +119,24 @@ class LiveRings:
     ) -> list[EventUpdate]:
         encoded = entity.encode(events, what=f"events of {self._source.name!r}")
         buckets = entity.buckets(encoded, self._n_buckets).tolist()
-        rings = [ring for layout in layouts for ring in self._rings(layout, times, ties, inputs)]
+        rings = [ring for layout in layouts for ring in _rings(layout, times, ties, inputs)]
+        prefix = self._keys.bundle_prefix(self._source.name, entity.name)
         streams = self._keys.event_streams(self._source.name, self._n_buckets)
         epochs = [self._keys.epoch(bucket) for bucket in range(self._n_buckets)]
         updates = []
         for event, (text, bucket) in enumerate(zip(encoded.cast(pa.string()).to_pylist(), buckets, strict=True)):
-            place = f"{{b{bucket}}}:{text}"
+            touched = tuple(ring.part(event) for ring in rings if ring.touched[event])
             updates.append(
                 EventUpdate(
                     epoch_key=epochs[bucket],
                     seen_key=self._keys.seen(self._source.name, entity.name, ids[event], bucket),
                     stream_key=None if fields is None else streams[bucket],
                     fields=() if fields is None else fields[event],
-                    rings=tuple(ring.part(event, place) for ring in rings if ring.touched[event]),
+                    bundle_key=f"{prefix}{{b{bucket}}}:{text}" if touched else None,
+                    rings=touched,
                 )
             )
         return updates
-
-    def _rings(
-        self, layout: RingLayout, times: IntArray, ties: IntArray, inputs: dict[str, InputValues]
-    ) -> list[_Ring]:
-        rings = []
-        for group in layout.groups:
-            slots, touched = event_slots(group, inputs, times, ties)
-            prefix = self._keys.ring_prefix(layout.view.ref, group.name)
-            slot_bytes = group.width * slots.itemsize
-            rings.append(_Ring(prefix, group.descriptor, slots.tobytes(), slot_bytes, touched.tolist()))
-        return rings
 
     def outcomes(self, outcomes: Sequence[EventOutcome]) -> list[EventOutcome]:
         """What became of each event, from what became of its updates.
@@ -159,3 +149,11 @@ class LiveRings:
             "late" if outcomes[at] == "applied" and "late" in outcomes[at : at + step] else outcomes[at]
             for at in range(0, len(outcomes), step)
         ]
+
+
+def _rings(layout: RingLayout, times: IntArray, ties: IntArray, inputs: dict[str, InputValues]) -> list[_Ring]:
+    rings = []
+    for group in layout.groups:
+        slots, touched = event_slots(group, inputs, times, ties)
+        rings.append(_Ring(group.descriptor, slots.tobytes(), group.slot_bytes, touched.tolist()))
+    return rings

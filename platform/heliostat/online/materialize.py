@@ -1,7 +1,7 @@
 """Event log -> online rings: a view's history brought beside what live events made of it.
 
 Bucket by bucket: read its events, add them up to tiles, pack rings, and let the server put each beside
-the ring it holds (`heliostat.storage.ring_scripts.WRITE_RINGS`). Running it twice, or beside live
+the ring it holds (`heliostat.storage.history_script`). Running it twice, or beside live
 ingestion, changes nothing. Few events are done by threads of this process, more by Ray's tasks
 (`SMALL_MATERIALIZATION`): the same work on a bucket, and the same rings.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -24,12 +23,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
-import pyarrow as pa
-from numpy.typing import NDArray
 
 from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.features.definitions import FeatureView
-from heliostat.online.backfill import RingPlan, rings_among, views_together
+from heliostat.online.backfill import entities_of, views_together
 from heliostat.online.bucket_rings import (
     BucketDone,
     BucketJob,
@@ -41,10 +38,11 @@ from heliostat.online.due_buckets import due_jobs, every_job
 from heliostat.online.live import remember_ms
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import hash64
+from heliostat.storage.bundles import RingBytes
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
-from heliostat.storage.ring_writes import BucketLease, EntityRings, RingBytes, RingCounts, RingLayouts
+from heliostat.storage.ring_writes import BucketLease, EntityRings, RingCounts, RingLayouts
 
 SMALL_MATERIALIZATION = 3_000_000
 """Events up to which this process brings them online itself, also where a Ray is connected: on two cores it takes
@@ -229,15 +227,14 @@ class _Run:
         with OnlineStore(task.online) as store:
             jobs = self._jobs(store)
             # What comes during the run comes from events; only what was there before may have none left.
-            swept = [view for view in task.views if task.present and any(store.scan(_rings_of(store, view)))]
-            self.task = replace(task, sweeps=bool(swept))
+            self.task = replace(task, sweeps=task.present and any(store.scan(task.plan.prefix)))
             self._say(len(jobs))
             # Closed, so that nothing more is begun after an error.
             with contextlib.closing(self._over(jobs)) as over:
                 for done in over:
                     self.finished.append(done)
                     self._say(len(jobs))
-            cleared = self._swept(swept, store)
+            cleared = self._swept(store) if self.task.sweeps else RingCounts()
             result = Materialization(
                 views=tuple(view.ref for view in task.views),
                 as_of_us=task.as_of_us,
@@ -298,55 +295,23 @@ class _Run:
 
     # ── What nothing is left of ──────────────────────────────────────────────────
 
-    def _swept(self, views: Sequence[FeatureView], store: OnlineStore) -> RingCounts:
-        """Clear the rings of views, in buckets that were looked at in full, of which the log knows nothing."""
+    def _swept(self, store: OnlineStore) -> RingCounts:
+        """Clear the rings of entities of which the log knows nothing, in buckets that were looked at in full."""
         plan, swept = self.task.plan, RingCounts()
         by_bucket = {done.bucket: done for done in self.finished if done.full}
-        if not by_bucket or not views:
+        if not by_bucket:
             return swept
-        known = [
-            np.sort(np.concatenate([np.frombuffer(done.present[group], np.uint64) for done in by_bucket.values()]))
-            for group in range(len(plan.groups))
-        ]
+        known = np.sort(np.concatenate([np.frombuffer(done.present, np.uint64) for done in by_bucket.values()]))
         source, entity = self.task.views[0].source, self.task.views[0].entity
-        layouts = [RingLayouts((each,), True, remember_ms(self.task.limits)) for each in plan.described]
-        for view in views:
-            for keys in store.scan(_rings_of(store, view)):
-                doomed, outdated = _unknown_rings(plan, keys, known, set(by_bucket))
-                swept += RingCounts(cleared=store.remove(outdated))
-                for (bucket, group), rings in doomed.items():
-                    done = by_bucket[bucket]
-                    lease = BucketLease(store.keys.fence(source.name, entity.name, bucket), done.token, done.epoch)
-                    nothing = EntityRings(0, [rings], [RingBytes.none(len(rings))], {})
-                    for counts, _ in store.write_rings(list(layouts[group].calls(lease, nothing))):
-                        swept += RingCounts(written=counts.written, cleared=counts.cleared)
+        layouts = RingLayouts(plan.described, True, remember_ms(self.task.limits))
+        for keys in store.scan(plan.prefix):
+            in_bucket, texts = entities_of(plan, keys)
+            hashes = hash64(texts)
+            missing = np.searchsorted(known, hashes, "right") == np.searchsorted(known, hashes, "left")
+            for bucket, done in by_bucket.items():
+                doomed = [keys[at] for at in np.flatnonzero(missing & (in_bucket == bucket)).tolist()]
+                lease = BucketLease(store.keys.fence(source.name, entity.name, bucket), done.token, done.epoch)
+                nothing = EntityRings(0, doomed, [RingBytes.none(len(doomed))] * len(plan.groups), {})
+                for counts, _ in store.write_rings(list(layouts.calls(lease, nothing))):
+                    swept += RingCounts(written=counts.written, cleared=counts.cleared)
         return swept
-
-
-def _rings_of(store: OnlineStore, view: FeatureView) -> str:
-    """What the keys of a view's rings begin with."""
-    return f"{store.keys.root}:r:{view.ref}:"
-
-
-def _unknown_rings(
-    plan: RingPlan, keys: Sequence[str], known: Sequence[NDArray[np.uint64]], buckets: AbstractSet[int]
-) -> tuple[dict[tuple[int, int], list[str]], list[str]]:
-    """Of some rings' keys: by bucket and group, those of entities without events; and those of no known layout.
-
-    Args:
-        plan: Says which layouts there are.
-        keys: The rings'.
-        known: For each group, hashes of the entities with events in its reach, ascending.
-        buckets: Those that all of this is known of.
-    """
-    every, outdated = pa.array(keys, pa.string()), np.ones(len(keys), dtype=np.bool_)
-    doomed: dict[tuple[int, int], list[str]] = {}
-    for group, present in enumerate(known):
-        places, in_bucket, texts = rings_among(plan, group, every)
-        outdated[places] = False
-        hashes = hash64(texts)
-        missing = np.searchsorted(present, hashes, "right") == np.searchsorted(present, hashes, "left")
-        missing &= np.isin(in_bucket, list(buckets))
-        for at in np.flatnonzero(missing).tolist():
-            doomed.setdefault((int(in_bucket[at]), group), []).append(keys[places[at]])
-    return doomed, [keys[at] for at in np.flatnonzero(outdated).tolist()]

@@ -16,17 +16,16 @@ from heliostat.features.states import IDENTITY, UFUNCS, IntArray, Operator, edge
 from heliostat.online.tiles import F8, LIFE, BoolArray, RingGroup, RingLayout, Rings, last_event
 
 
-def parse_rings(group: RingGroup, values: Sequence[bytes | None]) -> Rings:
+def parse_rings(group: RingGroup, rings: Sequence[bytes]) -> Rings:
     """Rings as numbers; a missing ring has no slots.
 
     Args:
         group: The rings' layout.
-        values: As the store gives them, ``n`` of them.
+        rings: As they are in their bundles, ``n`` of them; empty where there is none.
 
     Raises:
-        ValueError: If a value's length is no multiple of a slot's.
+        ValueError: If a ring's length is no multiple of a slot's.
     """
-    rings: Sequence[bytes] = [value or b"" for value in values]
     slots = np.frombuffer(b"".join(rings), dtype=F8)
     counts = np.fromiter(map(len, rings), np.int64, len(rings)) // group.slot_bytes
     if int(np.add.reduce(counts)) * group.width != len(slots):  # less, if any has a rest

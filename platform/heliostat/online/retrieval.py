@@ -25,7 +25,7 @@ from heliostat.errors import (
 from heliostat.features.aggregations import FloatArray
 from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
 from heliostat.features.request import UniformOverrides
-from heliostat.online.compiled import MergeProgram, can_run, ring_names
+from heliostat.online.compiled import MergeProgram, bundle_names, can_run, rings_of
 from heliostat.online.merging import MergePlan, merge_rings, parse_rings
 from heliostat.online.tiles import BoolArray, RingGroup, RingLimits, Rings, ring_layout
 from heliostat.schema import integer_buckets
@@ -86,7 +86,7 @@ class _ViewPlan:
         view: The view.
         merge: Its rings, and the aggregated features that are needed, themselves or by derived ones.
         derived: Derived features that are needed, in declared order.
-        first: Where the view's rings begin among those of an entity.
+        bundle: Which of an entity's bundles has the view's rings.
         columns: Where in the matrix each feature that was asked for comes.
         rest: What of ``merge`` the program doesn't do; None if it does all.
         program: Does the others; None without.
@@ -96,7 +96,7 @@ class _ViewPlan:
     view: FeatureView
     merge: MergePlan
     derived: tuple[str, ...]
-    first: int
+    bundle: int
     columns: tuple[tuple[str, int], ...]
     rest: MergePlan | None
     program: MergeProgram | None
@@ -133,19 +133,15 @@ class FeatureReader:
         self.request = request_types(features)
         self._n_buckets = n_buckets
         self._plans: list[_ViewPlan] = []
-        self._prefixes: list[tuple[str, str]] = []
+        self._bundles: dict[tuple[str, str], int] = {}
         for view in {id(each.view): each.view for each in features}.values():
             asked = tuple((each.feature, column) for column, each in enumerate(features) if each.view is view)
-            plan = self._planned(view, asked, limits)
-            self._prefixes.extend(
-                (view.entity.name, keys.ring_prefix(view.ref, group.name)) for group in plan.merge.groups
-            )
-            self._plans.append(plan)
+            self._plans.append(self._planned(view, asked, limits))
         self.views = tuple(plan.view.ref for plan in self._plans)
         self._tags = tuple(f"{{b{bucket}}}:" for bucket in range(n_buckets))
         places = {id(plan.view): position for position, plan in enumerate(self._plans)}
         self._columns = [(places[id(each.view)], each.feature) for each in features]
-        self._ring_prefixes = tuple(prefix for _, prefix in self._prefixes)
+        self._prefixes = tuple(keys.bundle_prefix(source, entity) for source, entity in self._bundles)
         integers = [name for name, entity in self.entities.items() if entity.has_integer_key]
         self._only_entity = integers[0] if len(self.entities) == len(integers) == 1 else None
 
@@ -174,7 +170,7 @@ class FeatureReader:
             view,
             merge,
             derived,
-            first=len(self._prefixes),
+            bundle=self._bundles.setdefault((view.source.name, view.entity.name), len(self._bundles)),
             columns=asked,
             rest=MergePlan(layout, others) if others else None,
             program=MergeProgram(merge, columns) if quick else None,
@@ -194,7 +190,7 @@ class FeatureReader:
         return names | {feature: names[found.pop()] for feature, found in bare.items() if len(found) == 1}
 
     def keys(self, entity_texts: EntityTexts) -> list[str]:
-        """The keys to read: ring by ring, and within a ring row by row.
+        """The keys to read: those of a source and entity together, row by row.
 
         Args:
             entity_texts: Whose.
@@ -204,7 +200,7 @@ class FeatureReader:
         """
         if self._only_entity is not None:
             texts = entity_texts.get(self._only_entity, ()) if isinstance(entity_texts, Mapping) else entity_texts
-            found = ring_names(self._ring_prefixes, self._tags, texts)
+            found = bundle_names(self._prefixes, self._tags, texts)
             if found is not None:
                 return found
         if isinstance(entity_texts, Mapping):
@@ -219,7 +215,8 @@ class FeatureReader:
                 "keys", str(given), f"as many keys of each of {', '.join(self.entities)}, by name"
             )
         places = {name: self._places(self.entities[name], texts) for name, texts in by_entity.items()}
-        return [prefix + place for entity, prefix in self._prefixes for place in places[entity]]
+        pairs = zip(self._bundles, self._prefixes, strict=True)
+        return [prefix + place for (_, entity), prefix in pairs for place in places[entity]]
 
     def _places(self, entity: Entity, texts: Sequence[str]) -> list[str]:
         """What each key's name ends with: bucket and key."""
@@ -251,7 +248,7 @@ class FeatureReader:
 
         Raises:
             MissingInputError: If it lacks what a feature needs.
-            RingCorruptError: If a value isn't a ring.
+            RingCorruptError: If a value isn't a bundle, or what is in it no ring.
             UnknownFeatureError: If an override names none of the features that are read.
             InvalidValueError: If an override is no number.
         """
@@ -298,11 +295,7 @@ class FeatureReader:
             columns.update(zip(plan.quick, table, strict=True))
             others = plan.rest
         if others is not None:
-            rings = {
-                group.label: self._parsed(plan, group, values[at * n : (at + 1) * n])
-                for at, group in enumerate(plan.merge.groups, plan.first)
-                if group in others.groups
-            }
+            rings = {group.label: _parsed(group, self._own(plan, values, n)) for group in others.groups}
             merged = merge_rings(others, rings, as_of_us=as_of_us)
             columns.update(merged.columns)
             if plan.program is None:
@@ -330,18 +323,14 @@ class FeatureReader:
     ) -> None:
         n = len(out)
         try:
-            program.run(values, plan.first * n, as_of_us, out=out, newest_us=newest_us, absent=absent, view=position)
+            program.run(values, plan.bundle * n, as_of_us, out=out, newest_us=newest_us, absent=absent, view=position)
         except ValueError:
-            for at, group in enumerate(plan.merge.groups, plan.first):
-                self._parsed(plan, group, values[at * n : (at + 1) * n])
+            for group in plan.merge.groups:
+                _parsed(group, self._own(plan, values, n))
             raise
 
-    def _parsed(self, plan: _ViewPlan, group: RingGroup, values: Sequence[bytes | None]) -> Rings:
-        try:
-            return parse_rings(group, values)
-        except ValueError:
-            lengths = tuple(sorted({len(value) for value in values if value is not None}))
-            raise RingCorruptError(plan.view.ref, group.name, lengths, group.slot_bytes) from None
+    def _own(self, plan: _ViewPlan, values: Sequence[bytes | None], n: int) -> Sequence[bytes | None]:
+        return values[plan.bundle * n : (plan.bundle + 1) * n]
 
     def _given(self, overrides: RowOverrides) -> dict[int, dict[str, Given]]:
         """Rows and values by view and feature."""
@@ -440,6 +429,20 @@ class FeatureReader:
         values = await store.read([*also, *self.keys(entity_texts)])
         batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)
         return batch, values[: len(also)]
+
+
+def _parsed(group: RingGroup, bundles: Sequence[bytes | None]) -> Rings:
+    """One ring of each bundle."""
+    try:
+        rings = rings_of(bundles, group.ring_id)
+    except ValueError:
+        lengths = tuple(sorted({len(each) for each in bundles if each is not None}))
+        raise RingCorruptError(group.view_ref, group.name, lengths) from None
+    try:
+        return parse_rings(group, rings)
+    except ValueError:
+        lengths = tuple(sorted(set(map(len, rings))))
+        raise RingCorruptError(group.view_ref, group.name, lengths, group.slot_bytes) from None
 
 
 def _newest(group: RingGroup, rings: Rings, newest_us: FloatArray) -> None:

@@ -13,7 +13,7 @@ moves and merges what happened, however long the window is. Equal states are kep
 - What a base doesn't know has each state's own emptiness (`heliostat.features.states`): 0 of a sum,
   +inf of a minimum, -inf of a maximum.
 - A tile from the event log carries a fraction with its number until a live event goes into it; see
-  `heliostat.storage.ring_scripts`, which merges the same bytes inside the server.
+  `heliostat.storage.rings`: the same bytes are merged inside the server.
 
 A group's name ends with a hash of its layout. Bytes are thus never read by a layout that
 didn't write them: after a change, rings are absent until they are materialized again.
@@ -36,8 +36,8 @@ from heliostat.features.definitions import FeatureView
 from heliostat.features.states import merged_runs, of_events, of_runs
 from heliostat.features.windows import ring_slots, tile_of
 from heliostat.settings import IngestionSettings
-from heliostat.storage.ring_scripts import RingDescriptor
-from heliostat.storage.ring_writes import RingBytes
+from heliostat.storage.bundles import RingBytes, ring_id
+from heliostat.storage.rings import RingDescriptor
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -74,6 +74,7 @@ class RingGroup:
     """The layout of one ring: the aggregations of a view that share a hop.
 
     Attributes:
+        view_ref: Of the view and its version.
         label: ``1d``, ``1h``, … or ``life``.
         hop_us: Tile length.
         n_slots: How many tiles it reaches over, and one more for the base of a life ring.
@@ -81,6 +82,7 @@ class RingGroup:
         expire_us: How long after its last write a ring may be dropped; 0: never.
     """
 
+    view_ref: str
     label: str
     hop_us: int
     n_slots: int
@@ -94,9 +96,14 @@ class RingGroup:
 
     @cached_property
     def name(self) -> str:
-        """The label and a hash of the layout: part of the ring's key."""
+        """The label and a hash of the layout."""
         layout = [_FORMAT, self.label, self.hop_us, self.n_slots, [state.key for state in self.states]]
         return f"{self.label}.{hashlib.sha256(orjson.dumps(layout)).hexdigest()[:8]}"
+
+    @cached_property
+    def ring_id(self) -> bytes:
+        """Which of a bundle's rings it is."""
+        return ring_id(self.view_ref, self.name)
 
     @cached_property
     def columns(self) -> dict[str, slice]:
@@ -135,6 +142,7 @@ class RingGroup:
     def descriptor(self) -> bytes:
         """The layout, as the server's scripts read it."""
         return RingDescriptor(
+            ring_id=self.ring_id,
             n_slots=self.n_slots,
             life=self.life,
             operators=tuple((state.op, state.width) for state in self.states),
@@ -191,7 +199,7 @@ def ring_layout(view: FeatureView, limits: RingLimits) -> RingLayout:
         live = -(-limits.lateness_us // US_PER_DAY) + 1 + _ahead(limits, US_PER_DAY)
         forgets = LIFE not in members and view.ttl_us is not None
         expire_us = (view.ttl_us or 0) + US_PER_DAY if forgets else 0
-        groups.append(RingGroup(LIFE, US_PER_DAY, 1 + live, _distinct(life), expire_us))
+        groups.append(RingGroup(view.ref, LIFE, US_PER_DAY, 1 + live, _distinct(life), expire_us))
     return RingLayout(view, limits, tuple(groups))
 
 
@@ -207,7 +215,7 @@ def _window_group(view: FeatureView, limits: RingLimits, aggregations: Sequence[
     # Once all windows have closed and the vector is absent anyway, nothing is lost with the ring.
     expire_us = 0 if view.ttl_us is None else max(view.ttl_us, longest_us + hop_us) + US_PER_DAY
     states = [state for each in aggregations for state in each.states()]
-    return RingGroup(format_duration(hop_us), hop_us, n_slots, _distinct(states), expire_us)
+    return RingGroup(view.ref, format_duration(hop_us), hop_us, n_slots, _distinct(states), expire_us)
 
 
 def _ahead(limits: RingLimits, hop_us: int) -> int:

@@ -29,14 +29,16 @@ class EventUpdate:
         seen_key: Set once the event is applied; another event with the same key is a duplicate.
         stream_key: Where the event is appended; None: nowhere.
         fields: Field, value, field, value, …: the stream's entry.
-        rings: Key, packed descriptor and slot (tile number, then the state's columns) of each ring.
+        bundle_key: Where the entity's rings are; None: no ring is concerned.
+        rings: Packed descriptor and slot (tile number, then the state's columns) of each ring.
     """
 
     epoch_key: str
     seen_key: str
     stream_key: str | None
     fields: tuple[bytes, ...]
-    rings: tuple[tuple[str, bytes, bytes], ...]
+    bundle_key: str | None
+    rings: tuple[tuple[bytes, bytes], ...]
 
     @property
     def slot(self) -> str:
@@ -92,8 +94,9 @@ def _call(updates: Sequence[EventUpdate], positions: Sequence[int], remember_ms:
             arguments.append(len(update.fields))
             arguments.extend(update.fields)
         arguments.append(len(update.rings))
-        for key, descriptor, slot in update.rings:
-            keys.append(key)
+        if update.bundle_key is not None:
+            keys.append(update.bundle_key)
+        for descriptor, slot in update.rings:
             arguments.append(descriptors.setdefault(descriptor, len(descriptors) + 1))
             arguments.append(slot)
     return EventCall(tuple(keys), (remember_ms, len(descriptors), *descriptors, *arguments), tuple(positions))

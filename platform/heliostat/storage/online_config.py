@@ -53,13 +53,13 @@ class OnlineKeys:
         """What every key begins with."""
         return f"{self.prefix}:{self.project}"
 
-    def ring_prefix(self, view_ref: str, group: str) -> str:
-        """What the keys of one group of rings begin with; `{b<bucket>}:<entity>` follows."""
-        return f"{self.root}:r:{view_ref}:{group}:"
+    def bundle_prefix(self, source: str, entity: str) -> str:
+        """What the keys of bundles of rings begin with; `{b<bucket>}:<entity's key>` follows."""
+        return f"{self.root}:r:{source}:{entity}:"
 
-    def ring(self, view_ref: str, group: str, entity_text: str, bucket: int) -> str:
-        """One entity's ring of one view and group."""
-        return f"{self.ring_prefix(view_ref, group)}{{b{bucket}}}:{entity_text}"
+    def bundle(self, source: str, entity: str, entity_text: str, bucket: int) -> str:
+        """All rings that the views over a source keep of an entity."""
+        return f"{self.bundle_prefix(source, entity)}{{b{bucket}}}:{entity_text}"
 
     def seen(self, source: str, entity: str, event_id: str, bucket: int) -> str:
         """Says that an event of a source has been applied for one of its entities."""

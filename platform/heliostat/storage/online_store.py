@@ -19,10 +19,11 @@ import redis.exceptions
 
 from heliostat.errors import MaterializationConflictError
 from heliostat.settings import Settings
+from heliostat.storage.event_script import APPLY_EVENTS
 from heliostat.storage.event_updates import OUTCOMES, EventCall, EventOutcome, EventUpdate, event_calls
+from heliostat.storage.history_script import WRITE_RINGS
 from heliostat.storage.online_config import OnlineConfig as OnlineConfig
 from heliostat.storage.online_config import OnlineKeys as OnlineKeys
-from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RINGS
 from heliostat.storage.ring_writes import SUPERSEDED, BucketLease, RingCall, RingOutcome
 from heliostat.storage.scripts import Script
 

@@ -14,9 +14,8 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+from heliostat.storage.bundles import RingBytes, bundles
 
 SUPERSEDED: Final = -1
 """What the script answers a materialization of a bucket that another one has taken over."""
@@ -79,41 +78,19 @@ class BucketLease:
     epoch: int
 
 
-class RingBytes(NamedTuple):
-    """Rings of ``n`` entities, one behind the other.
-
-    Attributes:
-        data: The bytes of all of them.
-        sizes: How many of them each has, shape ``(n,)``; 0: no event is in its reach.
-    """
-
-    data: bytes
-    sizes: IntArray
-
-    @classmethod
-    def none(cls, n_entities: int) -> RingBytes:
-        """Of entities without events."""
-        return cls(b"", np.zeros(n_entities, dtype=np.int64))
-
-    def split(self) -> list[bytes]:
-        """Each ring."""
-        ends = np.add.accumulate(self.sizes).tolist()
-        return [self.data[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
-
-
 class EntityRings(NamedTuple):
     """All rings of some entities of one bucket, as the event log has them, in columns.
 
     Attributes:
         first: The number of the first entity, as the writer counts them; the others follow.
-        keys: For each layout, each entity's key.
+        keys: Each entity's bundle's.
         rings: For each layout, each entity's ring.
         seen_keys: By place among the entities, of events in open tiles: a repetition that is sent live is a
             duplicate then.
     """
 
     first: int
-    keys: Sequence[Sequence[str]]
+    keys: Sequence[str]
     rings: Sequence[RingBytes]
     seen_keys: Mapping[int, Sequence[str]]
 
@@ -139,7 +116,7 @@ class RingCall:
         arguments: All arguments.
         first: The number of the first entity.
         n_entities: How many there are.
-        n_bytes: Of all rings.
+        n_bytes: Of all bundles.
         n_written: Rings that have bytes.
     """
 
@@ -166,12 +143,13 @@ class RingLayouts:
     """What all calls of a materialization say first.
 
     Attributes:
-        groups: For each layout its packed `RingDescriptor` and the first tile still open to late events.
+        groups: For each layout the id of its rings, its packed `RingDescriptor` and the first tile still open to
+            late events.
         covers: Whether history holds all that live events did before the lease began.
         remember_ms: How long ids of recent events are remembered.
     """
 
-    groups: tuple[tuple[bytes, int], ...]
+    groups: tuple[tuple[bytes, bytes, int], ...]
     covers: bool
     remember_ms: int
 
@@ -182,23 +160,26 @@ class RingLayouts:
             lease: Of the bucket.
             entities: Any number of them.
         """
-        described = [part for group in self.groups for part in group]
+        described = [part for _, *group in self.groups for part in group]
         head = (lease.token, lease.epoch, int(self.covers), self.remember_ms, len(self.groups), *described)
-        n_entities, n_layouts = len(entities.keys[0]), len(self.groups)
-        sizes = np.stack([each.sizes for each in entities.rings])
-        offsets = np.zeros((n_layouts, n_entities + 1), dtype=np.int64)
-        np.cumsum(sizes, axis=1, out=offsets[:, 1:])
+        n_entities, n_layouts = len(entities.keys), len(self.groups)
+        if not n_entities:
+            return
+        data, sizes = bundles([ring_id for ring_id, *_ in self.groups], entities.rings)
+        n_rings = np.sum([each.sizes > 0 for each in entities.rings], axis=0)
+        offsets = np.zeros(n_entities + 1, dtype=np.int64)
+        np.cumsum(sizes, out=offsets[1:])
         n_seen = np.zeros(n_entities + 1, dtype=np.int64)
         for at, seen in entities.seen_keys.items():
             n_seen[at + 1] = len(seen)
-        bytes_before, seen_before = offsets.sum(axis=0), np.cumsum(n_seen)
+        seen_before = np.cumsum(n_seen)
         seen_places = sorted(entities.seen_keys)
         at_once = max(1, _RINGS_A_CALL // n_layouts)
         waiting = [(first, min(first + at_once, n_entities)) for first in range(0, n_entities, at_once)][::-1]
         while waiting:
             first, last = waiting.pop()
-            n_bytes = int(bytes_before[last] - bytes_before[first])
-            n_keys = (last - first) * n_layouts + int(seen_before[last] - seen_before[first])
+            n_bytes = int(offsets[last] - offsets[first])
+            n_keys = last - first + int(seen_before[last] - seen_before[first])
             if last - first > 1 and (n_bytes > _BYTES_A_CALL or n_keys > _KEYS_A_CALL):
                 middle = (first + last) // 2
                 waiting += [(middle, last), (first, middle)]
@@ -207,19 +188,16 @@ class RingLayouts:
             counts = n_seen[first + 1 : last + 1].astype(_U4).tobytes() if some_seen else b""
             seen_here = seen_places[bisect_left(seen_places, first) : bisect_left(seen_places, last)]
             seen_keys = [entities.seen_keys[at] for at in seen_here]
-            own = sizes[:, first:last]
-            rings = [
-                each.data[begin[first] : begin[last]] for each, begin in zip(entities.rings, offsets, strict=True)
-            ]
+            own = sizes[first:last].astype(_U4).tobytes()
             yield RingCall(
                 keys=(
                     lease.fence_key,
-                    *chain.from_iterable(column[first:last] for column in entities.keys),
+                    *entities.keys[first:last],
                     *chain.from_iterable(seen_keys),
                 ),
-                arguments=(*head, last - first, counts, own.astype(_U4).tobytes(), *rings),
+                arguments=(*head, last - first, counts, own, data[offsets[first] : offsets[last]]),
                 first=entities.first + first,
                 n_entities=last - first,
                 n_bytes=n_bytes,
-                n_written=int(np.count_nonzero(own)),
+                n_written=int(n_rings[first:last].sum()),
             )

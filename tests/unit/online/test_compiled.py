@@ -19,6 +19,7 @@ from heliostat.online import compiled, retrieval
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingGroup, RingLimits
 from heliostat.schema import integer_buckets
+from heliostat.storage.bundles import bundled, rings_in
 from heliostat.storage.online_store import OnlineKeys
 from tests.strategies import ORIGIN_US, SHOP, SOURCES, SPAN_US, USER, views
 
@@ -72,6 +73,15 @@ def ring(rng: np.random.Generator, group: RingGroup, as_of_us: int) -> bytes | N
     return slots.tobytes()
 
 
+def bundle(rng: np.random.Generator, reader: FeatureReader, at: int, as_of_us: int) -> bytes | None:
+    """Rings of the views of one source and entity, in any order, and others'; or nothing."""
+    own = [group for plan in reader._plans if plan.bundle == at for group in plan.merge.groups]
+    rings = {group.ring_id: ring(rng, group, as_of_us) or b"" for group in own}
+    rings |= {rng.bytes(16): bytes(8 * int(rng.integers(1, 5))) for _ in range(rng.integers(0, 3))}
+    shuffled = bundled({each: rings[each] for each in rng.permutation(np.array(list(rings), dtype=object))})
+    return shuffled or (None if rng.random() < 0.5 else b"")
+
+
 def bits(values: np.ndarray) -> list[Any]:
     """All NaNs are one."""
     return np.where(np.isnan(values), np.nan, values).view(np.int64).tolist()
@@ -87,7 +97,8 @@ def test_c_and_numpy_give_the_same_bits_for_any_views_and_rings(data: st.DataObj
     n, rng = data.draw(st.integers(0, 5)), np.random.default_rng(data.draw(st.integers(0, 2**32)))
     with pytest.MonkeyPatch.context() as patch:
         quick, plain = readers(features, patch)
-    values = [ring(rng, group, as_of_us) for group in groups(quick) for _ in range(n)]
+    # Views over one source share an entity's bundle, which may hold rings of others as well.
+    values = [bundle(rng, quick, at, as_of_us) for at in range(len(quick._bundles)) for _ in range(n)]
     names = sorted(quick.overridable)
     overrides = data.draw(
         st.none() | st.lists(st.dictionaries(st.sampled_from(names), st.just(7.5)), min_size=n, max_size=n)
@@ -117,8 +128,9 @@ def test_a_ring_of_half_a_slot_is_named_with_its_view_and_ring(monkeypatch: pyte
     for reader in readers([*view], monkeypatch):
         (group,) = groups(reader)
         slot = group.empty_slot.tobytes()
+        rings = [bundled({group.ring_id: each}) for each in (slot, slot + slot[:8])]
         with pytest.raises(RingCorruptError, match=str(len(slot) + 8)) as raised:
-            reader.decode([slot, slot + slot[:8], None], as_of_us=ORIGIN_US)
+            reader.decode([*rings, None], as_of_us=ORIGIN_US)
         assert "one@1" in str(raised.value)
 
 
@@ -148,9 +160,24 @@ def test_a_program_is_never_run_over_what_it_wasnt_written_for() -> None:
     for error, changed in wrong:
         with pytest.raises(error):
             run(**changed)
-    program._code = b"\2" + program._code[1:]
+    program._code = b"\1" + program._code[1:]
     with pytest.raises(ValueError, match="format"):
         run([None, None])
+
+
+def test_one_ring_of_each_bundle_is_the_same_in_c_and_in_python() -> None:
+    one, other = b"1" * 16, b"2" * 16
+    values = [
+        bundled({one: b"a" * 8, other: b"b" * 16}),
+        bundled({other: b"c" * 8}),
+        None,
+        b"",
+        bundled({one: b"d" * 8}),
+    ]
+    for each in (one, other, b"3" * 16):
+        assert compiled.rings_of(values, each) == [rings_in(value).get(each, b"") for value in values]
+    with pytest.raises(TypeError, match="16 bytes"):
+        compiled.rings_of(values, b"short")
 
 
 INT64S = st.integers(-(2**63), 2**63 - 1) | st.sampled_from([0, -1, 10**18, 2**63 - 1, -(2**63)])
@@ -164,14 +191,14 @@ def test_integer_keys_have_the_same_names_in_c(ids: list[int], n_buckets: int) -
         f"{prefix}{tags[at]}{each}" for prefix in ("a:", "bb:") for at, each in zip(buckets, ids, strict=True)
     ]
     for texts in ([str(each) for each in ids], tuple(map(str, ids))):  # as jobs have them, and as requests do
-        assert compiled.ring_names(("a:", "bb:"), tags, texts) == expected
+        assert compiled.bundle_names(("a:", "bb:"), tags, texts) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["", "-", "-0", "007", "+7", " 7", "7 ", "1_0", "٣", "9223372036854775808", "-9223372036854775809", "7.0"]
 )
 def test_a_text_that_isnt_an_integer_as_we_write_it_is_left_to_python(text: str) -> None:
-    assert compiled.ring_names(("a:",), ("{b0}:",), ["1", text]) is None
+    assert compiled.bundle_names(("a:",), ("{b0}:",), ["1", text]) is None
 
 
 def test_keys_of_texts_and_of_several_entities_are_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from heliostat.online.backfill import BucketRings, RingPlan
 from heliostat.online.costs import backfill_costs
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP
+from heliostat.storage.bundles import bundles
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import OnlineKeys
 
@@ -94,16 +95,19 @@ def test_views_of_one_source_and_entity_share_their_reading(log: EventLog) -> No
 def test_the_rings_bytes_are_at_least_those_that_a_materialization_writes(log: EventLog) -> None:
     (cost,) = _costs(log, RECENT)
     plan = RingPlan((RECENT,), KEYS, NOW_US, LIMITS)
-    rings = [
-        (key, at, ring)
+    writes = [
+        write
         for bucket in log.buckets
         for events in [log.read_bucket(SALES, USER, bucket, min_time_us=NOW_US - 8 * US_PER_DAY)]
         for write in BucketRings.of(plan, bucket, events, events.slice(0, 0)).writes()
-        for at, column in enumerate(write.keys)
-        for key, ring in zip(column, write.rings[at].split(), strict=True)
     ]
-    written = sum(len(key) + len(ring) for key, _, ring in rings)
-    slots = sum(len(ring) // group.slot_bytes for _, at, ring in rings for group in [plan.groups[at]])
+    ids = [group.ring_id for group in plan.groups]
+    written = sum(sum(map(len, write.keys)) + len(bundles(ids, write.rings).data) for write in writes)
+    slots = sum(
+        len(rings.data) // group.slot_bytes
+        for write in writes
+        for group, rings in zip(plan.groups, write.rings, strict=True)
+    )
     sparse = (cost.events - slots) * plan.groups[0].slot_bytes
     assert written <= cost.ring_bytes <= 1.1 * (written + sparse)
 

@@ -92,16 +92,25 @@ def test_each_entity_remembers_the_event_by_itself() -> None:
 
 def test_rings_that_dont_count_the_event_arent_touched() -> None:
     updates = live(by_user).updates(EVENTS, FIELDS)
-    assert [[key.split(":")[4].split(".")[0] for key, *_ in update.rings] for update in updates] == [
-        ["1d"],
-        ["1d", "life"],
-    ]
+    days, life = (group.descriptor for group in ring_layout(by_user, LIMITS).groups)
+    assert [[descriptor for descriptor, _ in update.rings] for update in updates] == [[days], [days, life]]
+
+
+def test_an_event_that_no_ring_counts_needs_no_bundle() -> None:
+    slow = FeatureView(
+        "slow", version=1, source=clicks, entity=user, features={"n": Count(where=pc.field("ms") > 1_000)}
+    )
+    first, second = live(slow).updates(EVENTS, FIELDS)
+    assert (first.bundle_key, first.rings) == (None, ())
+    (bucket,) = user.buckets(pa.array([8]), N_BUCKETS)
+    assert second.bundle_key == KEYS.bundle("clicks", "user", "8", bucket)
 
 
 def test_a_slot_is_the_tile_and_what_the_event_adds() -> None:
     (_, of_device, *_) = live(by_device).updates(EVENTS, FIELDS)
-    ((key, descriptor, slot),) = of_device.rings
-    assert key.endswith(":a%7Cb|3")
+    ((descriptor, slot),) = of_device.rings
+    assert of_device.bundle_key is not None
+    assert of_device.bundle_key.endswith(":a%7Cb|3")
     assert struct.unpack("<2d", slot) == (DAY * 24 + 5, 20.0)
     assert descriptor == ring_layout(by_device, LIMITS).groups[0].descriptor
 

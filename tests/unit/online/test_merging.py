@@ -96,7 +96,7 @@ def test_a_ring_of_half_a_slot_is_never_read() -> None:
 
 
 def test_a_ring_has_as_many_slots_as_it_has_tiles() -> None:
-    rings = parse_rings(GROUP, [ring((3, 1.0, 5.0, 1.0), (9, 2.0, 4.0, 1.0)).tobytes(), None, b""])
+    rings = parse_rings(GROUP, [ring((3, 1.0, 5.0, 1.0), (9, 2.0, 4.0, 1.0)).tobytes(), b"", b""])
     assert rings.counts.tolist() == [2, 0, 0]
     assert rings.slots[:, 0].tolist() == [20_000 - 9, 20_000 - 3]
     assert [len(each) for each in rings.to_bytes().split()] == [2 * GROUP.slot_bytes, 0, 0]

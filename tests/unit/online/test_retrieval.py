@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -15,10 +16,12 @@ from heliostat.errors import InvalidDefinitionError, InvalidValueError, RingCorr
 from heliostat.features.aggregations import Count, Last, Sum, TimeSinceLast
 from heliostat.features.definitions import Entity, EventSource, FeatureRef, FeatureView, FloatArray
 from heliostat.features.offline import compute_features
+from heliostat.online import compiled
 from heliostat.online.backfill import BucketRings, RingPlan
 from heliostat.online.retrieval import FeatureBatch, FeatureReader
 from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import ID_HASH, TIMESTAMP, hash64
+from heliostat.storage.bundles import bundled, bundles, rings_in
 from heliostat.storage.online_store import OnlineKeys
 
 KEYS = OnlineKeys("hs", "test")
@@ -95,19 +98,19 @@ def reader(*features: FeatureRef) -> FeatureReader:
 
 
 def stored(views: Sequence[FeatureView], events: pa.Table = EVENTS) -> Mapping[str, bytes]:
-    """A store's content: the views' rings."""
+    """A store's content: the bundles with the views' rings."""
     hashes = hash64(events["order_id"]).view(np.int64)
     events = events.append_column(ID_HASH, pa.array(hashes))
     buckets = user.buckets(user.encode(events), N_BUCKETS)
     plan = RingPlan(tuple(views), KEYS, NOW_US, LIMITS)
     own = [events.filter(pa.array(buckets == bucket)) for bucket in range(N_BUCKETS)]
+    ids = [group.ring_id for group in plan.groups]
     return {
-        key: ring
+        key: bundle
         for bucket, each in enumerate(own)
         for write in BucketRings.of(plan, bucket, each, each).writes()
-        for column, rings in zip(write.keys, write.rings, strict=True)
-        for key, ring in zip(column, rings.split(), strict=True)
-        if ring
+        for key, bundle in zip(write.keys, bundles(ids, write.rings).split(), strict=True)
+        if bundle
     }
 
 
@@ -129,17 +132,18 @@ def test_a_vector_is_what_the_offline_kernel_computes() -> None:
     np.testing.assert_allclose(found.matrix, np.column_stack([offline[name] for name in found.names]), rtol=1e-14)
 
 
-def test_only_the_rings_that_the_features_need_are_read() -> None:
-    assert len(reader(recent["n_hour"]).keys(["1"])) == 2  # its own, and the last event's for the ttl
-    assert len(reader(recent["n_hour"], recent["log_mean"]).keys(["1"])) == 3
+def test_an_entity_is_one_key_however_many_views_of_a_source_are_read() -> None:
+    other = EventSource("other", schema=orders.schema, entity=user, event_time="at", event_id="order_id")
+    later = FeatureView("later", version=1, source=other, entity=user, features={"n": Count()})
     assert len(reader(always["n"]).keys(["1", "2"])) == 2
+    assert len(reader(always["n"], recent["n_hour"], recent["log_mean"]).keys(["1", "2"])) == 2
+    assert len(reader(always["n"], later["n"], recent["n"]).keys(["1", "2"])) == 4
 
 
-def test_keys_name_the_version_the_bucket_and_the_entity() -> None:
+def test_keys_name_the_source_the_bucket_and_the_entity() -> None:
     (key,) = reader(always["n"]).keys(["1"])
     bucket = user.buckets(user.encoded(["1"]), N_BUCKETS)[0]
-    assert key.startswith("hs:test:r:always@1:life.")
-    assert key.endswith(f":{{b{bucket}}}:1")
+    assert key == f"hs:test:r:orders:user:{{b{bucket}}}:1"
 
 
 def test_absent_and_null_are_told_apart() -> None:
@@ -310,8 +314,8 @@ def test_an_override_that_isnt_read_says_what_is() -> None:
 def test_a_vector_may_hold_features_of_two_entities_if_each_row_has_a_key_of_both() -> None:
     both = reader(recent["n"], by_shop["n"])
     keys = both.keys({"user": ["1", "2"], "shop": ["s", "t"]})
-    assert [key.rsplit(":", 1)[1] for key in keys if ":by_shop@1:" in key] == ["s", "t"]
-    assert {key.rsplit(":", 1)[1] for key in keys if ":recent@3:" in key} == {"1", "2"}
+    assert [key.rsplit(":", 1)[1] for key in keys if ":orders:shop:" in key] == ["s", "t"]
+    assert [key.rsplit(":", 1)[1] for key in keys if ":orders:user:" in key] == ["1", "2"]
     assert both.decode([None] * len(keys), as_of_us=NOW_US).matrix.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
@@ -326,10 +330,36 @@ def test_a_reader_without_features_is_refused() -> None:
         reader()
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"123",
+        bytes(8),
+        struct.pack("<d", 1.0),
+        struct.pack("<d", float("nan")) + bytes(64),
+        struct.pack("<d16sd", 1.0, b"", 8.0),
+        struct.pack("<d16sd", 1.0, b"", -8.0),
+        struct.pack("<d16sd", 1.0, b"", float("inf")) + bytes(8),
+        struct.pack("<d16sd", 2.0, b"", 8.0) + bytes(8),
+        struct.pack("<d16sd", 1e300, b"", 8.0) + bytes(8),
+        struct.pack("<d16sd", 1.0, b"", 8.0) + bytes(16),
+    ],
+)
+def test_bytes_that_are_no_bundle_are_never_read_as_one(value: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RingCorruptError, match=rf"always@1.*{len(value)}.*not all of them bundles"):
+        reader(always["n"]).decode([value], as_of_us=NOW_US)
+    with pytest.raises(ValueError, match="no bundle"):
+        rings_in(value)
+    monkeypatch.setattr(compiled, "AVAILABLE", False)
+    with pytest.raises(RingCorruptError, match="not all of them bundles"):
+        reader(always["n"]).decode([value], as_of_us=NOW_US)
+
+
 def test_bytes_that_are_no_ring_are_never_read_as_one() -> None:
     life = reader(always["n"])
-    with pytest.raises(RingCorruptError, match="always@1"):
-        life.decode([b"123"], as_of_us=NOW_US)
+    (group,) = ring_layout(always, LIMITS).groups
+    with pytest.raises(RingCorruptError, match=f"always@1.*no multiple of the {group.slot_bytes} of a slot"):
+        life.decode([bundled({group.ring_id: bytes(8)})], as_of_us=NOW_US)
 
 
 def test_no_entities_give_an_empty_matrix() -> None:

@@ -255,7 +255,7 @@ def test_missing_rings_read_as_no_events_at_all() -> None:
         {"n": Count(window="30d"), "s": Sum("amount"), "l": Last("amount", window="30d"), "t": TimeSinceLast()}
     )
     layout = ring_layout(view, LIMITS)
-    rings = {group.label: parse_rings(group, [None, None]) for group in layout.groups}
+    rings = {group.label: parse_rings(group, [b"", b""]) for group in layout.groups}
     found = features_of(layout, rings, NOW_US)
     assert found["n"].tolist() == [0.0, 0.0]
     assert found["s"].tolist() == [0.0, 0.0]

@@ -31,6 +31,7 @@ from heliostat.serving.routing import ABRouter
 from heliostat.serving.scoring import ModelRunner
 from heliostat.serving.telemetry import Meter
 from heliostat.serving.version_book import VersionBook, VersionFacts
+from heliostat.storage.bundles import bundled
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.stream_entries import rows_from
 from heliostat.storage.streams import CheckedRecord
@@ -111,13 +112,14 @@ def rings_of(table: pa.Table) -> dict[str, bytes]:
     layout = ring_layout(USAGE, LIMITS)
     inputs = evaluate(table.take(pa.array(order)), list(layout.inputs))
     buckets = USER.buckets(pa.array(texts), N_BUCKETS)
-    rings: dict[str, bytes] = {}
+    found: dict[str, dict[bytes, bytes]] = {}
     for group in layout.groups:
         tiles = tile_states(group, codes[order].astype(np.int64), times[order], ties[order], inputs)
         packed = pack_rings(group, tiles, len(texts), as_of_us=NOW_US, limits=LIMITS)
         for text, bucket, ring in zip(texts, buckets, packed.to_bytes().split(), strict=True):
-            rings[KEYS.ring(USAGE.ref, group.name, str(text), int(bucket))] = ring
-    return rings
+            key = KEYS.bundle(USAGE.source.name, USER.name, str(text), int(bucket))
+            found.setdefault(key, {})[group.ring_id] = ring
+    return {key: bundled(rings) for key, rings in found.items()}
 
 
 @cache

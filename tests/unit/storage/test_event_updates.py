@@ -9,14 +9,15 @@ def update(name: str, bucket: int, *, stream: bool = True, rings: tuple[bytes, .
         seen_key=f"hs:p:d:s:u:{{b{bucket}}}:{name}",
         stream_key=f"stream{bucket}" if stream else None,
         fields=(b"e", name.encode()) if stream else (),
-        rings=tuple((f"{name}-{each.decode()}", each, b"slot") for each in rings),
+        bundle_key=f"{name}-rings" if rings else None,
+        rings=tuple((each, b"slot") for each in rings),
     )
 
 
 def test_a_calls_keys_and_arguments_are_what_the_script_expects() -> None:
     (call,) = event_calls([update("a", 3), update("b", 3, rings=(b"d2",))], remember_ms=5000)
     seen = "hs:p:d:s:u:{b3}:"
-    assert call.keys == ("epoch3", f"{seen}a", "stream3", "a-d1", "a-d2", f"{seen}b", "stream3", "b-d2")
+    assert call.keys == ("epoch3", f"{seen}a", "stream3", "a-rings", f"{seen}b", "stream3", "b-rings")
     head = (5000, 2, b"d1", b"d2")
     assert call.arguments == (*head, *(2, b"e", b"a", 2, 1, b"slot", 2, b"slot"), *(2, b"e", b"b", 1, 2, b"slot"))
     assert call.updates == (0, 1)

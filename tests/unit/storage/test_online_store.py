@@ -11,6 +11,8 @@ import pytest
 
 from heliostat.errors import OnlineStoreUnavailableError, StorageError
 from heliostat.settings import OnlineSettings, Settings
+from heliostat.storage.event_script import APPLY_EVENTS
+from heliostat.storage.history_script import WRITE_RINGS
 from heliostat.storage.online_store import (
     AsyncOnlineStore,
     OnlineConfig,
@@ -18,7 +20,7 @@ from heliostat.storage.online_store import (
     OnlineStore,
     StoreInfo,
 )
-from heliostat.storage.ring_scripts import APPLY_EVENTS, WRITE_RINGS, RingDescriptor
+from heliostat.storage.rings import RingDescriptor
 
 KEYS = OnlineKeys("hs", "shop")
 
@@ -32,7 +34,7 @@ def hash_tag(key: str) -> str:
 @pytest.mark.parametrize("text", ["12345", "a:b", "{other}", "}{", "ü|{b1}"])
 def test_all_keys_of_an_entity_hash_by_its_bucket_whatever_its_key_looks_like(text: str) -> None:
     keys = [
-        KEYS.ring("behaviour@1", "1d.0f0f0f0f", text, 7),
+        KEYS.bundle("purchases", "customer", text, 7),
         KEYS.seen("purchases", "customer", text, 7),
         KEYS.events("purchases", 7),
         KEYS.epoch(7),
@@ -42,14 +44,14 @@ def test_all_keys_of_an_entity_hash_by_its_bucket_whatever_its_key_looks_like(te
     assert {hash_tag(key) for key in keys} == {"b7"}
 
 
-def test_keys_of_projects_views_and_entities_never_meet() -> None:
+def test_keys_of_projects_sources_and_entities_never_meet() -> None:
     keys = [
-        OnlineKeys(prefix, project).ring(view, group, entity, 1)
+        OnlineKeys(prefix, project).bundle(source, entity, text, 1)
         for prefix in ("hs", "ht")
         for project in ("shop", "shop2")
-        for view in ("a@1", "a@2")
-        for group in ("1d.0", "life.0")
-        for entity in ("1", "11")
+        for source in ("a", "a2")
+        for entity in ("b", "b2")
+        for text in ("1", "11")
     ]
     assert len(set(keys)) == 32
 
@@ -99,9 +101,9 @@ def test_nothing_to_read_asks_nobody(tmp_path: Path) -> None:
 
 def test_a_descriptor_tells_the_server_all_it_needs() -> None:
     operators = (("add", 1), ("first", 3), ("max", 1), ("add", 300), ("moments", 3), ("or", 1))
-    packed = RingDescriptor(32, True, operators, b"\x00" * 48, 90_000).pack()
-    assert struct.unpack_from("<IIdBH", packed) == (32, 48, 90_000.0, 1, 8)
-    assert packed[19:] == b"afxb\x2c\x01mo" + b"\x00" * 48
+    packed = RingDescriptor(b"sixteen bytes id", 32, True, operators, b"\x00" * 48, 90_000).pack()
+    assert struct.unpack_from("<16sIIdBH", packed) == (b"sixteen bytes id", 32, 48, 90_000.0, 1, 8)
+    assert packed[35:] == b"afxb\x2c\x01mo" + b"\x00" * 48
 
 
 def test_the_two_scripts_have_names_of_their_own() -> None:

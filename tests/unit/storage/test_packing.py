@@ -23,7 +23,7 @@ def test_a_read_is_packed_in_c_as_the_clients_library_packs_it(keys: list[str]) 
 
 
 def test_many_keys_are_counted_right() -> None:
-    keys = [f"hs:p:r:view@1:1d.0:{{b3}}:{number}" for number in range(1_200)]
+    keys = [f"hs:p:r:source:entity:{{b3}}:{number}" for number in range(1_200)]
     assert quick_commands._mget(keys) == [quick_commands._packed(keys)]
 
 
