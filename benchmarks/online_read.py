@@ -47,6 +47,7 @@ from heliostat.storage.online_store import OnlineConfig, OnlineStore
 
 FEAST_REQUIREMENTS = ("feast[redis]>=0.67",)
 OURS, FEAST, FEAST_DICT = "Heliostat, rings merged", "Feast, get_online_features", "Feast, and to_dict"
+OURS_OF_MORE = "Heliostat, beside two more views"
 OURS_NEARBY, FEAST_NEARBY = "Heliostat, by Unix socket", "Feast, by Unix socket"
 HMGET, MGET, RINGS = "floor: HMGETs, unpacked", "floor: MGET of vectors", "floor: MGET of the rings"
 TARGETS = {1: 2.0, 100: 10.0}
@@ -146,17 +147,22 @@ class Latency:
 # ── The same data for both ──────────────────────────────────────────────────────────
 
 
-def fill(store: OnlineStore, plan: Plan, folder: Path) -> None:
-    """The events into our rings, as a server takes them in; the features' values into Feast's files."""
+def fill(store: OnlineStore, views: Sequence[FeatureView], plan: Plan) -> None:
+    """The events into the views' rings, as a server takes them in."""
     table = activities.events(plan.events, plan.users, seed=7)
     source = activities.user_activities
     settings = IngestionSettings()
     clock = ManualClock(NOW_US)
-    intake = Intake(store, [source], VIEWS, clock=clock, settings=settings, n_buckets=N_BUCKETS)
+    intake = Intake(store, [source], views, clock=clock, settings=settings, n_buckets=N_BUCKETS)
     times = table.column("happened_at").cast(pa.int64())
     rows = table.set_column(table.column_names.index("happened_at"), "happened_at", times).to_pylist()
     for first in range(0, len(rows), _CHUNK):
         intake.submit(source.name, rows[first : first + _CHUNK])
+
+
+def write_values(plan: Plan, folder: Path) -> None:
+    """The values that all views' features have then, into Feast's files."""
+    table = activities.events(plan.events, plan.users, seed=7)
     users = pa.array(np.arange(plan.users))
     found = compute_features(VIEWS, table, users, np.full(plan.users, NOW_US))
     asked_at = pa.array(np.full(plan.users, NOW_US - 1)).cast(TIMESTAMP)
@@ -213,16 +219,16 @@ def feast(folder: Path, address: str) -> Iterator[Program]:
         yield program
 
 
-def check_agreement(program: Program, store: OnlineStore, users: int) -> None:
+def check_agreement(program: Program, store: OnlineStore, vector: Vector, users: int) -> None:
     """Refuse to compare readers that say different things.
 
     Raises:
         SystemExit: If they do.
     """
     ids = list(range(min(users, 1_000)))
-    ours = Ours(store, VIEWS).read(ids)
-    values = program.ask(do="values", features=Vector(VIEWS).feast_names, ids=ids, full_names=True)["values"]
-    names = [f"{view.name}__{name}" for view in VIEWS for name in view.feature_names]
+    ours = Ours(store, vector.views).read(ids)
+    values = program.ask(do="values", features=vector.feast_names, ids=ids, full_names=True)["values"]
+    names = [f"{view.name}__{name}" for view in vector.views for name in view.feature_names]
     theirs = np.array([values[name] for name in names], dtype=np.float64).T
     same = np.isclose(ours, theirs, rtol=TOLERANCE, atol=0.0, equal_nan=True)
     if not same.all():
@@ -299,31 +305,39 @@ def run(plan: Plan, folder: Path, skip: Sequence[str]) -> tuple[Cells, str]:
     """
     with ExitStack() as stack:
         port = stack.enter_context(valkey_server(folder / "valkey"))
-        store = stack.enter_context(OnlineStore(OnlineConfig(url=f"redis://127.0.0.1:{port}", project="bench")))
+        # A project has the views of one vector, and no others.
+        stores = [
+            stack.enter_context(OnlineStore(OnlineConfig(url=f"redis://127.0.0.1:{port}", project=f"bench{at}")))
+            for at in range(len(VECTORS))
+        ]
         client = stack.enter_context(redis.Redis(port=port))
         unix = folder / "valkey" / "valkey.sock"
-        nearby = stack.enter_context(OnlineStore(OnlineConfig(url=f"unix://{unix}", project="bench")))
-        fill(store, plan, folder)
+        nearby = stack.enter_context(OnlineStore(OnlineConfig(url=f"unix://{unix}", project="bench0")))
+        for store, vector in zip(stores, VECTORS, strict=True):
+            fill(store, vector.views, plan)
+        write_values(plan, folder)
         address = f"127.0.0.1:{port}"
         program = None if "feast" in skip else stack.enter_context(feast(folder, address))
         beside = f"{address},unix_socket_path={unix}"
         near = None if "feast" in skip else stack.enter_context(feast(folder, beside))
-        if program is not None:
-            check_agreement(program, store, plan.users)
+        for store, vector in zip(stores, VECTORS, strict=True):
+            if program is not None:
+                check_agreement(program, store, vector, plan.users)
         cells: Cells = {}
         for entities in plan.entities:
             rng = np.random.default_rng(entities)
             batches = [rng.choice(plan.users, entities, replace=False).tolist() for _ in range(_BATCHES)]
             readers: dict[tuple[int, str], Reads] = {}
-            for at, vector in enumerate(VECTORS):
+            for at, (store, vector) in enumerate(zip(stores, VECTORS, strict=True)):
                 readers[at, OURS] = timing(Ours(store, vector.views).read, batches)
                 if program is not None:
                     readers[at, FEAST] = asking(program, vector.feast_names, batches, to_dict=False)
                     readers[at, FEAST_DICT] = asking(program, vector.feast_names, batches, to_dict=True)
+            readers[0, OURS_OF_MORE] = timing(Ours(stores[-1], VECTORS[0].views).read, batches)
             readers[0, OURS_NEARBY] = timing(Ours(nearby, VECTORS[0].views).read, batches)
             if near is not None:
                 readers[0, FEAST_NEARBY] = asking(near, VECTORS[0].feast_names, batches, to_dict=False)
-            readers |= {(0, name): reads for name, reads in floors(client, store, batches, plan.users).items()}
+            readers |= {(0, name): reads for name, reads in floors(client, stores[0], batches, plan.users).items()}
             _turns(plan, entities, readers, cells)
         return cells, "skipped" if program is None else str(program.greeting["version"])
 
@@ -369,6 +383,8 @@ def report(cells: Cells, plan: Plan, version: str) -> Report:
             "By Unix socket: the way to the server that Heliostat brings along; Feast's client takes one as well.",
             f"Medians of {plan.rounds} turns of {plan.seconds:g} s; percentiles of each turn.",
             "p50 / with one view less: what a further view costs, for the same ten features, and with ten more.",
+            "Each vector has a project whose source has its views and no others.",
+            f"{OURS_OF_MORE}: ten features out of one of three views that share each entity's bundle.",
             f"For the same ten features out of one more view, Heliostat's goal is ≤ {ADDED_VIEW_TARGET:g}.",
             "Floors: redis-py and hiredis alone; ten 8-byte numbers an entity, without names, types or checks.",
             f"Both gave the same numbers, to {TOLERANCE:g}, for up to 1,000 users before anything was timed.",

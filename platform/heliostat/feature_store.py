@@ -403,4 +403,5 @@ def _materialize(views: Sequence[FeatureView], workspace: Workspace, *, on_ray: 
         as_of_us=workspace.clock.now_us(),
         limits=RingLimits.of(workspace.settings.ingestion),
         on_ray=on_ray,
+        gone=workspace.retired_views(),
     )

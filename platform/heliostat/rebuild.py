@@ -115,6 +115,7 @@ def materialize_views(
             small=SMALL_MATERIALIZATION if cluster.is_given(workspace.settings) else SMALL_WITHOUT_RAY,
             connect=partial(cluster.connect, workspace.settings),
             on_step=on_step,
+            gone=workspace.retired_views(),
         )
 
 

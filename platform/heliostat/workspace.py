@@ -136,6 +136,10 @@ class Workspace:
         """Registered feature views."""
         return FeatureRegistry(self.catalog, self.clock)
 
+    def retired_views(self) -> frozenset[str]:
+        """References of the versions of views that were registered once, and that nobody declares any more."""
+        return frozenset(self.features.retired_views()) - self.definitions.views.keys()
+
     @cached_property
     def models(self) -> ModelRegistry:
         """Registered model versions and their aliases."""

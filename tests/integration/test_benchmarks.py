@@ -135,7 +135,8 @@ def test_what_feast_is_given_is_what_rings_say(tmp_path: Path) -> None:
         programs.valkey_server(tmp_path / "valkey") as port,
         OnlineStore(OnlineConfig(url=f"redis://127.0.0.1:{port}", project="bench")) as store,
     ):
-        online_read.fill(store, plan, tmp_path)
+        online_read.fill(store, online_read.VIEWS, plan)
+        online_read.write_values(plan, tmp_path)
         for vector in online_read.VECTORS:
             read = online_read.Ours(store, vector.views).read(list(range(plan.users)))
             given = [pq.read_table(tmp_path / f"{view.name}.parquet") for view in vector.views]

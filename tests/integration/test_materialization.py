@@ -568,6 +568,21 @@ def test_rings_of_a_layout_that_is_no_more_are_cleared(world: World) -> None:
     assert {key: rings_in(value) for key, value in world.bundles().items()} == before
 
 
+def test_rings_of_views_that_nobody_declares_any_more_leave_every_bundle(world: World) -> None:
+    world.views = (*VIEWS, ADDED)
+    world.bulk(sales(range(60)))
+    world.live([sale(5000, 700, 60_000_000)])
+    world.materialize()
+    assert any(name.startswith("added@1:") for name in world.rings())
+    rest = {name: ring for name, ring in world.rings().items() if not name.startswith("added@1:")}
+    world.views = VIEWS
+    world.materialize(SPENDING, full=True)
+    assert any(name.startswith("added@1:") for name in world.rings()), "somebody else may read it"
+    world.materialize(SPENDING, full=True, gone=["added@1", "traffic@1", "other@1"])
+    assert world.rings() == rest, "those of another entity are in bundles of its own"
+    world.check()
+
+
 # ── After a server was lost ─────────────────────────────────────────────────────────
 
 

@@ -52,7 +52,7 @@ def test_what_is_small_is_done_here_and_what_is_large_on_ray_to_the_same_bytes(
     world.bulk(sales(range(400)))
     small = world.materialize(on_ray=True, small=400)
     here = world.rings()
-    assert (on_ray, len({key.split(":")[3] for key in here})) == ([], len(VIEWS))
+    assert (on_ray, len({name.partition(":")[0] for name in here})) == ([], len(VIEWS))
     world.lose()
     large = world.materialize(on_ray=True, small=399)
     assert on_ray == [N_BUCKETS] * len(VIEWS)
@@ -160,3 +160,18 @@ def test_a_job_with_little_to_do_starts_no_ray(world: World, monkeypatch: pytest
         monkeypatch.setattr(cluster, "is_given", lambda _: True)
         materialize_views(workspace)
         assert len(started) == 1, "one that is there is joined, and says if its machines don't share the storage"
+
+
+def test_after_apply_a_materialization_clears_the_rings_of_what_was_retired(world: World) -> None:
+    buckets = world.settings.storage.model_copy(update={"buckets": N_BUCKETS})
+    world.bulk(sales(range(100)))
+    declared = [SALES, USER, SHOP, *world.views]
+    with Workspace.open(world.settings.model_copy(update={"storage": buckets})) as workspace:
+        workspace.clock = world.clock
+        for views in ([ADDED], []):
+            vars(workspace)["definitions"] = Definitions.of([*declared, *views])
+            workspace.features.apply(workspace.definitions)
+            materialize_views(workspace, full=True, on_ray=False)
+            assert workspace.retired_views() == ({"added@1"} if not views else set())
+            assert any(name.startswith("added@1:") for name in world.rings()) == bool(views)
+        world.check()

@@ -223,6 +223,12 @@ class FeatureRegistry:
         with self._catalog.read() as rows:
             return rows.definitions(kind)
 
+    def retired_views(self) -> tuple[str, ...]:
+        """References of the versions of views that were registered once and are not any more."""
+        with self._catalog.read() as rows:
+            found = rows.definitions("view", retired=True)
+        return tuple(f"{row.name}@{row.version}" for row in found if row.retired_us is not None)
+
     def features(self, text: str = "") -> tuple[FeatureMetadata, ...]:
         """Features, in declared order within a view.
 

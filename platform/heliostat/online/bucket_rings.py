@@ -26,6 +26,7 @@ from heliostat.online.bucket_history import BucketHistory, HistoryReader
 from heliostat.online.live import remember_ms
 from heliostat.online.tiles import RingLayout, RingLimits
 from heliostat.schema import TIMESTAMP
+from heliostat.storage.bundles import view_id
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
@@ -171,6 +172,7 @@ class BucketTask:
         rate: How fast this task may write.
         known: The log as it was when all this began.
         sweeps: Whether somebody wants to know which entities were looked at (`BucketDone.present`).
+        gone: References of other views over the same source, whose rings go.
     """
 
     views: tuple[FeatureView, ...]
@@ -183,11 +185,18 @@ class BucketTask:
     rate: RateLimit = RateLimit()
     known: LogVersion | None = None
     sweeps: bool = True
+    gone: tuple[str, ...] = ()
 
     @cached_property
     def plan(self) -> RingPlan:
         """The rings."""
         return RingPlan(self.views, self.online.keys, self.as_of_us, self.limits)
+
+    def layouts(self, covers: bool) -> RingLayouts:
+        """What all writes say first; `RingLayouts` says what ``covers`` means."""
+        return RingLayouts(
+            self.plan.described, covers, remember_ms(self.limits), b"".join(view_id(ref) for ref in self.gone)
+        )
 
     def run(self, job: BucketJob, store: OnlineStore) -> BucketDone:
         """Materialize one bucket.
@@ -284,7 +293,7 @@ class BucketTask:
     def _write(self, rings: BucketRings, lease: BucketLease, covers: bool, store: OnlineStore) -> _Tally:
         """Send rings, several batches under way at a time."""
         tally, started_s = _Tally(), time.monotonic()
-        layouts = RingLayouts(rings.plan.described, covers, remember_ms(self.limits))
+        layouts = self.layouts(covers)
         under_way: deque[Future[list[RingOutcome]]] = deque()
         with ThreadPoolExecutor(1) as pool:
             for batch in _batches(call for each in rings.writes() for call in layouts.calls(lease, each)):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -35,14 +35,13 @@ from heliostat.online.bucket_rings import (
     RunBucket,
 )
 from heliostat.online.due_buckets import due_jobs, every_job
-from heliostat.online.live import remember_ms
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import hash64
 from heliostat.storage.bundles import RingBytes
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.log_version import LogVersion
 from heliostat.storage.online_store import OnlineConfig, OnlineStore
-from heliostat.storage.ring_writes import BucketLease, EntityRings, RingCounts, RingLayouts
+from heliostat.storage.ring_writes import BucketLease, EntityRings, RingCounts
 
 SMALL_MATERIALIZATION = 3_000_000
 """Events up to which this process brings them online itself, also where a Ray is connected: on two cores it takes
@@ -157,6 +156,7 @@ def materialize(
     small: int = SMALL_MATERIALIZATION,
     connect: Connect = contextlib.nullcontext,
     on_step: OnStep | None = None,
+    gone: Collection[str] = (),
 ) -> tuple[Materialization, ...]:
     """Materialize views: one task a bucket of each (source, entity), which its views share.
 
@@ -176,6 +176,7 @@ def materialize(
         small: Events of a (source, entity) up to which it is.
         connect: Is entered before Ray has something to do; by default it is connected already.
         on_step: Told how far it is.
+        gone: References of views that nobody reads any more; their rings leave the bundles that are written.
 
     Returns:
         What was done, for each (source, entity).
@@ -188,7 +189,9 @@ def materialize(
     with contextlib.ExitStack() as stack:
         for together in views_together(list(views)):
             log = event_log.opened(together[0].source, together[0].entity)
-            task = BucketTask(together, event_log, log.version, online, as_of_us, limits, present, known=log)
+            task = BucketTask(
+                together, event_log, log.version, online, as_of_us, limits, present, known=log, gone=tuple(gone)
+            )
             ray = _Ray(connect, stack, small) if on_ray else None
             done.append(_Run(task, log, full, full_every_us, rate or RateLimit(), concurrency, ray, on_step).run())
     return tuple(done)
@@ -303,7 +306,7 @@ class _Run:
             return swept
         known = np.sort(np.concatenate([np.frombuffer(done.present, np.uint64) for done in by_bucket.values()]))
         source, entity = self.task.views[0].source, self.task.views[0].entity
-        layouts = RingLayouts(plan.described, True, remember_ms(self.task.limits))
+        layouts = self.task.layouts(True)
         for keys in store.scan(plan.prefix):
             in_bucket, texts = entities_of(plan, keys)
             hashes = hash64(texts)

@@ -27,6 +27,15 @@ _F8 = np.dtype("<f8")
 _ENTRY_WORDS = _ENTRY.size // _I8.itemsize
 
 
+def view_id(view_ref: str) -> bytes:
+    """What the ids of a view's rings begin with.
+
+    Args:
+        view_ref: Of the view and its version.
+    """
+    return hashlib.blake2b(view_ref.encode(), digest_size=RING_ID_BYTES // 2).digest()
+
+
 def ring_id(view_ref: str, group: str) -> bytes:
     """The id of a ring in its bundle.
 
@@ -34,7 +43,7 @@ def ring_id(view_ref: str, group: str) -> bytes:
         view_ref: Of the view and its version.
         group: The name of the ring's layout.
     """
-    return b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in (view_ref, group))
+    return view_id(view_ref) + hashlib.blake2b(group.encode(), digest_size=RING_ID_BYTES // 2).digest()
 
 
 def directory_bytes(n_rings: int) -> int:

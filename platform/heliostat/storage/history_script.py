@@ -10,14 +10,14 @@ from heliostat.storage.scripts import Script
 # Rings of entities of one bucket, from history. Each entity is atomic, with the memory of its recent
 # events' ids. KEYS: the fence; the entities' bundles; then entity by entity their seen keys. ARGV: the token
 # that the fence must hold, the epoch, whether history covers all that live events had done before that began
-# ('1' or '0'), life of seen keys in ms, number of layouts, for each its descriptor and the first tile that is
-# still open to late events; the number of entities; each one's number of seen keys (I4 each, or '' if there are
-# none at all); the size of each one's bundle as history has it (I4 each, 0: no events); those bundles, one
-# behind the other. Of a layout that isn't in one, the entity has no events.
+# ('1' or '0'), life of seen keys in ms, ids of other views whose rings go, number of layouts, for each its
+# descriptor and the first tile that is still open to late events; the number of entities; each one's number of
+# seen keys (I4 each, or '' if there are none at all); the size of each one's bundle as history has it (I4 each,
+# 0: no events); those bundles, one behind the other. Of a layout that isn't in one, the entity has no events.
 # Tiles before the first open one come from history. An open tile of live events comes from it as well if
 # it covers them; else it stays, with all open tiles of the entity, and no id is remembered. Where history
-# doesn't cover, what live events or a later history made stays. Rings of other views stay; those of these
-# views in another layout go.
+# doesn't cover, what live events or a later history made stays. Other views' rings stay, unless they are to
+# go; these views' rings of another layout go.
 # Answers -1 if the fence holds another token, and 1 if none of the bundles was there, so that those with events
 # are now; else a number a ring, layout by layout: 0 unchanged, 1 written, 2 left alone since its base is ahead,
 # 3 has open tiles that history doesn't cover yet, 4 cleared, 5 isn't there.
@@ -28,8 +28,11 @@ local keys, given = KEYS, ARGV
 if redis.call('GET', keys[1]) ~= given[1] then
   return -1
 end
-local epoch, covers, remember, n_layouts = tonumber(given[2]) % 65536, given[3] == '1', given[4], tonumber(given[5])
-local layouts, own, views, head, codes, expires = {}, {}, {}, 5, {}, false
+local epoch, covers, remember, n_layouts = tonumber(given[2]) % 65536, given[3] == '1', given[4], tonumber(given[6])
+local layouts, own, views, head, codes, expires = {}, {}, {}, 6, {}, false
+for at = 1, #given[5], 8 do
+  views[sub(given[5], at, at + 7)] = true
+end
 for i = 1, n_layouts do
   local layout = described(given[head + 1])
   layout.first_live, head = tonumber(given[head + 2]), head + 2
@@ -127,7 +130,7 @@ local function added(first, last)
   return true
 end
 
--- Writes a bundle: `after` has the rings of these views that it has then, by id; other views' stay as they are.
+-- Writes a bundle: `after` has the rings of `views` that it has then, by id; other views' stay as they are.
 local function put(key, bundle, after)
   local ids, begins, sizes = listed(bundle)
   local kept, parts, lengths, changed = {}, {}, {}, false

@@ -147,11 +147,13 @@ class RingLayouts:
             late events.
         covers: Whether history holds all that live events did before the lease began.
         remember_ms: How long ids of recent events are remembered.
+        gone: Ids of other views, whose rings go, one behind the other.
     """
 
     groups: tuple[tuple[bytes, bytes, int], ...]
     covers: bool
     remember_ms: int
+    gone: bytes = b""
 
     def calls(self, lease: BucketLease, entities: EntityRings) -> Iterator[RingCall]:
         """The calls that write entities of one bucket, in their order.
@@ -160,8 +162,8 @@ class RingLayouts:
             lease: Of the bucket.
             entities: Any number of them.
         """
-        described = [part for _, *group in self.groups for part in group]
-        head = (lease.token, lease.epoch, int(self.covers), self.remember_ms, len(self.groups), *described)
+        described = [part for _, descriptor, first_live in self.groups for part in (descriptor, first_live)]
+        head = (lease.token, lease.epoch, int(self.covers), self.remember_ms, self.gone, len(self.groups), *described)
         n_entities, n_layouts = len(entities.keys), len(self.groups)
         if not n_entities:
             return

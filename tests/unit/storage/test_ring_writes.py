@@ -11,7 +11,7 @@ from heliostat.storage.ring_writes import BucketLease, EntityRings, RingCounts, 
 LEASE = BucketLease("fence", 9, 7)
 DAYS, LIFE = b"the ring of days", b"the ring of life"
 LAYOUTS = RingLayouts(((DAYS, b"days", 100), (LIFE, b"life", 90)), True, 5000)
-HEAD = (9, 7, 1, 5000, 2, b"days", 100, b"life", 90)
+HEAD = (9, 7, 1, 5000, b"", 2, b"days", 100, b"life", 90)
 ONE_LAYOUT = RingLayouts(((DAYS, b"days", 100),), True, 5000)
 RING, OTHER, MORE = b"12345678", b"1234567812345678", b"87654321"
 BESIDE = directory_bytes(1)
@@ -59,7 +59,7 @@ def test_a_call_keeps_the_server_busy_for_a_bounded_time() -> None:
         assert numbers == list(range(n))
         assert [key for call in calls for key in call.keys if key.startswith("k")] == [f"k{at}" for at in range(n)]
         assert b"".join(bytes(call.arguments[-1]) for call in calls) == bundled({DAYS: ring}) * n
-        assert all(call.arguments[:7] == (9, 7, 1, 5000, 1, b"days", 100) for call in calls)
+        assert all(call.arguments[:8] == (9, 7, 1, 5000, b"", 1, b"days", 100) for call in calls)
 
 
 def test_an_entity_is_never_cut_in_two_however_large_it_is() -> None:
@@ -72,7 +72,7 @@ def test_each_call_remembers_the_ids_of_its_own_entities() -> None:
     entities = rings(300, RING)._replace(seen_keys={0: ["first"], 200: ["later"]})
     calls = list(ONE_LAYOUT.calls(LEASE, entities))
     assert [[key for key in call.keys if key in ("first", "later")] for call in calls] == [["first"], ["later"], []]
-    assert struct.unpack("<128I", calls[1].arguments[8])[200 - 128] == 1  # type: ignore[arg-type]  # it is bytes
+    assert struct.unpack("<128I", calls[1].arguments[9])[200 - 128] == 1  # type: ignore[arg-type]  # it is bytes
 
 
 def test_nothing_to_write_is_no_call() -> None:
