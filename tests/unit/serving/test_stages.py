@@ -29,7 +29,7 @@ def test_one_read_brings_the_features_of_all_entities_and_the_routing_document()
     assert block.values.tolist()[0] == [2.0, 30.0, 15.0, 4.0]
     assert block.absent_views() == [(), ("usage@1",), ()]
     assert block.route == RoutingDocument.single("churn", 1, revision=1).to_bytes()
-    assert house.store.reads == [4]  # two rings for each of three entities, and the document
+    assert house.store.reads == [4]  # a bundle for each of three entities, and the document
 
 
 def test_features_of_an_undeclared_view_are_refused() -> None:
