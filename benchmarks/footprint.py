@@ -45,8 +45,8 @@ def keys_of(workspace: Workspace) -> dict[str, list[int]]:
     for key in client.scan_iter(match=f"{root}:*", count=1_000):
         name = key.decode()
         kind, _, rest = name.removeprefix(f"{root}:").partition(":")
-        view = f" {rest.partition(':')[0]}" if kind == "r" else ""
-        found[kind + view].append(int(client.memory_usage(key, samples=0) or 0))
+        about = " ".join(["", *rest.split(":")[:2]]) if kind == "r" else ""
+        found[kind + about].append(int(client.memory_usage(key, samples=0) or 0))
     return dict(found)
 
 
@@ -65,7 +65,8 @@ def store(workspace: Workspace, customers: int) -> Iterator[Row]:
     found = keys_of(workspace)
     for kind, sizes in sorted(found.items()):
         if kind.startswith("r "):
-            yield f"ring of {kind[2:]}", sum(sizes) / len(sizes), "bytes an entity"
+            source, entity = kind.split()[1:]
+            yield f"all rings over {source} of a {entity}", sum(sizes) / len(sizes), "bytes an entity"
     events = customers * EVENTS_A_CUSTOMER
     yield "id of an event, kept for de-duplication", sum(found["d"]) / len(found["d"]), "bytes an event"
     yield "event in its stream", sum(found["events"]) / events, "bytes an event"

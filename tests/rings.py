@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,8 +12,15 @@ from heliostat.features.definitions import FeatureView
 from heliostat.features.inputs import evaluate
 from heliostat.online.tiles import RingLimits, pack_rings, ring_layout, tile_states
 from heliostat.schema import hash64, tie48, times_us
-from heliostat.storage.bundles import bundled, rings_in
+from heliostat.storage.bundles import rings_in
 from heliostat.storage.online_store import OnlineKeys
+
+
+def bundled(rings: Mapping[bytes, bytes]) -> bytes:
+    """The bundle of one entity's rings, by id; empty without any."""
+    there = {each: ring for each, ring in rings.items() if ring}
+    entries = [struct.pack("<16sd", each, len(ring)) for each, ring in there.items()]
+    return b"".join([struct.pack("<d", len(there)), *entries, *there.values()]) if there else b""
 
 
 def rings_of(

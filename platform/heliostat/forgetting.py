@@ -281,7 +281,7 @@ class _Forgetting:
             kind, _, rest = key.removeprefix(prefix).partition(":")
             if kind == "r" and rest.count(":") >= 3:
                 source, entity, _, about = rest.split(":", 3)
-                owner = self._owners.get((source, entity))
+                owner = self._owners.get((source, entity)) or self._workspace.definitions.entities.get(entity)
             elif kind == "batch" and ":" in rest:
                 model, _, about = rest.partition(":")
                 owner = self._models.get(model)
@@ -385,7 +385,10 @@ class _Forgetting:
         limits, now_us = RingLimits.of(workspace.configured.ingestion), workspace.clock.now_us()
         buckets = entity.buckets(entity.encoded(texts), workspace.event_log.n_buckets)
         version = workspace.event_log.version(source, entity)
-        task = BucketTask(tuple(views), workspace.event_log, version, workspace.online_config, now_us, limits)
+        gone = tuple(workspace.retired_views())
+        task = BucketTask(
+            tuple(views), workspace.event_log, version, workspace.online_config, now_us, limits, gone=gone
+        )
         for bucket in np.unique(buckets).tolist():
             own = [texts[at] for at in np.flatnonzero(buckets == bucket).tolist()]
             try:

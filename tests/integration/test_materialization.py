@@ -32,14 +32,14 @@ from heliostat.online.tiles import RingLimits
 from heliostat.schema import TIMESTAMP, times_us
 from heliostat.settings import Settings
 from heliostat.storage import event_log
-from heliostat.storage.bundles import bundled, ring_id, rings_in
+from heliostat.storage.bundles import ring_id, rings_in
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.log_version import LogVersion
 from heliostat.storage.offline_store import OfflineStore
 from heliostat.storage.online_store import OnlineStore
 from heliostat.storage.stream_tail import StreamTail, advance
 from heliostat.storage.streams import Streams
-from tests.rings import rings_held
+from tests.rings import bundled, rings_held
 
 NOW_US = parse_instant_us("2020-06-01T12:00:00")
 LIMITS = RingLimits(lateness_us=US_PER_DAY, future_tolerance_us=60_000_000)

@@ -28,11 +28,12 @@ from heliostat.serving.routing import ABRouter
 from heliostat.serving.scoring import ModelRunner
 from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.settings import ClockSettings, OnlineSettings, Settings
-from heliostat.storage.bundles import bundled, rings_in
+from heliostat.storage.bundles import rings_in
 from heliostat.storage.online_store import AsyncOnlineStore
 from heliostat.storage.streams import AsyncStreams
 from heliostat.workspace import Workspace
 from tests.integration.erasure_declarations import USER, churn, user_sales
+from tests.rings import bundled
 
 NOW_US = parse_instant_us("2026-03-01T12:00:00Z")
 NAMES = churn.feature_names

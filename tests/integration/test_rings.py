@@ -33,11 +33,12 @@ from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.ports import free_ports
 from heliostat.schema import TIMESTAMP
 from heliostat.settings import Settings
-from heliostat.storage.bundles import bundled, rings_in
+from heliostat.storage.bundles import rings_in
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineConfig, OnlineStore
 from heliostat.storage.ring_writes import RingCounts
 from jobs.materialize_features import main
+from tests.rings import bundled
 
 LIMITS = RingLimits(lateness_us=US_PER_DAY, future_tolerance_us=60_000_000)
 REMEMBER_MS = remember_ms(LIMITS)
@@ -320,6 +321,10 @@ def test_history_lets_a_bundle_live_for_as_long_as_any_of_its_rings_has_to(
     assert [store.client.pttl(key) for key in (first, second)] == [-1, -1]
     materialized(event_log, store, brief)
     assert [store.client.pttl(key) for key in (first, second)] == [-1, -1]
+    assert materialized(event_log, store, brief, gone=(habits.ref,)) == RingCounts(
+        unchanged=4, cleared=2 * len(ring_layout(habits, LIMITS).groups)
+    )
+    assert all(13 * 86_400_000 < store.client.pttl(key) <= 14 * 86_400_000 for key in (first, second))
 
 
 def test_a_bundle_is_kept_in_as_few_bytes_as_its_rings_have(store: OnlineStore) -> None:
@@ -418,11 +423,11 @@ def test_a_server_without_memory_is_reported_and_loses_nothing(own_server: int) 
 
 
 def materialized(
-    event_log: EventLog, store: OnlineStore, view: FeatureView, as_of_us: int = NOW_US, *, present: bool = True
+    event_log: EventLog, store: OnlineStore, view: FeatureView, as_of_us: int = NOW_US, **options: Any
 ) -> RingCounts:
     """All buckets of one view, in this process."""
     version = event_log.version(view.source, view.entity)
-    task = BucketTask((view,), event_log, version, store.config, as_of_us, LIMITS, present)
+    task = BucketTask((view,), event_log, version, store.config, as_of_us, LIMITS, **options)
     done = [task.run(BucketJob(bucket, None, as_of_us), store) for bucket in range(N_BUCKETS)]
     return sum((each.rings for each in done), RingCounts())
 

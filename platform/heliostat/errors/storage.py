@@ -58,7 +58,7 @@ class RingCorruptError(StorageError):
             wrong = f"no multiple of the {self.slot_bytes} of a slot"
         return (
             f"rings {self.group!r} of view {self.view!r}: the online store has {self.found_bytes} bytes, {wrong}; "
-            "something else wrote them: delete these keys and run jobs/materialize_features.py"
+            "something else wrote them: run jobs/materialize_features.py --full"
         )
 
 

@@ -31,7 +31,7 @@ typedef struct {
 enum { E_ID, E_SECOND_ID, E_SIZE, E_WORDS };
 
 typedef struct {
-    const char *entries, *rings, *past;
+    const char *entries, *rings;
     int64_t n;
 } Bundle;
 
@@ -48,7 +48,7 @@ static inline int64_t floor_division(int64_t a, int64_t b) /* b > 0 */
     return quotient - (a % b < 0);
 }
 
-/* Whether a value is a bundle, or none; how long its rings are is seen where one is looked for. */
+/* Whether a value is a bundle, or none. Its rings have whole lengths that fill it: `ring_of` relies on that. */
 static int bundle_of(PyObject *value, Bundle *found)
 {
     memset(found, 0, sizeof *found);
@@ -68,8 +68,7 @@ static int bundle_of(PyObject *value, Bundle *found)
     found->n = (int64_t)n;
     found->entries = at + 8;
     found->rings = found->entries + found->n * 8 * E_WORDS;
-    found->past = at + size;
-    double left = (double)(found->past - found->rings);
+    double left = (double)(at + size - found->rings);
     for (int64_t i = 0; i < found->n; i++) {
         double length = number(found->entries + 8 * (i * E_WORDS + E_SIZE));
         if (!(length >= 0.0 && length <= left) || length != floor(length))

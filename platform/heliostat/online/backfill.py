@@ -62,7 +62,7 @@ class RingPlan:
 
     @cached_property
     def groups(self) -> tuple[RingGroup, ...]:
-        """All of them; writes name them by their position."""
+        """All of them, in the order that writes have."""
         return tuple(group for layout in self.layouts for group in layout.groups)
 
     @cached_property

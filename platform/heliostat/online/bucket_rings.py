@@ -131,7 +131,7 @@ class BucketDone:
         events: Events read.
         entities: Entities whose rings were sent.
         rings: What became of them.
-        n_bytes: Of rings that were sent.
+        n_bytes: Of the bundles that were sent.
         present: Hashes of the keys of all entities that were looked at, if all were and somebody wants to know.
     """
 
@@ -192,8 +192,8 @@ class BucketTask:
         """The rings."""
         return RingPlan(self.views, self.online.keys, self.as_of_us, self.limits)
 
-    def layouts(self, covers: bool) -> RingLayouts:
-        """What all writes say first; `RingLayouts` says what ``covers`` means."""
+    def said_first(self, covers: bool) -> RingLayouts:
+        """What all writes begin with; `RingLayouts` says what ``covers`` means."""
         return RingLayouts(
             self.plan.described, covers, remember_ms(self.limits), b"".join(view_id(ref) for ref in self.gone)
         )
@@ -245,7 +245,10 @@ class BucketTask:
         return tally.rings + RingCounts(busy=len(left))
 
     def _begun(self, bucket: int, store: OnlineStore) -> BucketLease:
-        return store.begin_bucket(self.views[0].source.name, self.views[0].entity.name, bucket)
+        lease = store.begin_bucket(self.views[0].source.name, self.views[0].entity.name, bucket)
+        # Should such a view come back, nobody may believe that its rings are still there.
+        store.remove([store.keys.bucket_state(ref, bucket) for ref in self.gone])
+        return lease
 
     def _read(self, bucket: int, store: OnlineStore) -> BucketHistory:
         return HistoryReader(self.plan, bucket, self.event_log, store, self.present, self.known).read()
@@ -293,7 +296,7 @@ class BucketTask:
     def _write(self, rings: BucketRings, lease: BucketLease, covers: bool, store: OnlineStore) -> _Tally:
         """Send rings, several batches under way at a time."""
         tally, started_s = _Tally(), time.monotonic()
-        layouts = self.layouts(covers)
+        layouts = self.said_first(covers)
         under_way: deque[Future[list[RingOutcome]]] = deque()
         with ThreadPoolExecutor(1) as pool:
             for batch in _batches(call for each in rings.writes() for call in layouts.calls(lease, each)):

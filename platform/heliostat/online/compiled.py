@@ -76,7 +76,7 @@ class MergeProgram:
     """A view's merge as `_compiled.c` reads it.
 
     Args:
-        plan: What is merged; the values of all its rings are given.
+        plan: What is merged; the bundles with its rings are given.
         columns: Aggregated features of the plan, and the column that each comes into. They all `can_run`.
     """
 

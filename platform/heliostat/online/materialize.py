@@ -66,7 +66,7 @@ class Materialization:
         events: Events read.
         entities: Entities whose rings were sent.
         rings: What became of them.
-        n_bytes: Of the rings that were sent.
+        n_bytes: Of the bundles that were sent.
         seconds: How long it took.
     """
 
@@ -299,19 +299,24 @@ class _Run:
     # ── What nothing is left of ──────────────────────────────────────────────────
 
     def _swept(self, store: OnlineStore) -> RingCounts:
-        """Clear the rings of entities of which the log knows nothing, in buckets that were looked at in full."""
+        """Clear the rings of entities of which the log knows nothing, in buckets that were looked at in full.
+
+        Whoever has rings of other views alone is asked for in vain: one value is all that there is of an entity.
+        """
         plan, swept = self.task.plan, RingCounts()
         by_bucket = {done.bucket: done for done in self.finished if done.full}
         if not by_bucket:
             return swept
         known = np.sort(np.concatenate([np.frombuffer(done.present, np.uint64) for done in by_bucket.values()]))
         source, entity = self.task.views[0].source, self.task.views[0].entity
-        layouts = self.task.layouts(True)
+        layouts = self.task.said_first(True)
         for keys in store.scan(plan.prefix):
             in_bucket, texts = entities_of(plan, keys)
             hashes = hash64(texts)
             missing = np.searchsorted(known, hashes, "right") == np.searchsorted(known, hashes, "left")
-            for bucket, done in by_bucket.items():
+            for bucket in np.unique(in_bucket[missing]).tolist():
+                if (done := by_bucket.get(bucket)) is None:
+                    continue
                 doomed = [keys[at] for at in np.flatnonzero(missing & (in_bucket == bucket)).tolist()]
                 lease = BucketLease(store.keys.fence(source.name, entity.name, bucket), done.token, done.epoch)
                 nothing = EntityRings(0, doomed, [RingBytes.none(len(doomed))] * len(plan.groups), {})

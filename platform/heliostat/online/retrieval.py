@@ -436,12 +436,12 @@ def _parsed(group: RingGroup, bundles: Sequence[bytes | None]) -> Rings:
     try:
         rings = rings_of(bundles, group.ring_id)
     except ValueError:
-        lengths = tuple(sorted({len(each) for each in bundles if each is not None}))
+        lengths = tuple(sorted({len(each) for each in bundles if each}))
         raise RingCorruptError(group.view_ref, group.name, lengths) from None
     try:
         return parse_rings(group, rings)
     except ValueError:
-        lengths = tuple(sorted(set(map(len, rings))))
+        lengths = tuple(sorted({len(each) for each in rings if each}))
         raise RingCorruptError(group.view_ref, group.name, lengths, group.slot_bytes) from None
 
 

@@ -44,7 +44,7 @@ BoolArray = NDArray[np.bool_]
 
 F8 = np.dtype("<f8")
 LIFE = "life"
-_FORMAT = "slots in use"
+_FORMAT = "slots in use, in bundles"
 
 
 @dataclass(frozen=True)

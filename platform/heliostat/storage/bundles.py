@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -49,15 +49,6 @@ def ring_id(view_ref: str, group: str) -> bytes:
 def directory_bytes(n_rings: int) -> int:
     """What a bundle of so many rings has besides them."""
     return _COUNT.size + n_rings * _ENTRY.size if n_rings else 0
-
-
-def bundled(rings: Mapping[bytes, bytes]) -> bytes:
-    """The bundle of one entity's rings, by id; empty without any."""
-    there = {each: ring for each, ring in rings.items() if ring}
-    if not there:
-        return b""
-    entries = [_ENTRY.pack(each, len(ring)) for each, ring in there.items()]
-    return b"".join([_COUNT.pack(len(there)), *entries, *there.values()])
 
 
 def rings_in(bundle: bytes | None) -> dict[bytes, bytes]:
@@ -105,7 +96,7 @@ class RingBytes(NamedTuple):
 
 
 def bundles(ids: Sequence[bytes], rings: Sequence[RingBytes]) -> RingBytes:
-    """The bundles of many entities: as `bundled` makes each.
+    """The bundles of many entities; of an entity without rings, no bytes.
 
     Args:
         ids: Of the rings that an entity may have, ``n_layouts`` of them.

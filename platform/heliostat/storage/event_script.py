@@ -211,7 +211,7 @@ local function update(key, argument, n_rings)
   end
   rewrite(key, held, n_held, ids, sizes, edits, added)
   if #added > 0 or not forever then
-    lasting(key, n_held == 0, forever, expire_ms)
+    lasting(key, n_held > 0, forever, expire_ms)
   end
   return late
 end

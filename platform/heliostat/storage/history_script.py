@@ -20,7 +20,8 @@ from heliostat.storage.scripts import Script
 # go; these views' rings of another layout go.
 # Answers -1 if the fence holds another token, and 1 if none of the bundles was there, so that those with events
 # are now; else a number a ring, layout by layout: 0 unchanged, 1 written, 2 left alone since its base is ahead,
-# 3 has open tiles that history doesn't cover yet, 4 cleared, 5 isn't there.
+# 3 has open tiles that history doesn't cover yet, 4 cleared, 5 isn't there. Behind those, a 4 for each ring that
+# went because of its view or its layout.
 WRITE_RINGS: Final = Script(
     RINGS_AND_BUNDLES
     + """
@@ -29,7 +30,7 @@ if redis.call('GET', keys[1]) ~= given[1] then
   return -1
 end
 local epoch, covers, remember, n_layouts = tonumber(given[2]) % 65536, given[3] == '1', given[4], tonumber(given[6])
-local layouts, own, views, head, codes, expires = {}, {}, {}, 6, {}, false
+local layouts, own, views, head, codes, expires, dropped = {}, {}, {}, 6, {}, false, 0
 for at = 1, #given[5], 8 do
   views[sub(given[5], at, at + 7)] = true
 end
@@ -92,7 +93,7 @@ local function composed(layout, held, fresh, frozen)
 end
 
 -- Lets an entity's bundle live for as long as these rings have to.
-local function kept_alive(key, new, rings)
+local function kept_alive(key, others, rings)
   local forever, expire_ms = false, 0
   for id in pairs(rings) do
     local layout = own[id]
@@ -100,7 +101,7 @@ local function kept_alive(key, new, rings)
       forever, expire_ms = forever or layout.expire_ms == 0, math.max(expire_ms, layout.expire_ms)
     end
   end
-  lasting(key, new, forever, expire_ms)
+  lasting(key, others, forever, expire_ms)
 end
 
 -- Whether none of some entities' bundles was there; if so, those with events are now.
@@ -124,7 +125,7 @@ local function added(first, last)
   if expires then
     for at = 1, n, 2 do
       local _, begins = listed(rings[at + 1])
-      kept_alive(rings[at], true, begins)
+      kept_alive(rings[at], false, begins)
     end
   end
   return true
@@ -133,7 +134,7 @@ end
 -- Writes a bundle: `after` has the rings of `views` that it has then, by id; other views' stay as they are.
 local function put(key, bundle, after)
   local ids, begins, sizes = listed(bundle)
-  local kept, parts, lengths, changed = {}, {}, {}, false
+  local kept, parts, lengths, changed, others = {}, {}, {}, false, false
   local function keep(id, ring)
     kept[#kept + 1], parts[#parts + 1], lengths[id] = id, ring, #ring
   end
@@ -142,11 +143,12 @@ local function put(key, bundle, after)
     local ring = sub(bundle, begins[id], begins[id] + sizes[id] - 1)
     if not views[sub(id, 1, 8)] then
       keep(id, ring)
+      others = true
     elseif after[id] then
       keep(id, after[id])
       changed = changed or after[id] ~= ring
     else
-      changed = true
+      changed, dropped = true, own[id] and dropped or dropped + 1
     end
   end
   for i = 1, n_layouts do
@@ -156,7 +158,6 @@ local function put(key, bundle, after)
       changed = true
     end
   end
-  local new = #ids == 0
   if #kept == 0 then
     if bundle ~= '' then
       redis.call('UNLINK', key)
@@ -164,13 +165,9 @@ local function put(key, bundle, after)
     return
   elseif changed then
     local value = directory(kept, lengths) .. table.concat(parts)
-    if new then
-      redis.call('SET', key, value)
-    else
-      redis.call('SET', key, value, 'KEEPTTL')
-    end
+    redis.call('SET', key, value, 'KEEPTTL')
   end
-  kept_alive(key, new, after)
+  kept_alive(key, others, after)
 end
 
 -- Brings an entity's beside what is there; whether live events' open tiles stayed.
@@ -236,6 +233,9 @@ for entity = 1, n_entities do
     remembered(seen, seen + n_seen - 1)
   end
   seen = seen + n_seen
+end
+for _ = 1, dropped do
+  codes[#codes + 1] = 4
 end
 return codes
 """

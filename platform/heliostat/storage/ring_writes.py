@@ -59,7 +59,7 @@ class RingCounts:
 
     @classmethod
     def of(cls, codes: Sequence[int]) -> RingCounts:
-        """From what the script answers, a number a ring."""
+        """From what the script answers: a number a ring, and one for each that went without being asked about."""
         return cls(*(codes.count(code) for code in (WRITTEN, UNCHANGED, AHEAD, BUSY, CLEARED)))
 
 

@@ -106,19 +106,15 @@ local function directory(ids, sizes)
   return table.concat(parts)
 end
 
--- Lets a bundle live for as long as its rings do; `new` if it wasn't there.
-local function lasting(key, new, forever, expire_ms)
+-- Lets a bundle live for as long as some of its rings have to; `others` if it has more of them.
+local function lasting(key, others, forever, expire_ms)
+  local ms = string.format('%.0f', expire_ms)
   if forever then
-    if not new then
-      redis.call('PERSIST', key)
-    end
+    redis.call('PERSIST', key)
+  elseif expire_ms > 0 and others then
+    redis.call('PEXPIRE', key, ms, 'GT') -- what lives for ever goes on doing so
   elseif expire_ms > 0 then
-    local ms = string.format('%.0f', expire_ms)
-    if new then
-      redis.call('PEXPIRE', key, ms)
-    else
-      redis.call('PEXPIRE', key, ms, 'GT') -- one that lives for ever goes on doing so
-    end
+    redis.call('PEXPIRE', key, ms)
   end
 end
 """

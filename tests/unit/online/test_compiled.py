@@ -19,8 +19,9 @@ from heliostat.online import compiled, retrieval
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingGroup, RingLimits
 from heliostat.schema import integer_buckets
-from heliostat.storage.bundles import bundled, rings_in
+from heliostat.storage.bundles import rings_in
 from heliostat.storage.online_store import OnlineKeys
+from tests.rings import bundled
 from tests.strategies import ORIGIN_US, SHOP, SOURCES, SPAN_US, USER, views
 
 pytestmark = pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a compiler")

@@ -21,8 +21,9 @@ from heliostat.online.backfill import BucketRings, RingPlan
 from heliostat.online.retrieval import FeatureBatch, FeatureReader
 from heliostat.online.tiles import RingLimits, ring_layout
 from heliostat.schema import ID_HASH, TIMESTAMP, hash64
-from heliostat.storage.bundles import bundled, bundles, rings_in
+from heliostat.storage.bundles import bundles, rings_in
 from heliostat.storage.online_store import OnlineKeys
+from tests.rings import bundled
 
 KEYS = OnlineKeys("hs", "test")
 LIMITS = RingLimits(US_PER_DAY, 60_000_000)

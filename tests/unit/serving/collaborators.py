@@ -31,10 +31,10 @@ from heliostat.serving.routing import ABRouter
 from heliostat.serving.scoring import ModelRunner
 from heliostat.serving.telemetry import Meter
 from heliostat.serving.version_book import VersionBook, VersionFacts
-from heliostat.storage.bundles import bundled
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.stream_entries import rows_from
 from heliostat.storage.streams import CheckedRecord
+from tests.rings import bundled
 
 NOW_US = parse_instant_us("2026-03-01T12:00:00Z")
 KEYS = OnlineKeys("hs", "test")

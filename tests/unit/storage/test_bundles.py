@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.storage.bundles import RING_ID_BYTES, RingBytes, bundled, bundles, directory_bytes, ring_id, rings_in
+from heliostat.storage.bundles import RING_ID_BYTES, RingBytes, bundles, directory_bytes, ring_id, rings_in
+from tests.rings import bundled
 
 RINGS = st.integers(0, 4).map(lambda words: bytes(range(8 * words)))
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from heliostat.storage.bundles import RingBytes, bundled, directory_bytes
+from heliostat.storage.bundles import RingBytes, directory_bytes
 from heliostat.storage.ring_writes import BucketLease, EntityRings, RingCounts, RingLayouts, RingOutcome
+from tests.rings import bundled
 
 LEASE = BucketLease("fence", 9, 7)
 DAYS, LIFE = b"the ring of days", b"the ring of life"
