@@ -27,11 +27,14 @@ $(READY): requirements.lock pyproject.toml hatch_build.py $(wildcard platform/he
 demo: $(READY) ## From raw purchases to served predictions, on real data, in a few minutes
 	@exec $(BIN)/python jobs/demo.py
 
+# What only computes runs on all processors at once; what waits, and is waited for, alone.
 test: $(READY) ## All tests but the slow ones
-	@exec $(BIN)/python -m pytest -m "not slow" -q
+	@$(BIN)/python -m pytest -m "not slow" -q -n auto --dist worksteal tests/unit
+	@exec $(BIN)/python -m pytest -m "not slow" -q tests/contract tests/integration
 
 test-slow: $(READY) ## The slow tests alone
-	@exec $(BIN)/python -m pytest -m slow -q
+	@$(BIN)/python -m pytest -m "slow and computes" -q -n auto --dist worksteal
+	@exec $(BIN)/python -m pytest -m "slow and not computes" -q
 
 services: ## Install what some contract tests need and no Python package brings: PostgreSQL and Prometheus, from Debian's packages
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \

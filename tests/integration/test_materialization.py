@@ -413,6 +413,7 @@ def test_any_order_of_live_bulk_sink_and_materializations_is_what_the_kernel_say
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 @hypothesis_settings(patient, max_examples=100)
 @given(steps=STEPS)
 def test_any_order_of_them_many_times_over(

@@ -194,6 +194,7 @@ def test_history_alone_is_what_the_contract_says_and_what_the_offline_kernel_say
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("check_way", [check_live_events, check_a_mixture, check_history])
 @exhaustive

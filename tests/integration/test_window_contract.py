@@ -173,6 +173,7 @@ def test_offline_and_online_and_the_oracle_agree_on_views_of_several_entities(
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 @pytest.mark.timeout(900)
 @exhaustive
 @given(data=st.data())

@@ -55,6 +55,7 @@ def test_every_row_is_what_the_contract_says(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 @pytest.mark.timeout(900)
 @exhaustive
 @given(st.data())
