@@ -1,6 +1,6 @@
 """Each act of benchmarks/chaos.py, shorter: real HTTP, Ray Serve with two replicas, a Valkey server to be killed.
 
-Those of which test_live_promotion.py or the unit tests play a part are slow ones here.
+All of it is slow; test_live_promotion.py and the unit tests play parts of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from benchmarks.chaos_load import Act, Load, Truth
 from deployments import graph
 from heliostat.workspace import Workspace
 from tests.chaos_project import chaos_project
+
+pytestmark = pytest.mark.slow
 
 RATE = 40.0
 Play = Callable[[chaos.Stage, Act], Awaitable[None]]
@@ -59,13 +61,11 @@ def theatre(session_home: Path, ray_local: None) -> Iterator[Theatre]:  # noqa: 
         yield Theatre(workspace, truth, url)
 
 
-@pytest.mark.slow
 def test_twenty_promotions_rollbacks_and_splits_fail_nobody(theatre: Theatre) -> None:
     act = theatre.play(lambda stage, act: stage.promotions(act), seconds=4)
     assert not act.fallbacks
 
 
-@pytest.mark.slow
 def test_a_version_that_raises_gives_way(theatre: Theatre) -> None:
     act = theatre.play(lambda stage, act: stage.bad_version(act, chaos_load.RAISES), seconds=4)
     assert act.fallbacks.keys() == {"control", "last_good_version"}
@@ -78,7 +78,6 @@ def test_a_version_that_hangs_gives_way_in_time(theatre: Theatre) -> None:
     assert act.failed == 0
 
 
-@pytest.mark.slow
 def test_a_corrupt_artifact_gives_way(theatre: Theatre) -> None:
     act = theatre.play(lambda stage, act: stage.bad_version(act, chaos_load.CORRUPT), seconds=4)
     assert act.fallbacks.keys() == {"control", "last_good_version"}

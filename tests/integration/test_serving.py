@@ -754,6 +754,7 @@ def test_a_deployment_that_cant_load_what_serves_is_refused_and_the_replicas_bef
     (files / "model.txt").write_bytes(content)
 
 
+@pytest.mark.slow
 def test_the_distributed_graph_says_what_the_fused_one_says_and_marks_what_fails(
     shop_on_serve: Shop, fused_url: str
 ) -> None:

@@ -112,6 +112,7 @@ def _checks(report: TrainingReport) -> dict[str, bool]:
 # ── With Ray ────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_one_call_leads_from_declarations_to_a_version_in_production(workspace: Workspace) -> None:
     told: list[str] = []
