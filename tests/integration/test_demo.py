@@ -58,12 +58,13 @@ def alive_after(seconds: float, started: list[int]) -> list[int]:
     return [pid for pid in started if cluster._alive(pid)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "number", "before"),
     [
         ("Start the embedded store and Ray", signal.SIGINT, ""),
         # As in the background of a script.
-        pytest.param("Register the declarations", signal.SIGTERM, "trap '' INT TERM;", marks=pytest.mark.slow),
+        ("Register the declarations", signal.SIGTERM, "trap '' INT TERM;"),
     ],
 )
 def test_an_interrupted_demo_leaves_nothing_running(
