@@ -320,8 +320,8 @@ def run(plan: Plan, folder: Path, skip: Sequence[str]) -> tuple[Cells, str]:
         program = None if "feast" in skip else stack.enter_context(feast(folder, address))
         beside = f"{address},unix_socket_path={unix}"
         near = None if "feast" in skip else stack.enter_context(feast(folder, beside))
-        for store, vector in zip(stores, VECTORS, strict=True):
-            if program is not None:
+        if program is not None:
+            for store, vector in zip(stores, VECTORS, strict=True):
                 check_agreement(program, store, vector, plan.users)
         cells: Cells = {}
         for entities in plan.entities:

@@ -193,11 +193,6 @@ class _Forgetting:
         return self._workspace.definitions.views.values()
 
     @cached_property
-    def _owners(self) -> Mapping[tuple[str, str], Entity]:
-        """Whose rings they are, by the names of their source and entity."""
-        return {(view.source.name, view.entity.name): view.entity for view in self._declared_views}
-
-    @cached_property
     def _models(self) -> Mapping[str, Entity]:
         return {name: spec.entity for name, spec in self._workspace.definitions.models.items()}
 
@@ -273,15 +268,14 @@ class _Forgetting:
 
     def _own_keys(self) -> list[str]:
         """Rings and cached batch results about the entity, of any view or model that there ever was."""
-        views = {view.ref: view.entity for view in self._declared_views}
         text = str(next(iter(self._subject.parts.values())))
         prefix = f"{self._keys.root}:"
         found: list[str] = []
         for key in dict.fromkeys((*self._server.find(text), *self._server.find(quote(text, safe="")))):
             kind, _, rest = key.removeprefix(prefix).partition(":")
             if kind == "r" and rest.count(":") >= 3:
-                source, entity, _, about = rest.split(":", 3)
-                owner = self._owners.get((source, entity)) or self._workspace.definitions.entities.get(entity)
+                _, entity, _, about = rest.split(":", 3)
+                owner = self._workspace.definitions.entities.get(entity)
             elif kind == "batch" and ":" in rest:
                 model, _, about = rest.partition(":")
                 owner = self._models.get(model)
@@ -289,10 +283,11 @@ class _Forgetting:
                 continue
             if self._subject.is_meant(owner, about):
                 found.append(key)
-        return [*found, *self._bucket_states(views)]
+        return [*found, *self._bucket_states()]
 
-    def _bucket_states(self, views: Mapping[str, Entity]) -> list[str]:
+    def _bucket_states(self) -> list[str]:
         """What materialization notes of a bucket, where it names the entity; without it, all of that is made anew."""
+        views = {view.ref: view.entity for view in self._declared_views}
         prefix = f"{self._keys.root}:m:"
         states = self._workspace.online.get_many([key for key in self._server.find("m:") if key.startswith(prefix)])
         return [
@@ -321,11 +316,12 @@ class _Forgetting:
 
     def _unnote(self) -> None:
         """Out of what the sink has noted of rings that it makes anew."""
+        views = {(view.source.name, view.entity.name): view.entity for view in self._declared_views}
         streams = self._workspace.streams
         meant: list[bytes] = []
         for note in streams.noted():
             source, name, text = orjson.loads(note)
-            if self._subject.is_meant(self._owners.get((source, name)), text):
+            if self._subject.is_meant(views.get((source, name)), text):
                 meant.append(note)
         streams.unnote(meant)
 

@@ -73,7 +73,7 @@ local function described(text)
   local operators, empty = sub(text, at, at + n_operators - 1), sub(text, at + n_operators)
   return {
     id = id, n_slots = n_slots, slot_bytes = slot_bytes, expire_ms = expire_ms,
-    life = life == 1, operators = operators, empty = empty, none = life == 1 and empty or ''
+    life = life == 1, operators = operators, none = life == 1 and empty or ''
   }
 end
 

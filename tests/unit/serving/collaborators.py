@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from heliostat.clock import US_PER_DAY, ManualClock, parse_instant_us
 from heliostat.errors import OnlineStoreUnavailableError, UnknownVersionError
 from heliostat.experiments.assignment import RoutingDocument, Variant
-from heliostat.features.aggregations import Count, Mean, Sum, evaluate
+from heliostat.features.aggregations import Count, Mean, Sum
 from heliostat.features.definitions import Entity, EventSource, FeatureView
 from heliostat.models.definitions import Definitions, Label, ModelSpec
 from heliostat.models.packaging import LoadedModel, ModelPackage, Signature
-from heliostat.online.tiles import RingLimits, pack_rings, ring_layout, tile_states
-from heliostat.schema import TIMESTAMP, hash64, tie48, times_us
+from heliostat.online.tiles import RingLimits
+from heliostat.schema import TIMESTAMP
 from heliostat.serving.breaker import BreakerRule, Breakers, guarded
 from heliostat.serving.fallback import BatchCache, VersionLadder
 from heliostat.serving.lookup import FeatureLookup, FeatureReaders
@@ -34,7 +34,7 @@ from heliostat.serving.version_book import VersionBook, VersionFacts
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.storage.stream_entries import rows_from
 from heliostat.storage.streams import CheckedRecord
-from tests.rings import bundled
+from tests import rings
 
 NOW_US = parse_instant_us("2026-03-01T12:00:00Z")
 KEYS = OnlineKeys("hs", "test")
@@ -104,22 +104,7 @@ def events(*rows: tuple[int, float, float]) -> pa.Table:
 
 def rings_of(table: pa.Table) -> dict[str, bytes]:
     """What the online store holds after these events, by key."""
-    users = USER.encode(table).to_numpy()
-    texts, codes = np.unique(users, return_inverse=True)
-    times = times_us(table.column("at"))
-    order = np.lexsort((times, codes))
-    ties = tie48(hash64(table.column("event_id")))
-    layout = ring_layout(USAGE, LIMITS)
-    inputs = evaluate(table.take(pa.array(order)), list(layout.inputs))
-    buckets = USER.buckets(pa.array(texts), N_BUCKETS)
-    found: dict[str, dict[bytes, bytes]] = {}
-    for group in layout.groups:
-        tiles = tile_states(group, codes[order].astype(np.int64), times[order], ties[order], inputs)
-        packed = pack_rings(group, tiles, len(texts), as_of_us=NOW_US, limits=LIMITS)
-        for text, bucket, ring in zip(texts, buckets, packed.to_bytes().split(), strict=True):
-            key = KEYS.bundle(USAGE.source.name, USER.name, str(text), int(bucket))
-            found.setdefault(key, {})[group.ring_id] = ring
-    return {key: bundled(rings) for key, rings in found.items()}
+    return rings.rings_of([USAGE], table, keys=KEYS, n_buckets=N_BUCKETS, as_of_us=NOW_US, limits=LIMITS)
 
 
 @cache
