@@ -127,6 +127,22 @@ class Deadlines:
         """
         return Deadline(self, at)
 
+    async def keep(self, work: Coroutine[Any, Any, T], at: float) -> T:
+        """What some work gives, cancelled at an instant, on the event loop's clock, seconds.
+
+        Work that waits for nothing has no limit, and costs none.
+
+        Raises:
+            TimeoutError: If it was cancelled for that.
+        """
+        try:
+            waits_for = work.send(None)
+        except StopIteration as done:
+            found: T = done.value
+            return found
+        with self.until(at):
+            return await _Begun(work, waits_for)
+
     def _set(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -179,21 +195,9 @@ class Limits:
         """Make a call when the delay is over, unless it is cancelled until then."""
         return self._deadlines.call_at(asyncio.get_running_loop().time() + self.delay_s, call)
 
-    async def keep(self, work: Coroutine[Any, Any, T]) -> T:
-        """What some work gives, cancelled when the delay is over; to be awaited by a task of its own.
-
-        Work that waits for nothing has no limit, and costs none.
-
-        Raises:
-            TimeoutError: If it was cancelled for that.
-        """
-        try:
-            waits_for = work.send(None)
-        except StopIteration as done:
-            found: T = done.value
-            return found
-        with self._deadlines.until(asyncio.get_running_loop().time() + self.delay_s):
-            return await _Begun(work, waits_for)
+    def keep(self, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        """What some work gives, cancelled when the delay is over, which begins now (see `Deadlines.keep`)."""
+        return self._deadlines.keep(work, asyncio.get_running_loop().time() + self.delay_s)
 
 
 class _Begun(Awaitable[T]):

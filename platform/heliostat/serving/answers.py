@@ -86,13 +86,13 @@ class Predictions:
 
     @classmethod
     def of(
-        cls, scores: FloatArray, version: int, rung: Rung | None, names: tuple[str, ...], matrix: FloatArray
+        cls, scores: FloatArray, versions: list[int], rung: Rung | None, names: tuple[str, ...], matrix: FloatArray
     ) -> Self:
-        """What one version, or whatever stood in for it, says of some rows.
+        """What versions of the same features, or what stood in for one, say of some rows.
 
         Args:
             scores: Shape ``(n,)``.
-            version: Which version.
+            versions: Which version, row by row.
             rung: What stood in; None for the normal way.
             names: The matrix's columns.
             matrix: The features that were used, shape ``(n, len(names))``, NaN where there was none.
@@ -102,7 +102,7 @@ class Predictions:
         missing: list[tuple[str, ...]] = [()] * n
         if nulls.any():
             missing = [tuple(itertools.compress(names, row)) for row in nulls.tolist()]
-        return cls(scores.tolist(), [version] * n, [rung] * n, matrix, missing)
+        return cls(scores.tolist(), versions, [rung] * n, matrix, missing)
 
     @classmethod
     def merged(cls, parts: Sequence[Self], rows: NDArray[np.intp]) -> Self:

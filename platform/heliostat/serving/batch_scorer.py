@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heliostat.errors.base import reason_of
 from heliostat.serving.answers import Explanation, Predictions
-from heliostat.serving.fallback import Rung, VersionLadder
-from heliostat.serving.lookup import shown
+from heliostat.serving.fallback import Refusal, Rung, Scored, VersionLadder
+from heliostat.serving.lookup import FeatureBlock, shown
 from heliostat.serving.request_batch import RequestBatch, mark_stand_ins
 from heliostat.serving.scoring import ScoreQuery
 from heliostat.serving.spare_features import SpareFeatures
@@ -28,6 +29,34 @@ FloatArray = NDArray[np.float64]
 _logger = logging.getLogger("heliostat.serving")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What one version said of some rows, or who stood in for it.
+
+    Attributes:
+        rows: Which; None: all.
+        scored: What was said.
+        names: The features that were asked by.
+        matrix: They, shape ``(n, len(names))``.
+        spared: What stood in for features, row by row; None: nothing.
+    """
+
+    rows: NDArray[np.intp] | None
+    scored: Scored
+    names: tuple[str, ...]
+    matrix: FloatArray
+    spared: Sequence[Rung] | None = None
+
+    def predictions(self, block: FeatureBlock) -> Predictions:
+        """The same, a value an entity in each column; ``block`` has the features of all rows."""
+        scored = self.scored
+        versions = [scored.version] * len(self.matrix)
+        found = Predictions.of(scored.scores, versions, scored.rung, self.names, self.matrix)
+        if scored.rung is not None or not block.stored:
+            mark_stand_ins(found, scored, block, self.rows, self.spared)
+        return found
+
+
 class BatchScorer:
     """Asks models about batches. Belongs to one event loop.
 
@@ -36,6 +65,7 @@ class BatchScorer:
         versions: Facts about model versions.
         ladder: Stands in for versions.
         spares: Stand in for features.
+        runner_now: Scores rows if that is done at once, else gives None; None: it never is.
     """
 
     def __init__(
@@ -44,8 +74,10 @@ class BatchScorer:
         versions: VersionBook,
         ladder: VersionLadder,
         spares: SpareFeatures,
+        runner_now: Callable[[ScoreQuery], FloatArray | None] | None = None,
     ) -> None:
         self._runner, self._versions, self._ladder, self._spares = runner, versions, ladder, spares
+        self._runner_now = runner_now
         self._deadlines = Deadlines()
 
     async def scored(self, batch: RequestBatch, *, until: float) -> Predictions:
@@ -59,24 +91,54 @@ class BatchScorer:
             UnservableModelError: If no rung has an answer.
         """
         assignment = batch.assignment
-        versions = np.array(assignment.versions)[assignment.chosen]
-        distinct = dict.fromkeys(versions.tolist())
-        if len(distinct) == 1:
-            predictions = await self._score_rows(batch, next(iter(distinct)), None, until=until)
-        else:
-            rows = {version: np.flatnonzero(versions == version) for version in distinct}
-            parts = await asyncio.gather(
-                *(self._score_rows(batch, version, each, until=until) for version, each in rows.items())
+        chosen = assignment.chosen.tolist()
+        versions = [assignment.versions[at] for at in chosen]
+        distinct = dict.fromkeys(versions)
+        rows: dict[int, NDArray[np.intp] | None] = dict.fromkeys(distinct)
+        if len(distinct) > 1:
+            rows = {version: np.flatnonzero(np.equal(versions, version)) for version in distinct}
+        # What answers at once needs no task, and no limit, of its own; those that have to be waited for share theirs.
+        found = {version: self._at_once(batch, version, rows[version]) for version in distinct}
+        done = {version: part for version, part in found.items() if isinstance(part, _Part)}
+        if len(done) < len(found):
+            late = {version: part for version, part in found.items() if not isinstance(part, _Part)}
+            climbed = await asyncio.gather(
+                *(self._climbed(batch, each, rows[each], refused=why, until=until) for each, why in late.items())
             )
-            predictions = Predictions.merged(parts, np.concatenate(list(rows.values())))
-        predictions.variants = [assignment.names[at] for at in assignment.chosen.tolist()]
+            done.update(zip(late, climbed, strict=True))
+        predictions = _joined(list(done.values()), versions, batch.block)
+        predictions.variants = [assignment.names[at] for at in chosen]
         predictions.absent = batch.block.absent_views()
         return predictions
 
-    async def _score_rows(
-        self, batch: RequestBatch, version: int, rows: NDArray[np.intp] | None, *, until: float
-    ) -> Predictions:
-        """What one version says, or whoever stands in for it, of some rows or (None) of all."""
+    def _at_once(self, batch: RequestBatch, version: int, rows: NDArray[np.intp] | None) -> _Part | Refusal | None:
+        """What one version says of some rows or (None) of all, or why not; None if that has to be waited for."""
+        run, facts, block = self._runner_now, self._versions.known(batch.model, version), batch.block
+        if run is None or facts is None or facts.stale or not block.stored:
+            return None
+        seen: list[FloatArray] = []
+
+        def score() -> FloatArray | None:
+            matrix = block.matrix(facts.wanted, rows)
+            seen.append(matrix)
+            return run(ScoreQuery(batch.model, version, matrix))
+
+        n = len(block.values) if rows is None else len(rows)
+        scores = self._ladder.ask_now(batch.model, version, score, rows=n)
+        if scores is None or isinstance(scores, Refusal):
+            return scores
+        return _Part(rows, Scored(scores, version), facts.names, seen[0])
+
+    async def _climbed(
+        self,
+        batch: RequestBatch,
+        version: int,
+        rows: NDArray[np.intp] | None,
+        *,
+        refused: Refusal | None,
+        until: float,
+    ) -> _Part:
+        """What one version says, or whoever stands in for it (at once if it ``refused``), of some rows or of all."""
         seen: dict[int, tuple[tuple[str, ...], FloatArray]] = {}
         spared: dict[int, list[Rung]] = {}
         block, entities = batch.block, batch.query.entities
@@ -99,16 +161,11 @@ class BatchScorer:
             entities=lambda: entities if rows is None else [entities[row] for row in rows],
             rows=len(entities) if rows is None else len(rows),
             until=until,
+            refused=refused,
         )
-        by_a_model = scored.rung is None or scored.rung.of_a_model
-        if by_a_model:
-            names, matrix = seen[scored.version]
-        else:
-            names, matrix = tuple(map(shown, block.names)), block.matrix(block.names, rows)
-        predictions = Predictions.of(scored.scores, scored.version, scored.rung, names, matrix)
-        if scored.rung is not None or not block.stored:
-            mark_stand_ins(predictions, scored, block, rows, spared.get(scored.version) if by_a_model else None)
-        return predictions
+        if scored.rung is None or scored.rung.of_a_model:
+            return _Part(rows, scored, *seen[scored.version], spared.get(scored.version))
+        return _Part(rows, scored, tuple(map(shown, block.names)), block.matrix(block.names, rows))
 
     async def explained(
         self, batch: RequestBatch, predictions: Predictions, *, until: float
@@ -146,3 +203,24 @@ class BatchScorer:
                 named = dict(zip(facts.names, contributions, strict=True))
                 found[row] = Explanation(named, base, raw, facts.scale.name, facts.scale.prediction)
         return found
+
+
+def _joined(parts: Sequence[_Part], versions: list[int], block: FeatureBlock) -> Predictions:
+    """Predictions of all rows.
+
+    Args:
+        parts: About some rows each, or one about all.
+        versions: That should answer, row by row.
+        block: Features of all rows.
+    """
+    first, *others = parts
+    if not others:
+        return first.predictions(block)
+    plain = block.stored and all(each.scored.rung is None and each.names == first.names for each in parts)
+    if not plain:
+        rows = [each.rows for each in parts if each.rows is not None]
+        return Predictions.merged([each.predictions(block) for each in parts], np.concatenate(rows))
+    scores, matrix = np.empty(len(versions)), np.empty((len(versions), len(first.names)))
+    for each in parts:
+        scores[each.rows], matrix[each.rows] = each.scored.scores, each.matrix
+    return Predictions.of(scores, versions, None, first.names, matrix)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from heliostat.errors import DependencyOpenError, HeliostatError
 from heliostat.errors.base import reason_of
@@ -161,7 +161,9 @@ class Breakers:
         return {name: breaker.prospect for name, breaker in self._made.items()}
 
 
-def guarded(call: Callable[[QueryT], Awaitable[AnswerT]], breaker: Breaker) -> Callable[[QueryT], Awaitable[AnswerT]]:
+def guarded(
+    call: Callable[[QueryT], Awaitable[AnswerT]], breaker: Breaker
+) -> Callable[[QueryT], Coroutine[Any, Any, AnswerT]]:
     """A call that is refused at once while its breaker is open.
 
     It fails by any error that isn't the caller's own fault (a status below 500), and by being cancelled:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from heliostat.clock import US_PER_S, Clock, parse_instant_us
 from heliostat.errors import UnservableModelError
 from heliostat.errors.base import reason_of
-from heliostat.serving.breaker import Breakers
+from heliostat.serving.breaker import Breaker, Breakers, State
 from heliostat.serving.telemetry import Board, cause_of
 from heliostat.storage.online_store import OnlineKeys
 from heliostat.timers import Deadlines
@@ -144,8 +144,13 @@ class Scored:
     cause: str | None = None
 
 
-class _Refusal(NamedTuple):
-    """Why a version gave no scores."""
+class Refusal(NamedTuple):
+    """Why a version gave no scores.
+
+    Attributes:
+        reason: As a text.
+        cause: In a word (see `heliostat.serving.telemetry.CAUSES`).
+    """
 
     reason: str
     cause: str
@@ -175,6 +180,31 @@ class VersionLadder:
         self._last_good, self._cached = last_good or (lambda _: ()), cached
         self._deadlines = Deadlines()
 
+    def ask_now(
+        self, model: str, version: int, score: Callable[[], FloatArray | None], *, rows: int
+    ) -> FloatArray | Refusal | None:
+        """A version's scores, shape ``(rows,)``, or why there are none; None if that has to be waited for.
+
+        Args:
+            model: The model's name.
+            version: The version that should answer.
+            score: Gives its scores, or None if that isn't done at once; may raise anything.
+            rows: How many scores are expected.
+        """
+        breaker = self._breakers.of(breaker_name(model, version))
+        permit = breaker.enter() if breaker.state is State.CLOSED else None
+        if permit is None:
+            return None
+        try:
+            scores = score()
+            if scores is None:
+                return None
+            _check(scores, rows)
+        except Exception as error:  # noqa: BLE001 - whatever a model does, the request is answered
+            return _refused(model, version, breaker, permit, error)
+        breaker.succeeded(permit)
+        return scores
+
     async def climb(
         self,
         model: str,
@@ -185,6 +215,7 @@ class VersionLadder:
         entities: Callable[[], Sequence[str]],
         rows: int,
         until: float,
+        refused: Refusal | None = None,
     ) -> Scored:
         """Scores of one version, or of the next that can give them.
 
@@ -196,16 +227,19 @@ class VersionLadder:
             entities: Gives the keys of those who are asked about, ``rows`` of them.
             rows: How many scores are expected.
             until: When to stop waiting for models, on the event loop's clock, seconds.
+            refused: Why the first version gave none, if it was asked already.
 
         Raises:
             UnservableModelError: If no rung has an answer.
         """
         candidates = list(self._candidates(model, version, control))
-        first = _Refusal("there was no time for it", "timeout")
+        first = refused or Refusal("there was no time for it", "timeout")
         for at, (rung, candidate) in enumerate(candidates):
+            if at == 0 and refused is not None:
+                continue
             last = at == len(candidates) - 1
             found = await self._ask(model, candidate, score, rows=rows, until=until, last=last)
-            if isinstance(found, _Refusal):
+            if isinstance(found, Refusal):
                 first = found if at == 0 else first
             elif found is not None:
                 return Scored(found, candidate, rung, cause=None if rung is None else first.cause)
@@ -232,7 +266,7 @@ class VersionLadder:
         rows: int,
         until: float,
         last: bool,
-    ) -> FloatArray | _Refusal | None:
+    ) -> FloatArray | Refusal | None:
         """A version's scores; or why there are none; or None if there is no time to ask."""
         now = asyncio.get_running_loop().time()
         if now >= until:
@@ -240,21 +274,17 @@ class VersionLadder:
         breaker = self._breakers.of(breaker_name(model, version))
         permit = breaker.enter()
         if permit is None:
-            return _Refusal(breaker.reason, "open")
+            return Refusal(breaker.reason, "open")
         # Who could stand in gets its share of the time as well.
         share = (until - now) * (1.0 if last else 0.5)
         try:
             with self._deadlines.until(now + share):
                 scores = await score(version)
-            if scores.shape == (rows,) and np.isfinite(scores).all():
-                breaker.succeeded(permit)
-                return scores
-            reason, cause = f"it gave no finite number for each of {rows} rows", "error"
+            _check(scores, rows)
         except Exception as error:  # noqa: BLE001 - whatever a model does, the request is answered
-            reason, cause = reason_of(error), cause_of(error)
-        breaker.failed(permit, reason)
-        _logger.warning("version %d of model %s can't answer: %s", version, model, reason)
-        return _Refusal(reason, cause)
+            return _refused(model, version, breaker, permit, error)
+        breaker.succeeded(permit)
+        return scores
 
     async def _without_a_model(
         self,
@@ -293,6 +323,18 @@ class VersionLadder:
                 return await self._prior(model, version)
         except TimeoutError:
             return None
+
+
+def _check(scores: FloatArray, rows: int) -> None:
+    if scores.shape != (rows,) or not np.isfinite(scores).all():
+        raise ValueError(f"it gave no finite number for each of {rows} rows")
+
+
+def _refused(model: str, version: int, breaker: Breaker, permit: int, error: Exception) -> Refusal:
+    reason = reason_of(error)
+    breaker.failed(permit, reason)
+    _logger.warning("version %d of model %s can't answer: %s", version, model, reason)
+    return Refusal(reason, cause_of(error))
 
 
 def breaker_name(model: str, version: int) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,12 +80,14 @@ class Stages:
         router: Assigns variants.
         runner: Scores rows, shape ``(n,)``; or explains them.
         spare_router: Assigns variants when ``router`` doesn't answer.
+        runner_now: Scores rows if that is done at once, else gives None; None: it never is.
     """
 
     features: Callable[[FeatureQuery], Awaitable[FeatureBlock]]
-    router: Callable[[RouteQuery], Awaitable[Assignment]]
+    router: Callable[[RouteQuery], Coroutine[Any, Any, Assignment]]
     runner: Callable[[ScoreQuery], Awaitable[FloatArray]]
     spare_router: Callable[[RouteQuery], Awaitable[Assignment]]
+    runner_now: Callable[[ScoreQuery], FloatArray | None] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -151,7 +154,7 @@ class Predictor:
         self._breakers = breakers or Breakers()
         self._spares = spares or SpareFeatures(readers, clock)
         ladder = ladder or VersionLadder(versions.prior, self._breakers)
-        self._scorer = BatchScorer(stages.runner, versions, ladder, self._spares)
+        self._scorer = BatchScorer(stages.runner, versions, ladder, self._spares, stages.runner_now)
         self._shadows = Shadows(stages.runner, versions, readers, log, limit_s=deadline_ms / 1e3)
         self._meter = meter or Meter()
         self._meter.watch(self._lines)
@@ -411,8 +414,7 @@ class Predictor:
     ) -> Assignment:
         routing = RouteQuery(query.model, block.route, query.entities)
         try:
-            with self._deadlines.until(until):
-                found = await self._stages.router(routing)
+            found = await self._deadlines.keep(self._stages.router(routing), until)
         except UnknownAliasError:
             raise
         except DependencyOpenError:

@@ -76,7 +76,7 @@ class Shadows:
                 matrix = batch.block.matrix(facts.wanted)
                 with self._deadlines.until(until):
                     scores = await self._runner(ScoreQuery(batch.model, version, matrix, beside=True))
-                shadow = Predictions.of(scores, version, None, facts.names, matrix)
+                shadow = Predictions.of(scores, [version] * len(scores), None, facts.names, matrix)
                 shadow.variants = [SHADOW_NAME] * len(shadow)
                 record = batch_record(batch, answers_of(batch, shadow), shadow, self._readers.given(batch.query))
                 await self._log.write([record], rows=len(shadow), until=until)

@@ -209,7 +209,11 @@ class House:
         book = VersionBook(self.versions.facts)
         self.predictor = Predictor(
             Stages(
-                guarded(self.lookup, self.breakers.of(STORE)), self.router, self.runner, ABRouter(self.catalog.get)
+                guarded(self.lookup, self.breakers.of(STORE)),
+                self.router,
+                self.runner,
+                ABRouter(self.catalog.get),
+                self.runner.now,
             ),
             self.readers,
             book,
