@@ -17,7 +17,7 @@ from heliostat.errors import (
     UnknownAliasError,
     UnknownVariantError,
 )
-from heliostat.experiments.assignment import OUTSIDE, RoutingDocument
+from heliostat.experiments.assignment import RoutingDocument
 from heliostat.models.registry import PRODUCTION
 from heliostat.serving.breaker import Breaker, guarded
 from heliostat.serving.lanes import in_thread
@@ -51,7 +51,7 @@ class Assignment:
         revision: The routing document's.
         names: Variants, the control first; the last one stands for those outside of the experiment.
         versions: The version of each of them.
-        chosen: Index into both, shape ``(n,)``.
+        chosen: Index into both, shape ``(n,)``; -1 stands for the last one.
         shadow: Versions to score and log besides.
     """
 
@@ -138,12 +138,11 @@ class ABRouter:
             UnknownAliasError: If no version of the model serves.
         """
         route = await self.route(query.model, query.document)
-        chosen = route.assign(query.entities)
         return Assignment(
             revision=route.revision,
             names=(*(variant.name for variant in route.variants), OUTSIDE_NAME),
             versions=(*(variant.version for variant in route.variants), route.control.version),
-            chosen=np.where(chosen == OUTSIDE, len(route.variants), chosen).astype(np.int16),
+            chosen=route.assign(query.entities),
             shadow=route.shadow,
         )
 
