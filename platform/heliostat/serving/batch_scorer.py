@@ -91,12 +91,12 @@ class BatchScorer:
             UnservableModelError: If no rung has an answer.
         """
         assignment = batch.assignment
-        chosen = assignment.chosen.tolist()
-        versions = [assignment.versions[at] for at in chosen]
+        of_rows = np.array(assignment.versions)[assignment.chosen]
+        versions: list[int] = of_rows.tolist()
         distinct = dict.fromkeys(versions)
         rows: dict[int, NDArray[np.intp] | None] = dict.fromkeys(distinct)
         if len(distinct) > 1:
-            rows = {version: np.flatnonzero(np.equal(versions, version)) for version in distinct}
+            rows = {version: (of_rows == version).nonzero()[0] for version in distinct}
         # What answers at once needs no task, and no limit, of its own; those that have to be waited for share theirs.
         found = {version: self._at_once(batch, version, rows[version]) for version in distinct}
         done = {version: part for version, part in found.items() if isinstance(part, _Part)}
@@ -107,7 +107,7 @@ class BatchScorer:
             )
             done.update(zip(late, climbed, strict=True))
         predictions = _joined(list(done.values()), versions, batch.block)
-        predictions.variants = [assignment.names[at] for at in chosen]
+        predictions.variants = [assignment.names[at] for at in assignment.chosen.tolist()]
         predictions.absent = batch.block.absent_views()
         return predictions
 
