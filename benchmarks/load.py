@@ -3,20 +3,20 @@
     python benchmarks/load.py http://127.0.0.1:8000/predict --entities 100 --concurrency 16 --seconds 2
 
 Keeps ``concurrency`` connections busy: each sends a request, waits for its answer, sends the
-next. Nothing but the standard library, so that the client costs the server as little of the
-machine as it can.
+next. Nothing but the standard library, and answers are counted without being kept, so that the
+client costs the server as little of the machine as it can.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class Outcome:
     seconds: float = 0.0
     latencies_ms: list[float] = field(default_factory=list)
     first_failure: str = ""
+
+    def fail(self, what: str) -> None:
+        """Count a failure."""
+        self.failed += 1
+        self.first_failure = self.first_failure or what
 
     def summary(self) -> dict[str, float | int | str]:
         """Figures, without the single latencies."""
@@ -98,42 +103,104 @@ async def generate(url: str, requests: list[bytes], *, concurrency: int, seconds
     return outcome
 
 
-async def _client(host: str, port: int, payloads: list[bytes], turns: object, end: float, outcome: Outcome) -> None:
-    writer: asyncio.StreamWriter | None = None
-    for turn in turns:  # type: ignore[attr-defined] # an iterator that all clients share
+async def _client(
+    host: str, port: int, payloads: list[bytes], turns: Iterator[int], end: float, outcome: Outcome
+) -> None:
+    """One client: a connection, and another one where that is lost, until there is no more to do."""
+    loop = asyncio.get_running_loop()
+    for turn in turns:
         if time.perf_counter() >= end:
             break
+        connection = _Connection(payloads, turns, turn, end, outcome)
         try:
-            if writer is None:
-                reader, writer = await asyncio.open_connection(host, port)
-            begin = time.perf_counter()
-            writer.write(payloads[turn % len(payloads)])
             async with asyncio.timeout(_ANSWER_LIMIT_S):
-                status, closes = await _read_answer(reader)
-            outcome.latencies_ms.append((time.perf_counter() - begin) * 1e3)
-        except (OSError, asyncio.IncompleteReadError, ValueError) as error:  # TimeoutError is an OSError
-            status, closes = f"{type(error).__name__}: {error}", True
-        if status == "200":
-            outcome.requests += 1
+                transport, _ = await loop.create_connection(lambda here=connection: here, host, port)
+        except OSError as error:  # TimeoutError is one
+            outcome.fail(f"{type(error).__name__}: {error}")
+            continue
+        while not connection.over.done():
+            await asyncio.wait([connection.over], timeout=1.0)
+            if time.perf_counter() > connection.begin + _ANSWER_LIMIT_S and not connection.over.done():
+                connection.finish("TimeoutError: no answer")
+        transport.abort()
+
+
+class _Connection(asyncio.Protocol):
+    """Sends a request, and the next as soon as its answer is there, which is counted and not kept.
+
+    Args:
+        payloads: Requests, sent in turn.
+        turns: Whose turn is next.
+        turn: Whose is the first.
+        end: When to stop, seconds.
+        outcome: Is told.
+
+    Attributes:
+        over: Done when there is no more to do here.
+        begin: When the request was sent that waits for its answer, seconds.
+    """
+
+    def __init__(self, payloads: list[bytes], turns: Iterator[int], turn: int, end: float, outcome: Outcome) -> None:
+        self._payloads, self._turns, self._turn, self._end, self._outcome = payloads, turns, turn, end, outcome
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.begin = time.perf_counter()
+        self._head, self._status, self._closes = b"", b"", False
+        self._left: int | None = None
+        """Bytes of the answer that aren't here yet; None until its head is."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the first request."""
+        self._transport = transport
+        self._send(self._turn)
+
+    def data_received(self, data: bytes) -> None:
+        """Count bytes of an answer; send the next request after the last."""
+        if self._left is not None:
+            self._left -= len(data)
         else:
-            outcome.failed += 1
-            outcome.first_failure = outcome.first_failure or status
-        if closes and writer is not None:
-            writer.close()
-            writer = None
-    if writer is not None:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = self._head[:end].lower()
+            length = head.partition(b"content-length:")[2].partition(b"\r\n")[0]
+            if not length.strip().isdigit():
+                self.finish(f"no Content-Length: {head!r}")
+                return
+            self._status, self._closes = head.split(b" ", 2)[1], b"connection: close" in head
+            self._left, self._head = end + 4 + int(length) - len(self._head), b""
+        if self._left < 0:
+            self.finish("more than its Content-Length")
+        elif not self._left:
+            self._answered()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """A request that was sent gets no answer."""
+        self.finish(f"ConnectionError: {exc or 'closed in the middle'}")
 
-async def _read_answer(reader: asyncio.StreamReader) -> tuple[str, bool]:
-    """Status, and whether the connection is closed after it."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-    status = head.split(" ", 2)[1]
-    length = int(head.partition("content-length:")[2].partition("\r\n")[0])
-    await reader.readexactly(length)
-    return status, "connection: close" in head
+    def finish(self, failure: str | None) -> None:
+        """Do no more; why, if something is wrong."""
+        if not self.over.done():
+            self.over.set_result(None)
+            if failure is not None:
+                self._outcome.fail(failure)
+
+    def _send(self, turn: int) -> None:
+        self._left, self.begin = None, time.perf_counter()
+        self._transport.write(self._payloads[turn % len(self._payloads)])  # type: ignore[attr-defined] # asyncio's base has no write
+
+    def _answered(self) -> None:
+        now = time.perf_counter()
+        self._outcome.latencies_ms.append((now - self.begin) * 1e3)
+        if self._status == b"200":
+            self._outcome.requests += 1
+        else:
+            self._outcome.fail(self._status.decode())
+        turn = None if self._closes or now >= self._end else next(self._turns, None)
+        if turn is None:
+            self.finish(None)
+        else:
+            self._send(turn)
 
 
 def run(url: str, *, seconds: float, **options: object) -> dict[str, Any]:
