@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all services check format bench clean lock
+.PHONY: help setup demo test test-slow test-benchmarks test-all services check format bench clean lock
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,9 +32,12 @@ test: $(READY) ## All tests but the slow ones
 	@$(BIN)/python -m pytest -m "not slow" -q -n auto --dist worksteal tests/unit
 	@exec $(BIN)/python -m pytest -m "not slow" -q tests/contract tests/integration
 
-test-slow: $(READY) ## The slow tests alone
+test-slow: $(READY) ## The slow tests alone, without whole benchmarks
 	@$(BIN)/python -m pytest -m "slow and computes" -q -n auto --dist worksteal
-	@exec $(BIN)/python -m pytest -m "slow and not computes" -q
+	@exec $(BIN)/python -m pytest -m "slow and not computes and not benchmark" -q
+
+test-benchmarks: $(READY) ## Each benchmark that starts servers, as small as it gets
+	@exec $(BIN)/python -m pytest -m benchmark -q
 
 services: ## Install what some contract tests need and no Python package brings: PostgreSQL and Prometheus, from Debian's packages
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
@@ -49,7 +52,7 @@ services: ## Install what some contract tests need and no Python package brings:
 			&& rm prometheus_*.deb; } 2>/dev/null \
 		|| echo "Prometheus can't be had here (that needs apt-get); its tests are skipped." >&2
 
-test-all: services test test-slow ## All tests
+test-all: services test test-slow test-benchmarks ## All tests
 
 check: $(READY) ## Formatting, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -99,6 +99,7 @@ def test_heliostat_and_ray_data_give_the_same_answers(ray_local: None, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_benchmark_runs_as_a_program_without_any_peer() -> None:
     small = [
         "--events=3000",
@@ -295,6 +296,7 @@ def test_a_threads_time_is_shared_out_by_what_its_samples_were_for() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_benchmark_beside_scoring_servers_runs() -> None:
     command = [sys.executable, "benchmarks/scoring_servers.py", "--smoke"]
     done = subprocess.run(command, cwd=peers.ROOT, check=False, capture_output=True, text=True, timeout=600)
@@ -452,6 +454,7 @@ def test_facts_name_no_machine_and_no_path() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_footprint_benchmark_runs_and_weighs_everything() -> None:
     command = [sys.executable, "benchmarks/footprint.py", "--smoke"]
     done = subprocess.run(command, cwd=peers.ROOT, check=False, capture_output=True, text=True, timeout=600)
@@ -463,6 +466,7 @@ def test_the_footprint_benchmark_runs_and_weighs_everything() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_ingestion_benchmark_runs_and_finds_every_event_where_it_should_be() -> None:
     command = [sys.executable, "benchmarks/ingestion.py", "--smoke"]
     done = subprocess.run(command, cwd=peers.ROOT, check=False, capture_output=True, text=True, timeout=600)

@@ -804,6 +804,7 @@ def test_a_server_that_isnt_there_is_counted_and_named() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_serving_benchmark_runs_and_both_servers_say_the_same() -> None:
     command = [sys.executable, "benchmarks/serving.py", "--smoke"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
@@ -843,6 +844,7 @@ def test_the_load_generators_own_ceiling_counts_whole_answers_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_memory_benchmark_runs() -> None:
     command = [sys.executable, "benchmarks/memory.py", "--smoke"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
