@@ -116,7 +116,7 @@ async def _client(
             async with asyncio.timeout(_ANSWER_LIMIT_S):
                 transport, _ = await loop.create_connection(lambda here=connection: here, host, port)
         except OSError as error:  # TimeoutError is one
-            outcome.fail(f"{type(error).__name__}: {error}")
+            connection.finish(f"{type(error).__name__}: {error}")
             continue
         while not connection.over.done():
             await asyncio.wait([connection.over], timeout=1.0)

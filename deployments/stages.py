@@ -236,7 +236,7 @@ def gateway_parts(
             router=spare if router is None else guarded(Remote[RouteQuery, Assignment](router), breakers.of(ROUTER)),
             runner=Remote[ScoreQuery, NDArray[float64]](runner) if scoring is None else scoring,
             spare_router=spare,
-            runner_now=None if scoring is None else scoring.now,
+            at_once=None if scoring is None else scoring.at_once,
         ),
         readers,
         versions,

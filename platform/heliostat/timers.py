@@ -196,7 +196,7 @@ class Limits:
         return self._deadlines.call_at(asyncio.get_running_loop().time() + self.delay_s, call)
 
     def keep(self, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-        """What some work gives, cancelled when the delay is over, which begins now (see `Deadlines.keep`)."""
+        """What some work gives, cancelled when the delay, from this call on, is over (see `Deadlines.keep`)."""
         return self._deadlines.keep(work, asyncio.get_running_loop().time() + self.delay_s)
 
 

@@ -146,7 +146,7 @@ class FeatureReader:
         self._columns = [(places[id(each.view)], each.feature) for each in features]
         self._prefixes = tuple(keys.bundle_prefix(source, entity) for source, entity in self._bundles)
         integers = [name for name, entity in self.entities.items() if entity.has_integer_key]
-        self._given_columns: dict[tuple[str, ...], NDArray[np.intp] | None] = {}
+        self._given_columns: dict[tuple[str, ...], NDArray[np.intp]] = {}
         self._only_entity = integers[0] if len(self.entities) == len(integers) == 1 else None
 
     @classmethod
@@ -365,8 +365,10 @@ class FeatureReader:
         if not overrides or isinstance(entity_texts, Mapping) or len(overrides) != len(entity_texts):
             return None
         plain = _uniform(overrides)
-        columns = None if plain is None else self._columns_given(plain.names)
-        if plain is None or columns is None:
+        if plain is None:
+            return None
+        columns = self._columns_given(plain.names)
+        if columns is None:
             return None
         n = len(plain)
         absent = np.zeros((n, len(self._plans)), dtype=np.bool_)
@@ -374,18 +376,19 @@ class FeatureReader:
 
     def _columns_given(self, names: tuple[str, ...]) -> NDArray[np.intp] | None:
         """Where among names of overrides each column of the matrix is; None if one isn't there."""
-        if len(names) < len(self._columns):
+        known = self._given_columns.get(names)
+        if known is not None or len(names) < len(self._columns):
+            return known
+        places: dict[tuple[int, str], int] = {}
+        for at, name in enumerate(names):
+            places.update(dict.fromkeys(self._overridden(name), at))
+        found = [places[column] for column in self._columns if column in places]
+        if len(found) < len(self._columns):
             return None
-        if names not in self._given_columns:
-            if len(self._given_columns) >= _MOST_NAMINGS:  # clients may name them in any order
-                self._given_columns.clear()
-            places: dict[tuple[int, str], int] = {}
-            for at, name in enumerate(names):
-                places.update(dict.fromkeys(self._overridden(name), at))
-            columns = [places[column] for column in self._columns if column in places]
-            whole = len(columns) == len(self._columns)
-            self._given_columns[names] = np.array(columns, dtype=np.intp) if whole else None
-        return self._given_columns[names]
+        if len(self._given_columns) >= _MOST_NAMINGS:  # clients may name them in any order
+            self._given_columns.clear()
+        columns = self._given_columns[names] = np.array(found, dtype=np.intp)
+        return columns
 
     def _overridden(self, name: str) -> tuple[tuple[int, str], ...]:
         places = self.overridable.get(name)

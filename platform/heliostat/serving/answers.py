@@ -64,7 +64,7 @@ class Predictions:
         versions: The model version that answered: the variant's, unless ``fallbacks`` says otherwise.
         fallbacks: Which rung of the ladder answered (see `heliostat.serving.fallback`); None for the normal way.
         vectors: What the model saw, shape ``(n_features,)`` each, in the order of the signature of the version
-            that answered; one matrix where that was one version.
+            that answered; one matrix where all versions have as many.
         missing: Features without a value (null) when the model was asked.
         variants: The variant that the entity is assigned to.
         absent: Views that hold nothing about the entity: their features are those of nobody.

@@ -10,10 +10,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from heliostat.errors import SignatureMismatchError
 from heliostat.errors.base import reason_of
 from heliostat.serving.answers import Explanation, Predictions
 from heliostat.serving.fallback import Refusal, Rung, Scored, VersionLadder
@@ -65,7 +67,7 @@ class BatchScorer:
         versions: Facts about model versions.
         ladder: Stands in for versions.
         spares: Stand in for features.
-        runner_now: Scores rows if that is done at once, else gives None; None: it never is.
+        at_once: Gives what scores so many rows of a model's version without waiting, or None; None: nothing does.
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class BatchScorer:
         versions: VersionBook,
         ladder: VersionLadder,
         spares: SpareFeatures,
-        runner_now: Callable[[ScoreQuery], FloatArray | None] | None = None,
+        at_once: Callable[[str, int, int], Callable[[FloatArray], FloatArray] | None] | None = None,
     ) -> None:
         self._runner, self._versions, self._ladder, self._spares = runner, versions, ladder, spares
-        self._runner_now = runner_now
+        self._at_once = at_once
         self._deadlines = Deadlines()
 
     async def scored(self, batch: RequestBatch, *, until: float) -> Predictions:
@@ -98,36 +100,41 @@ class BatchScorer:
         if len(distinct) > 1:
             rows = {version: (of_rows == version).nonzero()[0] for version in distinct}
         # What answers at once needs no task, and no limit, of its own; those that have to be waited for share theirs.
-        found = {version: self._at_once(batch, version, rows[version]) for version in distinct}
-        done = {version: part for version, part in found.items() if isinstance(part, _Part)}
-        if len(done) < len(found):
-            late = {version: part for version, part in found.items() if not isinstance(part, _Part)}
-            climbed = await asyncio.gather(
-                *(self._climbed(batch, each, rows[each], refused=why, until=until) for each, why in late.items())
-            )
-            done.update(zip(late, climbed, strict=True))
-        predictions = _joined(list(done.values()), versions, batch.block)
+        found = [self._asked_at_once(batch, version, rows[version]) for version in distinct]
+        parts = [each for each in found if isinstance(each, _Part)]
+        late = [
+            self._climbed(batch, version, rows[version], refused=each, until=until)
+            for version, each in zip(distinct, found, strict=True)
+            if not isinstance(each, _Part)
+        ]
+        if len(late) == 1:
+            parts.append(await late[0])
+        elif late:
+            parts += await asyncio.gather(*late)
+        predictions = _joined(parts, versions, batch.block)
         predictions.variants = [assignment.names[at] for at in assignment.chosen.tolist()]
         predictions.absent = batch.block.absent_views()
         return predictions
 
-    def _at_once(self, batch: RequestBatch, version: int, rows: NDArray[np.intp] | None) -> _Part | Refusal | None:
+    def _asked_at_once(
+        self, batch: RequestBatch, version: int, rows: NDArray[np.intp] | None
+    ) -> _Part | Refusal | None:
         """What one version says of some rows or (None) of all, or why not; None if that has to be waited for."""
-        run, facts, block = self._runner_now, self._versions.known(batch.model, version), batch.block
-        if run is None or facts is None or facts.stale or not block.stored:
+        facts, block = self._versions.known(batch.model, version), batch.block
+        if self._at_once is None or facts is None or facts.stale or not block.stored:
             return None
-        seen: list[FloatArray] = []
-
-        def score() -> FloatArray | None:
-            matrix = block.matrix(facts.wanted, rows)
-            seen.append(matrix)
-            return run(ScoreQuery(batch.model, version, matrix))
-
         n = len(block.values) if rows is None else len(rows)
-        scores = self._ladder.ask_now(batch.model, version, score, rows=n)
+        score = self._at_once(batch.model, version, n)
+        if score is None:
+            return None
+        try:
+            matrix = block.matrix(facts.wanted, rows)
+        except SignatureMismatchError:  # what stands in then is the ladder's
+            return None
+        scores = self._ladder.ask_at_once(batch.model, version, partial(score, matrix), rows=n)
         if scores is None or isinstance(scores, Refusal):
             return scores
-        return _Part(rows, Scored(scores, version), facts.names, seen[0])
+        return _Part(rows, Scored(scores, version), facts.names, matrix)
 
     async def _climbed(
         self,

@@ -30,7 +30,7 @@ ResultT = TypeVar("ResultT")
 
 
 # So often the event loop passes without a new item before a call starts; and after a call for one item alone.
-_QUIET_PASSES, _LONELY_PASSES = 3, 0
+_QUIET_PASSES, _LONELY_PASSES = 3, 1
 
 
 @dataclass(slots=True, eq=False)

@@ -180,15 +180,15 @@ class VersionLadder:
         self._last_good, self._cached = last_good or (lambda _: ()), cached
         self._deadlines = Deadlines()
 
-    def ask_now(
-        self, model: str, version: int, score: Callable[[], FloatArray | None], *, rows: int
+    def ask_at_once(
+        self, model: str, version: int, score: Callable[[], FloatArray], *, rows: int
     ) -> FloatArray | Refusal | None:
-        """A version's scores, shape ``(rows,)``, or why there are none; None if that has to be waited for.
+        """A version's scores, shape ``(rows,)``, or why there are none; None if its breaker isn't closed.
 
         Args:
             model: The model's name.
             version: The version that should answer.
-            score: Gives its scores, or None if that isn't done at once; may raise anything.
+            score: Gives its scores; may raise anything.
             rows: How many scores are expected.
         """
         breaker = self._breakers.of(breaker_name(model, version))
@@ -197,8 +197,6 @@ class VersionLadder:
             return None
         try:
             scores = score()
-            if scores is None:
-                return None
             _check(scores, rows)
         except Exception as error:  # noqa: BLE001 - whatever a model does, the request is answered
             return _refused(model, version, breaker, permit, error)

@@ -73,21 +73,21 @@ STORE = "online store"
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What the predictor awaits: objects of `lookup`, `routing` and `scoring`, or handles that lead to them.
+    """What the predictor asks: objects of `lookup`, `routing` and `scoring`, or handles that lead to them.
 
     Attributes:
         features: Looks features up.
         router: Assigns variants.
         runner: Scores rows, shape ``(n,)``; or explains them.
         spare_router: Assigns variants when ``router`` doesn't answer.
-        runner_now: Scores rows if that is done at once, else gives None; None: it never is.
+        at_once: Gives what scores so many rows of a model's version without waiting, or None; None: nothing does.
     """
 
     features: Callable[[FeatureQuery], Awaitable[FeatureBlock]]
     router: Callable[[RouteQuery], Coroutine[Any, Any, Assignment]]
     runner: Callable[[ScoreQuery], Awaitable[FloatArray]]
     spare_router: Callable[[RouteQuery], Awaitable[Assignment]]
-    runner_now: Callable[[ScoreQuery], FloatArray | None] | None = None
+    at_once: Callable[[str, int, int], Callable[[FloatArray], FloatArray] | None] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -154,7 +154,7 @@ class Predictor:
         self._breakers = breakers or Breakers()
         self._spares = spares or SpareFeatures(readers, clock)
         ladder = ladder or VersionLadder(versions.prior, self._breakers)
-        self._scorer = BatchScorer(stages.runner, versions, ladder, self._spares, stages.runner_now)
+        self._scorer = BatchScorer(stages.runner, versions, ladder, self._spares, stages.at_once)
         self._shadows = Shadows(stages.runner, versions, readers, log, limit_s=deadline_ms / 1e3)
         self._meter = meter or Meter()
         self._meter.watch(self._lines)

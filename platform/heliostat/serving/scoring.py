@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import lightgbm  # noqa: F401 - imported before the first request: loading a version would wait for it
 import numpy as np
@@ -116,10 +117,11 @@ class ModelRunner:
         Raises:
             HeliostatError: If the version can't be loaded, or the matrix doesn't fit its signature.
         """
-        scores = self.now(query)
-        if scores is not None:
-            return scores
         key = query.model, query.version
+        if not (query.explain or query.beside):
+            score = self.at_once(*key, len(query.matrix))
+            if score is not None:
+                return score(query.matrix)
         held = self._held.get(key)
         if held is None:
             self._misses += 1
@@ -134,20 +136,21 @@ class ModelRunner:
             held.proving -= 1
         return scores
 
-    def now(self, query: ScoreQuery) -> FloatArray | None:
-        """Scores, shape ``(n,)``, if that is a short call of a version that is held and has proved itself; else None.
+    def at_once(self, model: str, version: int, rows: int) -> Callable[[FloatArray], FloatArray] | None:
+        """What scores so many rows of a version on the event loop, if it may: a short call, and it has proved itself.
 
-        Raises:
-            HeliostatError: If the matrix doesn't fit the version's signature.
+        It takes a matrix, gives scores of shape ``(rows,)``, and raises what `LoadedModel.predict` does.
         """
-        key = query.model, query.version
-        held = self._held.get(key)
-        if held is None or held.proving or query.explain or query.beside or len(query.matrix) > held.rows_on_loop:
+        held = self._held.get((model, version))
+        if held is None or held.proving or rows > held.rows_on_loop:
             return None
+        return partial(self._score_here, (model, version), held)
+
+    def _score_here(self, key: tuple[str, int], held: _Held, matrix: FloatArray) -> FloatArray:
         self._hits += 1
         self._held.move_to_end(key)
         begin = time.perf_counter()
-        scores = held.model.predict(query.matrix)
+        scores = held.model.predict(matrix)
         if time.perf_counter() - begin > _TOO_LONG_S:
             self._note_slow(key, held)
         return scores

@@ -213,7 +213,7 @@ class House:
                 self.router,
                 self.runner,
                 ABRouter(self.catalog.get),
-                self.runner.now,
+                self.runner.at_once,
             ),
             self.readers,
             book,

@@ -18,19 +18,13 @@ IDS = (1, 2, 3, 404, *range(10, 40))
 NULLS = np.full((1, len(NAMES)), np.nan)
 
 
-async def proved(house: House) -> None:
-    """Have versions 1 and 2 loaded, so that they answer on the event loop."""
-    for version in (1, 2):
-        await house.runner(ScoreQuery("churn", version, NULLS))
-        house.runner._held["churn", version].proving = 0
-
-
-def asked(house: House, times: int = 1, *, waiting: bool = False) -> list[PredictAnswer]:
-    """Answers about everybody, one request after the other."""
+def asked(house: House, times: int = 1, *, at_once: tuple[int, ...] = (1, 2)) -> list[PredictAnswer]:
+    """Answers about everybody, one request after the other; these versions answer on the event loop."""
 
     async def scenario() -> list[PredictAnswer]:
-        if not waiting:
-            await proved(house)
+        for version in at_once:
+            await house.runner(ScoreQuery("churn", version, NULLS))
+            house.runner._held["churn", version].proving = 0
         found = [await house.predictor.predict(request(*IDS)) for _ in range(times)]
         await house.predictor.close()
         return found
@@ -44,19 +38,33 @@ def told(answer: PredictAnswer) -> list[tuple[object, ...]]:
 
 
 def raising(house: House, version: int) -> list[int]:
-    """Have a version raise from now on, on the event loop; the rows of its calls."""
+    """Have a version raise on the event loop, whenever it answers there; the rows of its calls."""
     calls: list[int] = []
-    now = house.predictor._scorer._runner_now
-    assert now is not None
+    at_once = house.predictor._scorer._at_once
+    assert at_once is not None
 
-    def broken(query: ScoreQuery) -> np.ndarray | None:
-        if query.version != version:
-            return now(query)
-        calls.append(len(query.matrix))
+    def broken(matrix: np.ndarray) -> np.ndarray:
+        calls.append(len(matrix))
         raise RuntimeError("broken")
 
-    house.predictor._scorer._runner_now = broken
+    def instead(model: str, asked: int, rows: int) -> Callable[[np.ndarray], np.ndarray] | None:
+        score = at_once(model, asked, rows)
+        return score if score is None or asked != version else broken
+
+    house.predictor._scorer._at_once = instead
     return calls
+
+
+def raising_when_waited_for(house: House, version: int) -> None:
+    """Have a version raise whenever it is waited for."""
+    runner = house.predictor._scorer._runner
+
+    async def broken(query: ScoreQuery) -> np.ndarray:
+        if query.version == version:
+            raise RuntimeError("broken")
+        return await runner(query)
+
+    house.predictor._scorer._runner = broken
 
 
 def split_of_the_same_features(house: House) -> None:
@@ -84,11 +92,59 @@ def test_what_is_said_at_once_is_what_is_said_when_it_is_waited_for(setting: Cal
         raise AssertionError(query)
 
     quick.predictor._scorer._runner = never
-    (at_once,), (later,) = asked(quick), asked(slow, waiting=True)
+    (at_once,), (later,) = asked(quick), asked(slow, at_once=())
     assert waited == []
     assert told(at_once) == told(later)
-    for left, right in zip(quick.stream.entries(), slow.stream.entries(), strict=True):
-        assert left["features"] == right["features"]
+    assert [each["features"] for each in quick.stream.entries()] == [
+        each["features"] for each in slow.stream.entries()
+    ]
+
+
+@pytest.mark.parametrize("setting", [split_of_the_same_features, split_of_other_features])
+@pytest.mark.parametrize("at_once", [(1,), (2,)])
+def test_of_two_versions_one_may_answer_at_once_and_one_later(
+    setting: Callable[[House], None], at_once: tuple[int, ...]
+) -> None:
+    mixed, slow = House(), House()
+    for house in (mixed, slow):
+        setting(house)
+    (found,), (expected,) = asked(mixed, at_once=at_once), asked(slow, at_once=())
+    assert told(found) == told(expected)
+    assert {each.version for each in found.entities} == {1, 2}
+
+
+def test_a_version_that_raises_at_once_fails_as_one_does_that_is_waited_for() -> None:
+    quick, slow = House(), House()
+    for house in (quick, slow):
+        house.store.publish(split(2))
+    raising(quick, 2)
+    raising_when_waited_for(slow, 2)
+    (at_once,), (later,) = asked(quick), asked(slow, at_once=())
+    assert told(at_once) == told(later)
+    assert at_once.predictions.causes == later.predictions.causes
+    assert {each.fallback for each in at_once.entities} == {None, Rung.CONTROL}
+
+
+def test_versions_that_would_answer_at_once_are_told_what_stands_in_for_the_store() -> None:
+    found = []
+    for at_once in ((1, 2), ()):
+        house = House()
+        house.store.publish(split(2))
+        house.versions.medians = dict.fromkeys((1, 2), tuple(float(at) for at in range(len(NAMES))))
+        house.catalog["churn"] = split(2)
+        house.store.down = True
+        found += [told(answer) for answer in asked(house, at_once=at_once)]
+    assert found[0] == found[1]
+    assert {fallback for *_, fallback in found[0]} == {Rung.MEDIANS}
+
+
+def test_a_version_that_answered_at_once_isnt_asked_by_other_definitions() -> None:
+    house = House()
+    house.store.publish(split(2))
+    house.versions.stale[2] = ("usage@1",)
+    (answer,) = asked(house)
+    assert {each.version for each in answer.entities} == {1}
+    assert {each.fallback for each in answer.entities} == {None, Rung.CONTROL}
 
 
 def test_a_version_that_raises_at_once_is_asked_once_a_batch_until_its_breaker_opens() -> None:
@@ -108,27 +164,22 @@ def test_a_version_that_failed_before_is_tried_where_it_can_be_waited_for() -> N
     house.store.publish(split(2))
     calls = raising(house, 2)
     first, second, third = asked(house, times=3)
+    healthy = House()
+    healthy.store.publish(split(2))
+    assert told(second) == told(*asked(healthy))
     assert {each.fallback for each in first.entities} == {None, Rung.CONTROL}
     assert {each.fallback for each in second.entities} == {None}, "by the waiting way, which isn't broken"
     assert {each.fallback for each in third.entities} == {None, Rung.CONTROL}, "its breaker is closed again"
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(
-    ("scores", "found"),
-    [
-        (None, None),
-        (np.array([0.1, np.nan]), Refusal),
-        (np.array([0.1]), Refusal),
-        (np.array([0.1, 0.2]), np.ndarray),
-    ],
-)
-def test_what_isnt_done_at_once_blames_nobody_and_what_is_has_to_be_finite(
-    scores: list[float] | None, found: type | None
-) -> None:
+@pytest.mark.parametrize(("scores", "found"), [([0.1, np.nan], Refusal), ([0.1], Refusal), ([0.1, 0.2], np.ndarray)])
+def test_what_is_said_at_once_has_to_be_finite_numbers(scores: list[float], found: type) -> None:
     house = House(rule=BreakerRule(failures=1))
-    given = None if scores is None else np.array(scores)
-    answer = house.predictor._scorer._ladder.ask_now("churn", 1, lambda: given, rows=2)
-    assert type(answer) is (type(None) if found is None else found)
+    ladder = house.predictor._scorer._ladder
+    answer = ladder.ask_at_once("churn", 1, lambda: np.array(scores), rows=2)
+    assert type(answer) is found
     state = house.breakers.of(breaker_name("churn", 1)).state
     assert state is (State.OPEN if found is Refusal else State.CLOSED)
+    if found is Refusal:
+        assert ladder.ask_at_once("churn", 1, lambda: np.array([0.1, 0.2]), rows=2) is None, "its breaker is open"
