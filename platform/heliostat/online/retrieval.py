@@ -146,8 +146,8 @@ class FeatureReader:
         self._columns = [(places[id(each.view)], each.feature) for each in features]
         self._prefixes = tuple(keys.bundle_prefix(source, entity) for source, entity in self._bundles)
         integers = [name for name, entity in self.entities.items() if entity.has_integer_key]
-        self._given_columns: dict[tuple[str, ...], NDArray[np.intp]] = {}
         self._only_entity = integers[0] if len(self.entities) == len(integers) == 1 else None
+        self._given_columns: dict[tuple[str, ...], NDArray[np.intp]] = {}
 
     @classmethod
     def open(cls, features: Sequence[FeatureRef], settings: Settings) -> Self:

@@ -118,9 +118,6 @@ class Predictions:
         def column(name: str) -> list[Any]:
             return list(in_order(list(itertools.chain.from_iterable(getattr(part, name) for part in parts))))
 
-        def mostly(nothing: Any, name: str) -> list[Any]:  # noqa: ANN401 - as in the column
-            return column(name) if any(any(getattr(part, name)) for part in parts) else [nothing] * len(rows)
-
         spared = any(part.spared for part in parts)
         for part in parts if spared else ():
             part.spared = part.spared or [None] * len(part)
@@ -130,9 +127,9 @@ class Predictions:
         return cls(
             column("scores"),
             column("versions"),
-            mostly(None, "fallbacks"),
+            column("fallbacks"),
             np.concatenate([part.vectors for part in parts])[order] if one_matrix else column("vectors"),
-            mostly((), "missing"),
+            column("missing"),
             spared=column("spared") if spared else [],
             ages_s=column("ages_s") if spared else [],
             causes=column("causes") if spared else [],

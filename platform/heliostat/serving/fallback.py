@@ -231,12 +231,12 @@ class VersionLadder:
             UnservableModelError: If no rung has an answer.
         """
         candidates = list(self._candidates(model, version, control))
-        first = refused or Refusal("there was no time for it", "timeout")
+        first = Refusal("there was no time for it", "timeout")
         for at, (rung, candidate) in enumerate(candidates):
-            if at == 0 and refused is not None:
-                continue
-            last = at == len(candidates) - 1
-            found = await self._ask(model, candidate, score, rows=rows, until=until, last=last)
+            found: FloatArray | Refusal | None = refused if at == 0 else None
+            if found is None:
+                last = at == len(candidates) - 1
+                found = await self._ask(model, candidate, score, rows=rows, until=until, last=last)
             if isinstance(found, Refusal):
                 first = found if at == 0 else first
             elif found is not None:
