@@ -343,26 +343,30 @@ def test_little_files_of_many_drains_are_merged(intake: Intake, sink: Sink, monk
 def test_files_that_were_merged_into_others_are_deleted_once_nobody_may_read_them_any_more(
     intake: Intake, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heliostat.ingestion.sink._COMMITS_A_COMPACTION", 64)
+    monkeypatch.setattr("heliostat.ingestion.sink._COMMITS_A_COMPACTION", 99)
 
-    def on_disk() -> int:
-        return len(list(Path(sink.event_log.root, "events", "sales", "user").rglob("*.parquet")))
+    def on_disk(*folder: str) -> int:
+        return len(list(Path(sink.event_log.root, *folder).rglob("*.parquet")))
 
     stop = threading.Event()
     stop.wait = lambda *_: stop.set()  # type: ignore[method-assign,assignment] # one round
     for number in range(34):
         intake.submit("sales", [event(f"e{number}")])
+        sink.streams.append("predictions", [_prediction(f"p{number:02}")])
         sink.drain_once()
     before = sink.event_log.table(SALES, USER).current()
-    assert on_disk() > 34
+    folders = ("events", "sales", "user"), ("predictions", "churn")
+    assert [on_disk(*folder) > 34 for folder in folders] == [True, True]
     sink.run_forever(0.01, stop)
-    assert on_disk() > 34  # a day hasn't passed
+    assert [on_disk(*folder) > 34 for folder in folders] == [True, True]  # a day hasn't passed
     assert len(_ids(sink)) == 34
     sink.vacuum_after_us, sink._vacuumed_s = 0, -1e9
     stop.clear()
     sink.run_forever(0.01, stop)
-    assert on_disk() == sink.event_log.statistics(SALES, USER).files < 10
+    assert on_disk(*folders[0]) == sink.event_log.statistics(SALES, USER).files < 10
+    assert on_disk(*folders[1]) < 10
     assert len(_ids(sink)) == 34
+    assert _predicted(sink) == [f"p{number:02}" for number in range(34)]
     assert before.version() < sink.event_log.version(SALES, USER)
 
 

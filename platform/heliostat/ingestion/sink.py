@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ from heliostat.ingestion.mending import RingMender
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import INGESTED, times_us
 from heliostat.settings import Settings
-from heliostat.storage.delta import Progress, StreamId
+from heliostat.storage.delta import OpenTables, Progress, StreamId
 from heliostat.storage.erasure import vacuum
 from heliostat.storage.event_log import EventLog
 from heliostat.storage.offline_store import DEAD_LETTERS, OfflineStore
@@ -59,6 +59,7 @@ RECORDS: tuple[StreamName, ...] = ("predictions", "actuals")
 
 Entries = list[tuple[StreamId, bytes]]
 Entry = tuple[str, StreamId, bytes]
+Decoded = TypeVar("Decoded")
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,17 @@ class Sink:
     clock: Clock
     vacuum_after_us: int = US_PER_DAY
     mender: RingMender | None = None
+    # The same stores, whose tables stay open from drain to drain.
+    _tables: OpenTables = field(default_factory=OpenTables, init=False, repr=False)
+    _open_log: EventLog = field(init=False, repr=False)
+    _open_store: OfflineStore = field(init=False, repr=False)
     _commits: int = field(default=0, init=False)
     _mended_s: float = field(default=-math.inf, init=False)
     _vacuumed_s: float = field(default=-math.inf, init=False)
+
+    def __post_init__(self) -> None:
+        self._open_log = self.event_log.keeping(self._tables)
+        self._open_store = self.offline_store.keeping(self._tables)
 
     @classmethod
     def of(cls, stores: SinkStores) -> Self:
@@ -251,12 +260,12 @@ class Sink:
         events, places, unreadable = self._events(source, waiting)
         accepted, known = 0, 0
         for entity in source.entities:
-            applied = self.event_log.progress(source, entity, list(waiting))
+            applied = self._open_log.progress(source, entity, list(waiting))
             last = {stream: entries[-1][0] for stream, entries in waiting.items()}
             moving = [stream for stream in waiting if _is_new(last[stream], applied[stream])]
             if not moving:
                 continue
-            result = self.event_log.append(
+            result = self._open_log.append(
                 source,
                 events.filter(pa.array([_is_new(entry, applied[stream]) for stream, entry in places], pa.bool_())),
                 ingested_us=0,  # each entry says when it was ingested
@@ -278,8 +287,9 @@ class Sink:
     ) -> tuple[pa.Table, list[tuple[str, StreamId]], int]:
         """The events of entries, where each one was, and how many entries became dead letters."""
         entries = [(stream, entry, payload) for stream, found in waiting.items() for entry, payload in found]
-        good, bad = _sifted(entries, lambda payloads: events_from(payloads, source.schema))
-        events = events_from([payload for _, _, payload in good], source.schema)
+        good, events, bad = _decoded(
+            entries, lambda some: events_from([payload for _, _, payload in some], source.schema)
+        )
         checked = EventCheck(source, future_tolerance_us=0).check(events, now_us=_END_OF_TIME_US)
         bad.extend((good[row], reason) for row, reason in zip(checked.rejected, checked.reasons, strict=True))
         self._put_aside(source.name, bad)
@@ -295,18 +305,20 @@ class Sink:
         if not waiting:
             return Drained(), False
         entries = [(stream, entry, payload) for entry, payload in waiting[stream]]
-        good, bad = _sifted(entries, lambda payloads: rows_from(name, [((0, 0), each) for each in payloads]))
+        _, by_model, bad = _decoded(
+            entries, lambda some: rows_from(name, [(entry, payload) for _, entry, payload in some])
+        )
         self._put_aside(name, bad)
         last, count = waiting[stream][-1][0], 0
-        for model, (ids, rows) in rows_from(name, [(entry, payload) for _, entry, payload in good]).items():
-            applied = self.offline_store.progress(name, model, [stream])[stream]
+        for model, (ids, rows) in by_model.items():
+            applied = self._open_store.progress(name, model, [stream])[stream]
             new = rows.filter(pa.array([_is_new(entry, applied) for entry in ids], pa.bool_()))
             if name == "predictions":
                 # An append whose answer was lost is repeated: at once, or when the server is back.
                 new = self._unknown(model, _first_of_each(new, "prediction_id"))
             if new.num_rows:
                 progress = Progress(before={stream: applied}, after={stream: last})
-                self.offline_store.append_stream(name, model, new, progress)
+                self._open_store.append_stream(name, model, new, progress)
                 self._commits += 1
                 count += new.num_rows
         moved = Drained(**{name: count}, unreadable=len(bad), trimmed=self._trim(waiting))
@@ -317,7 +329,7 @@ class Sink:
         if not rows.num_rows:
             return rows
         at_us = times_us(rows.column("at"))
-        known = self.offline_store.read_predictions(
+        known = self._open_store.read_predictions(
             model, start_us=int(at_us.min()), end_us=int(at_us.max()) + 1, columns=["prediction_id"]
         )
         ids = known.column("prediction_id").combine_chunks()
@@ -350,7 +362,7 @@ class Sink:
         ]
         if letters:
             _log.warning("%d entries for %s can't be applied; they are dead letters now", len(letters), name)
-        self.offline_store.append_dead_letters(name, pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
+        self._open_store.append_dead_letters(name, pa.Table.from_pylist(letters, schema=DEAD_LETTERS))
 
     def _mend(self) -> None:
         """Make rings anew that have taken in an event which the log had already, a few seconds' worth at a time."""
@@ -370,12 +382,13 @@ class Sink:
         try:
             for source in self.sources:
                 for entity in source.entities:
-                    self.event_log.compact(source, entity)
+                    self._open_log.compact(source, entity)
             for name in RECORDS:
-                for model in self.offline_store.tables(name):
-                    self.offline_store.compact(name, model)
+                for model in self._open_store.tables(name):
+                    self._open_store.compact(name, model)
         except StorageError as error:
             _log.warning("small files weren't merged: %s", error)
+        self._tables.forget()  # what a table remembers of files that are no more goes as well
 
     def _vacuum(self) -> None:
         """Delete the files that were merged into others long enough ago that nobody reads them any more.
@@ -389,7 +402,10 @@ class Sink:
         try:
             for source in self.sources:
                 for entity in source.entities:
-                    vacuum(self.event_log.table(source, entity), hours=hours)
+                    vacuum(self._open_log.table(source, entity), hours=hours)
+            for name in RECORDS:
+                for model in self._open_store.tables(name):
+                    vacuum(self._open_store.table(name, model), hours=hours)
         except StorageError as error:
             _log.warning("old files weren't deleted: %s", error)
 
@@ -398,19 +414,22 @@ def _is_new(entry: StreamId, applied: StreamId | None) -> bool:
     return applied is None or entry > applied
 
 
-def _sifted(
-    entries: list[Entry], decode: Callable[[list[bytes]], object]
-) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-    """Entries that can be decoded, and those that can't with the reason; told one by one only if need be."""
+def _decoded(
+    entries: list[Entry], decode: Callable[[list[Entry]], Decoded]
+) -> tuple[list[Entry], Decoded, list[tuple[Entry, str]]]:
+    """Entries that can be decoded, decoded, and those that can't with the reason; told one by one only if need be."""
     try:
-        decode([payload for _, _, payload in entries])
-    except StreamEntryError as error:
-        if len(entries) == 1:
-            return [], [(entries[0], error.reason)]
-    else:
-        return entries, []
-    found = [_sifted([entry], decode) for entry in entries]
-    return [entry for good, _ in found for entry in good], [each for _, bad in found for each in bad]
+        return entries, decode(entries), []
+    except StreamEntryError:
+        good, bad = [], []
+    for entry in entries:
+        try:
+            decode([entry])
+        except StreamEntryError as error:
+            bad.append((entry, error.reason))
+        else:
+            good.append(entry)
+    return good, decode(good), bad
 
 
 def _first_of_each(rows: pa.Table, column: str) -> pa.Table:

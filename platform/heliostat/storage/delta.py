@@ -66,6 +66,47 @@ class Commit:
     progress: Progress | None = None
 
 
+class OpenTables:
+    """Tables that somebody uses again and again: opened once, and then only told what was committed since.
+
+    To open a table is to read what was committed since its last checkpoint: up to a hundred files.
+
+    For one thread: a table moves on when it is opened again, also for whoever has opened it before.
+    """
+
+    def __init__(self) -> None:
+        # By place: the table, and the commit that it was at when it was looked at last.
+        self._held: dict[str, tuple[DeltaTable, int, pafs.FileInfo]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenTables, ()
+
+    def current(self, place: Table) -> DeltaTable:
+        """A table as it is now.
+
+        Raises:
+            TableNotFoundError: If there is none.
+        """
+        held = self._held.pop(place.uri, None)  # what fails below is opened anew next time
+        if held is not None and _is_same(held[2], place.commit_file(held[1])):
+            table = held[0]
+            table.update_incremental()
+        else:  # never seen, or deleted since, and perhaps created again
+            table = place.load()
+        version = table.version()
+        if held is None or table is not held[0] or version != held[1]:
+            held = table, version, place.commit_file(version)
+        self._held[place.uri] = held
+        return table
+
+    def forget(self, uri: str | None = None) -> None:
+        """Open a table anew next time; None: all of them."""
+        if uri is None:
+            self._held.clear()
+        else:
+            self._held.pop(uri, None)
+
+
 @dataclass
 class Table:
     """A Delta table with one partition column, or none.
@@ -74,11 +115,13 @@ class Table:
         uri: Absolute path, or a URL such as ``s3://…``.
         options: Options of the object store.
         partition: The partition column.
+        kept: Where it stays open; None: it is opened anew each time.
     """
 
     uri: str
     options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets
     partition: str | None = None
+    kept: OpenTables | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_local(self) -> bool:
@@ -91,15 +134,25 @@ class Table:
             return None
         with self._reached():
             try:
-                return DeltaTable(self.uri, version=version, storage_options=dict(self.options))
+                return self._current() if version is None else self.load(version)
             except TableNotFoundError:
                 return None
+
+    def load(self, version: int | None = None) -> DeltaTable:
+        """Open the table anew, as it is now or was at a version."""
+        return DeltaTable(self.uri, version=version, storage_options=dict(self.options))
+
+    def _current(self) -> DeltaTable:
+        return self.load() if self.kept is None else self.kept.current(self)
 
     def has_commit(self, version: int) -> bool:
         """Whether a version was committed, and its commit not yet cleaned up: after 30 days, by Delta's own rule."""
         with self._reached():
-            found = self.filesystem().get_file_info(f"_delta_log/{version:020d}.json")
-            return bool(found.is_file)
+            return bool(self.commit_file(version).is_file)
+
+    def commit_file(self, version: int) -> pafs.FileInfo:
+        """What is known of the file that committed a version."""
+        return self.filesystem().get_file_info(f"_delta_log/{version:020d}.json")
 
     def ensure(self, schema: pa.Schema, configuration: Mapping[str, str] | None = None) -> DeltaTable:
         """Open the table; create it when absent, and add columns that the schema has gained.
@@ -157,7 +210,7 @@ class Table:
             TableUnavailableError: If there is none, or it can't be reached.
         """
         with self._reached():
-            return DeltaTable(self.uri, storage_options=dict(self.options))
+            return self._current()
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
@@ -343,12 +396,18 @@ class Table:
                 )
             except CommitFailedError as error:
                 failed = base, _one_line(error), commit
+                self._forget()
                 time.sleep(random.uniform(0, 0.002 * min(attempt + 1, 25)))  # noqa: S311 - spreads out writers
             except (DeltaError, OSError) as error:
+                self._forget()
                 raise TableCommitError(self.uri, _one_line(error)) from error
             else:
                 return base + 1
         raise TableCommitError(self.uri, f"{_MAX_ATTEMPTS} other commits came first")
+
+    def _forget(self) -> None:
+        if self.kept is not None:
+            self.kept.forget(self.uri)
 
     def _holds(self, table: DeltaTable, adds: Sequence[AddAction]) -> bool:
         return bool(adds) and {each.path for each in adds} <= set(self.files(table).column("path").to_pylist())
@@ -370,6 +429,10 @@ class Table:
             for stream, last in progress.after.items()
             for part, number in zip(("ms", "seq"), last, strict=True)
         ]
+
+
+def _is_same(before: pafs.FileInfo, now: pafs.FileInfo) -> bool:
+    return bool(now.is_file) and (before.mtime_ns, before.size) == (now.mtime_ns, now.size)
 
 
 def arrow_schema(table: DeltaTable) -> pa.Schema:

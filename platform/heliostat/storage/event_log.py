@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from heliostat.errors import BucketCountError, KeyColumnError
 from heliostat.schema import BUCKET, ID_HASH, INGESTED, TIE, cast_column, conform, hash64
-from heliostat.storage.delta import Progress, StreamId, Table, absolute_root, arrow_schema, joined
+from heliostat.storage.delta import OpenTables, Progress, StreamId, Table, absolute_root, arrow_schema, joined
 from heliostat.storage.event_append import EntityAppend, HashCache, Spool, repetitive_columns, repetitive_texts
 from heliostat.storage.event_files import LogStatistics
 from heliostat.storage.log_version import NO_VERSION, LogVersion
@@ -99,12 +99,19 @@ class EventLog:
         self.storage_options = dict(storage_options or {})
         self.n_buckets = n_buckets
         self._hashes = HashCache(_CACHED_HASHES)
+        self._kept: OpenTables | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return EventLog, (self.root, self.storage_options, self.n_buckets)
 
     def __repr__(self) -> str:
         return f"EventLog({self.root!r}, n_buckets={self.n_buckets})"
+
+    def keeping(self, tables: OpenTables) -> EventLog:
+        """The same log, whose tables stay open: for one thread, that reads or appends again and again."""
+        log = EventLog(self.root, self.storage_options, self.n_buckets)
+        log._kept = tables
+        return log
 
     @property
     def buckets(self) -> range:
@@ -172,7 +179,7 @@ class EventLog:
 
     def table(self, source: SourceLike, entity: EntityLike) -> Table:
         """The Delta table of a source and entity."""
-        return Table(joined(self.root, "events", source.name, entity.name), self.storage_options, BUCKET)
+        return Table(joined(self.root, "events", source.name, entity.name), self.storage_options, BUCKET, self._kept)
 
     def ensure_table(self, source: SourceLike, entity: EntityLike) -> DeltaTable:
         """Open a table for writing; create it when absent.

@@ -27,7 +27,16 @@ from deltalake.transaction import AddAction
 from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.errors import UnknownTableError
 from heliostat.schema import TIMESTAMP, times_us
-from heliostat.storage.delta import Commit, Progress, StreamId, Table, absolute_root, arrow_schema, joined
+from heliostat.storage.delta import (
+    Commit,
+    OpenTables,
+    Progress,
+    StreamId,
+    Table,
+    absolute_root,
+    arrow_schema,
+    joined,
+)
 from heliostat.storage.event_files import paths_of, pruned
 
 Kind = Literal["features", "predictions", "actuals", "batch", "dead_letters"]
@@ -108,9 +117,16 @@ class OfflineStore:
     def __init__(self, root: str, storage_options: Mapping[str, str] | None = None) -> None:
         self.root = absolute_root(root)
         self.storage_options = dict(storage_options or {})
+        self._kept: OpenTables | None = None
 
     def __repr__(self) -> str:
         return f"OfflineStore({self.root!r})"
+
+    def keeping(self, tables: OpenTables) -> OfflineStore:
+        """The same store, whose tables stay open: for one thread, that reads or appends again and again."""
+        store = OfflineStore(self.root, self.storage_options)
+        store._kept = tables
+        return store
 
     # ── Feature snapshots ────────────────────────────────────────────────────────
 
@@ -368,7 +384,7 @@ class OfflineStore:
         return self._table(kind, name, {"batch": AS_OF, "dead_letters": None}.get(kind, DAY))
 
     def _table(self, kind: Kind, name: str, partition: str | None) -> Table:
-        return Table(joined(self.root, kind, name), self.storage_options, partition)
+        return Table(joined(self.root, kind, name), self.storage_options, partition, self._kept)
 
     def _swap(self, table: Table, value: str, adds: Sequence[AddAction]) -> int:
         """Put files in the place of all that a partition holds now."""

@@ -30,6 +30,8 @@ RECORD_FIELD = b"p"
 
 FloatArray = NDArray[np.float64]
 _F8 = np.dtype("<f8")
+_FEATURES = "features"
+_OF_A_REQUEST = ("request_id", "trace_id", "latency_ms", "forced")
 
 
 # ── Events ──────────────────────────────────────────────────────────────────────────
@@ -159,19 +161,6 @@ def prediction_entry(document: Mapping[str, Any], vectors: FloatArray | Sequence
     return b"\n".join((line, numbers.astype(_F8, copy=False).tobytes()))
 
 
-def _vectors(width: int | Sequence[int], content: bytes, n: int) -> list[list[float | None]]:
-    """The vectors of such an entry, ``n`` of them; None for what is no number."""
-    numbers = np.frombuffer(content, dtype=_F8)
-    values: list[float | None] = numbers.tolist()
-    for place in np.flatnonzero(np.isnan(numbers)).tolist():
-        values[place] = None
-    widths = [width] * n if isinstance(width, int) else list(width)
-    ends = list(itertools.accumulate(widths, initial=0))
-    if len(widths) != n or min(widths, default=0) < 0 or ends[-1] != len(values):
-        raise ValueError(f"{len(values)} numbers aren't {n} vectors of {width}")
-    return [values[first:last] for first, last in itertools.pairwise(ends)]
-
-
 def rows_from(
     name: StreamName, entries: Sequence[tuple[StreamId, bytes]]
 ) -> dict[str, tuple[list[StreamId], pa.Table]]:
@@ -187,56 +176,129 @@ def rows_from(
     Raises:
         StreamEntryError: If an entry can't be read.
     """
-    ids: dict[str, list[StreamId]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, _Rows] = {}
     schema = PREDICTIONS if name == "predictions" else ACTUALS
     try:
         for entry, payload in entries:
             line, _, content = payload.partition(b"\n")
             document = _document(line)
             model = _model(name, document)
-            found = _prediction_rows(document, content) if name == "predictions" else [_actual_row(document)]
-            ids.setdefault(model, []).extend([entry] * len(found))
-            rows.setdefault(model, []).extend(found)
-        return {model: (ids[model], pa.Table.from_pylist(each, schema=schema)) for model, each in rows.items()}
+            rows = found.get(model)
+            if rows is None:
+                rows = found[model] = _Rows(schema)
+            if name == "actuals":
+                rows.add(entry, 1, _actual_columns(document))
+            elif "columns" in document:
+                _add_predictions(rows, entry, document, content)
+            else:
+                _add_requests_predictions(rows, entry, document)
+        return {model: (rows.ids, rows.table()) for model, rows in found.items()}
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise StreamEntryError(name, f"{type(error).__name__}: {error}") from error
 
 
-def _prediction_rows(document: Mapping[str, Any], content: bytes) -> list[dict[str, Any]]:
-    shared = {"model": document["model"], "revision": document.get("revision"), "at": int(document["at_us"])}
-    if "columns" not in document:  # as an earlier release wrote it: one request, an object a prediction
-        return [{**each, **shared, "request_id": document.get("request_id")} for each in document["entries"]]
-    names = [
-        {
-            "prediction_id": prediction_id,
-            "request_id": request["request_id"],
-            "trace_id": request.get("trace_id"),
-            "latency_ms": request.get("latency_ms"),
-            "forced": request.get("forced"),
-        }
-        for request in document["requests"]
-        for prediction_id in prediction_ids(request["request_id"], request["rows"])
-    ]
-    same = {"missing": (), "given": (), **document.get("same", {})}
-    columns = {**{name: [value] * len(names) for name, value in same.items()}, **document["columns"]}
+class _Rows:
+    """Rows that become more entry by entry, held by column: an object a row would be most of a sink's work.
+
+    Args:
+        schema: Of the table. Its column ``features`` is kept as numbers one behind the other, and how many are whose.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._columns: dict[str, list[Any]] = {name: [] for name in schema.names if name != _FEATURES}
+        self._widths: list[int | None] = []
+        self._numbers: list[bytes] = []
+        self.ids: list[StreamId] = []
+
+    def add(self, entry: StreamId, n: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Add ``n`` rows of an entry; a column that they lack is null, one that the table lacks is left out."""
+        for name, held in self._columns.items():
+            values = columns.get(name)
+            if values is None:
+                held.extend(itertools.repeat(None, n))
+            elif len(values) == n:
+                held.extend(values)
+            else:
+                raise ValueError(f"{name} has {len(values)} values, and there are {n} rows")
+        self.ids.extend(itertools.repeat(entry, n))
+
+    def add_vectors(self, n: int, widths: int | Sequence[int], numbers: bytes) -> None:
+        """Add the vectors of ``n`` rows, as bits of numbers; NaN is null."""
+        if isinstance(widths, int):
+            widths = [widths] * n
+        if len(widths) != n or min(widths, default=0) < 0 or len(numbers) != _F8.itemsize * sum(widths):
+            raise ValueError(f"{len(numbers)} bytes aren't the numbers of {n} vectors of {widths}")
+        self._widths.extend(widths)
+        self._numbers.append(numbers)
+
+    def add_vector(self, values: Sequence[float | None] | None) -> None:
+        """Add one row's vector; None: it has none."""
+        self._widths.append(None if values is None else len(values))
+        self._numbers.append(np.array(values or (), dtype=_F8).tobytes())  # None becomes NaN
+
+    def table(self) -> pa.Table:
+        """All of them."""
+        return pa.table(
+            [
+                self._vectors() if field.name == _FEATURES else pa.array(self._columns[field.name], field.type)
+                for field in self._schema
+            ],
+            schema=self._schema,
+        )
+
+    def _vectors(self) -> pa.Array:
+        ends = list(itertools.accumulate((width or 0 for width in self._widths), initial=0))
+        numbers = np.frombuffer(b"".join(self._numbers), dtype=_F8)
+        missing = pa.array([width is None for width in self._widths], pa.bool_())
+        return pa.ListArray.from_arrays(
+            pa.array(ends, pa.int32()), pa.array(numbers, pa.float64(), from_pandas=True), mask=missing
+        )
+
+
+def _add_predictions(rows: _Rows, entry: StreamId, document: Mapping[str, Any], content: bytes) -> None:
+    """Add the predictions of an entry that has a list a column, or one value for all rows."""
+    columns: dict[str, Any] = {name: [] for name in ("prediction_id", *_OF_A_REQUEST)}
+    for request in document["requests"]:
+        count = request["rows"]
+        columns["prediction_id"] += prediction_ids(request["request_id"], count)
+        for name in _OF_A_REQUEST:
+            columns[name] += [request.get(name)] * count
+    n = len(columns["prediction_id"])
+    same = {"missing": (), "given": (), **document.get("same", {}), **_of_all(document)}
+    columns.update({name: [value] * n for name, value in same.items()})
+    columns.update(document["columns"])
     if "newest_event" in columns:
         columns["newest_event"] = [None if each is None else int(each) for each in columns["newest_event"]]
+    columns["source"] = ["model" if each is None else "fallback" for each in columns.get("fallback", [None] * n)]
+    rows.add(entry, n, columns)
     if "width" in document:
-        columns["features"] = _vectors(document["width"], content, len(names))
+        rows.add_vectors(n, document["width"], content)
+        return
     # An earlier release wrote them as JSON, which spells infinity as null, as it does NaN.
-    for vector, places in zip(columns["features"], columns.pop("infinite", ()), strict=False):
+    vectors = columns[_FEATURES]
+    for vector, places in zip(vectors, columns.get("infinite", ()), strict=False):
         for place, sign in places or ():
             vector[place] = math.inf * sign
-    sources = ["model" if each is None else "fallback" for each in columns.get("fallback", [None] * len(names))]
-    rows = zip(names, sources, *columns.values(), strict=True)
-    return [
-        {**name, **shared, "source": source, **dict(zip(columns, row, strict=True))} for name, source, *row in rows
-    ]
+    for _, vector in zip(range(n), vectors, strict=True):
+        rows.add_vector(vector)
 
 
-def _actual_row(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {**document, "at": int(document["at_us"]), "as_of": document.get("as_of_us")}
+def _add_requests_predictions(rows: _Rows, entry: StreamId, document: Mapping[str, Any]) -> None:
+    """Add the predictions of an entry of an earlier release: one request, an object a prediction."""
+    for each in document["entries"]:
+        row = {**each, **_of_all(document), "request_id": document.get("request_id")}
+        rows.add(entry, 1, {name: [value] for name, value in row.items()})
+        rows.add_vector(row.get(_FEATURES))
+
+
+def _of_all(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model": document["model"], "revision": document.get("revision"), "at": int(document["at_us"])}
+
+
+def _actual_columns(document: Mapping[str, Any]) -> dict[str, list[Any]]:
+    row = {**document, "at": int(document["at_us"]), "as_of": document.get("as_of_us")}
+    return {name: [value] for name, value in row.items()}
 
 
 def _model(name: StreamName, document: Mapping[str, Any]) -> str:

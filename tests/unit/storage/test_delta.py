@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from deltalake.exceptions import CommitFailedError
 
 from heliostat.errors import TableCommitError, TableUnavailableError
 from heliostat.schema import TIMESTAMP
-from heliostat.storage.delta import Commit, Table, absolute_root
+from heliostat.storage.delta import Commit, OpenTables, Table, absolute_root
 
 SCHEMA = pa.schema([("at", TIMESTAMP), ("n", pa.int64()), ("part", pa.string())])
 
@@ -129,3 +132,80 @@ def test_root_is_the_same_for_every_process(root: str, expected: str) -> None:
 def test_relative_root_starts_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute_root("data") == str(tmp_path / "data")
+
+
+# ── Tables that stay open ────────────────────────────────────────────────────────────
+
+
+def _commit(table: Table, number: int) -> int:
+    add = table.write(rows(number), value="x")
+    return table.commit(SCHEMA, lambda _: Commit(adds=[add]))
+
+
+@pytest.fixture
+def kept(table: Table) -> Table:
+    """The same table, as one that keeps it open has it."""
+    return replace(table, kept=OpenTables())
+
+
+def test_table_that_stays_open_is_read_once_and_is_as_it_is_now(
+    table: Table, kept: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    load = Table.load
+    monkeypatch.setattr(Table, "load", lambda self, version=None: (loads.append(self.uri), load(self, version))[1])
+    for number in range(3):
+        assert _commit(kept, number) == number + 1
+        assert _numbers(kept) == list(range(number + 1))
+    assert len(loads) == 1
+    _commit(table, 3)
+    assert _numbers(kept) == [0, 1, 2, 3]
+    assert kept.open(1) is not kept.open()
+    assert kept.open(1).version() == 1
+    kept.kept.forget()
+    loads.clear()
+    assert _numbers(kept) == [0, 1, 2, 3]
+    assert len(loads) == 1
+
+
+def test_commits_of_those_who_keep_a_table_open_and_of_others_take_turns(table: Table, kept: Table) -> None:
+    both = [kept, table, replace(table, kept=OpenTables())]
+    for number in range(9):
+        assert _commit(both[number % 3], number) == number + 1
+    assert [_numbers(each) for each in both] == [list(range(9))] * 3
+
+
+def test_somebody_elses_commit_during_a_preparation_is_seen(table: Table, kept: Table) -> None:
+    seen: list[int] = []
+
+    def prepare(current: DeltaTable) -> Commit:
+        seen.append(current.version())
+        if len(seen) == 1:
+            _commit(table, 1)
+        return Commit(adds=[kept.write(rows(2), value="x")])
+
+    assert kept.commit(SCHEMA, prepare) == 2
+    assert seen == [0, 1]
+    assert _numbers(kept) == [1, 2]
+
+
+def test_table_that_was_deleted_and_created_again_is_another(table: Table, kept: Table) -> None:
+    for number in range(3):
+        _commit(kept, number)
+    shutil.rmtree(kept.uri)
+    assert kept.open() is None
+    with pytest.raises(TableUnavailableError):
+        kept.current()
+    table.ensure(SCHEMA)
+    for number in range(7, 12):
+        _commit(table, number)
+    assert _numbers(kept) == [7, 8, 9, 10, 11]
+    assert _commit(kept, 12) == 6
+    assert _numbers(table) == [7, 8, 9, 10, 11, 12]
+
+
+def test_what_stays_open_isnt_taken_along_into_another_process(kept: Table) -> None:
+    _commit(kept, 1)
+    taken = pickle.loads(pickle.dumps(kept))
+    assert taken == kept
+    assert _numbers(taken) == [1]
