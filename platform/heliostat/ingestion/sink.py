@@ -400,14 +400,18 @@ class Sink:
         self._vacuumed_s = time.monotonic()
         hours = -(-self.vacuum_after_us // US_PER_HOUR)
         try:
-            for source in self.sources:
-                for entity in source.entities:
-                    vacuum(self._open_log.table(source, entity), hours=hours)
-            for name in RECORDS:
-                for model in self._open_store.tables(name):
-                    vacuum(self._open_store.table(name, model), hours=hours)
+            tables = [self._open_log.table(source, entity) for source in self.sources for entity in source.entities]
+            tables += [
+                self._open_store.table(name, model) for name in RECORDS for model in self._open_store.tables(name)
+            ]
         except StorageError as error:
-            _log.warning("old files weren't deleted: %s", error)
+            tables = []
+            _log.warning("old files weren't looked for: %s", error)
+        for table in tables:
+            try:
+                vacuum(table, hours=hours)
+            except StorageError as error:
+                _log.warning("old files weren't deleted: %s", error)
 
 
 def _is_new(entry: StreamId, applied: StreamId | None) -> bool:

@@ -132,7 +132,7 @@ class Table:
         """The table as it is now, or was at a version; None if there is none."""
         if self.is_local and not Path(self.uri, "_delta_log").is_dir():
             return None
-        with self._reached():
+        with reached(self.uri):
             try:
                 return self._current() if version is None else self.load(version)
             except TableNotFoundError:
@@ -147,7 +147,7 @@ class Table:
 
     def has_commit(self, version: int) -> bool:
         """Whether a version was committed, and its commit not yet cleaned up: after 30 days, by Delta's own rule."""
-        with self._reached():
+        with reached(self.uri):
             return bool(self.commit_file(version).is_file)
 
     def commit_file(self, version: int) -> pafs.FileInfo:
@@ -197,10 +197,10 @@ class Table:
             return table
         try:
             table.alter.add_columns([Field.from_arrow(each.with_nullable(True)) for each in new])
-        except DeltaError:
+        except DeltaError as error:
             # Somebody else may have added them at the same time.
             if not set(schema.names) <= set(arrow_schema(self.current()).names):
-                raise
+                raise TableCommitError(self.uri, _one_line(error)) from error
         return self.current()
 
     def current(self) -> DeltaTable:
@@ -209,15 +209,8 @@ class Table:
         Raises:
             TableUnavailableError: If there is none, or it can't be reached.
         """
-        with self._reached():
+        with reached(self.uri):
             return self._current()
-
-    @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
-        try:
-            yield
-        except (DeltaError, OSError) as error:
-            raise TableUnavailableError(self.uri, _one_line(error)) from error
 
     def filesystem(self) -> pafs.FileSystem:
         """Where the table's files are, by their paths relative to it."""
@@ -292,7 +285,7 @@ class Table:
         stored = as_dictionaries(schema, dictionaries)
         if not paths:
             return pa.schema([stored.field(name) for name in columns]).empty_table()
-        with self._reached():
+        with reached(self.uri):
             return read_files(
                 paths, self.filesystem(), stored, columns=columns, where=where, near=near, dictionaries=dictionaries
             )
@@ -414,7 +407,8 @@ class Table:
 
     def progress(self, table: DeltaTable | None, streams: Sequence[str]) -> dict[str, StreamId | None]:
         """The last entry of each stream that is applied to the table; None where nothing is."""
-        return {stream: None if table is None else _applied(table, stream) for stream in streams}
+        with reached(self.uri):
+            return {stream: None if table is None else _applied(table, stream) for stream in streams}
 
     def _transactions(self, table: DeltaTable, progress: Progress | None) -> list[Transaction] | None:
         if progress is None:
@@ -429,6 +423,19 @@ class Table:
             for stream, last in progress.after.items()
             for part, number in zip(("ms", "seq"), last, strict=True)
         ]
+
+
+@contextlib.contextmanager
+def reached(uri: str) -> Iterator[None]:
+    """Say of what fails in the block which place can't be reached.
+
+    Raises:
+        TableUnavailableError: If something does.
+    """
+    try:
+        yield
+    except (DeltaError, OSError) as error:
+        raise TableUnavailableError(uri, _one_line(error)) from error
 
 
 def _is_same(before: pafs.FileInfo, now: pafs.FileInfo) -> bool:

@@ -8,9 +8,11 @@ of the bytes finds nothing.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -33,6 +35,7 @@ from heliostat.storage.online_store import OnlineConfig
 from heliostat.storage.scripts import Script
 
 _ABANDONED_HOURS: Final = 24
+_DELETIONS_AT_ONCE: Final = 8
 _REWRITE_TIMEOUT_S: Final = 600.0
 _POLL_S: Final = 0.02
 
@@ -184,19 +187,26 @@ def vacuum(place: Table, *, hours: int = 0, exclusive: bool = False) -> int:
     table = place.open()
     if table is None:
         return 0
-    removed, filesystem = 0, place.filesystem()
+    abandoned = 0 if exclusive else max(hours, _ABANDONED_HOURS)
     try:
-        for full, age in ((False, hours), (True, 0 if exclusive else max(hours, _ABANDONED_HOURS))):
-            # It names all files that the table's history ever let go, those that are long deleted as well.
-            named = table.vacuum(age, enforce_retention_duration=False, full=full)
-            found = [each for each in filesystem.get_file_info(named) if each.type is pafs.FileType.File]
-            if found:
-                table.vacuum(age, dry_run=False, enforce_retention_duration=False, full=full)
-                table = place.current()
-            removed += len(found)
+        # Delta names all files that the table's history ever let go, those that are long deleted as well.
+        named = {
+            *table.vacuum(hours, enforce_retention_duration=False),
+            *table.vacuum(abandoned, enforce_retention_duration=False, full=True),
+        }
+        filesystem = place.filesystem()
+        there = (each.path.lstrip("/") for each in filesystem.get_file_info(pafs.FileSelector("", recursive=True)))
+        found = [path for path in there if path in named]
+        with ThreadPoolExecutor(_DELETIONS_AT_ONCE) as pool:
+            list(pool.map(lambda path: _delete(filesystem, path), found))
     except (DeltaError, OSError) as error:
         raise TableCommitError(place.uri, " ".join(str(error).split())) from error
-    return removed
+    return len(found)
+
+
+def _delete(filesystem: pafs.FileSystem, path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
+        filesystem.delete_file(path)
 
 
 def subfolders(root: str, options: Mapping[str, str], *parts: str) -> list[str]:

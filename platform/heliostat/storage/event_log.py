@@ -110,6 +110,7 @@ class EventLog:
     def keeping(self, tables: OpenTables) -> EventLog:
         """The same log, whose tables stay open: for one thread, that reads or appends again and again."""
         log = EventLog(self.root, self.storage_options, self.n_buckets)
+        log._hashes = self._hashes
         log._kept = tables
         return log
 

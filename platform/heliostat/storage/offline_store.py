@@ -36,6 +36,7 @@ from heliostat.storage.delta import (
     absolute_root,
     arrow_schema,
     joined,
+    reached,
 )
 from heliostat.storage.event_files import paths_of, pruned
 
@@ -365,13 +366,14 @@ class OfflineStore:
 
     def tables(self, kind: Kind) -> list[str]:
         """The names that have a table of a kind: view references, models or sources."""
-        if "://" in self.root:
-            filesystem = pafs.PyFileSystem(DeltaStorageHandler(self.root, self.storage_options))
-            found = filesystem.get_file_info(pafs.FileSelector(kind, allow_not_found=True, recursive=False))
-            names = [Path(each.path).name for each in found]
-        else:
-            folder = Path(self.root, kind)
-            names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+        with reached(joined(self.root, kind)):
+            if "://" in self.root:
+                filesystem = pafs.PyFileSystem(DeltaStorageHandler(self.root, self.storage_options))
+                found = filesystem.get_file_info(pafs.FileSelector(kind, allow_not_found=True, recursive=False))
+                names = [Path(each.path).name for each in found]
+            else:
+                folder = Path(self.root, kind)
+                names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
         return sorted(name for name in names if self._table(kind, name, None).open() is not None)
 
     def version(self, kind: Kind, name: str) -> int:

@@ -72,7 +72,7 @@ def events_from(payloads: Sequence[bytes], schema: pa.Schema) -> pa.Table:
     try:
         columns = [_typed([row.get(field.name) for row in rows], field.type) for field in schema]
         columns.append(pa.array([row[INGESTED] for row in rows], pa.int64()))
-    except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         raise StreamEntryError("events", f"{type(error).__name__}: {error}") from error
     return pa.table(columns, names=[*schema.names, INGESTED])
 
@@ -193,7 +193,7 @@ def rows_from(
             else:
                 _add_requests_predictions(rows, entry, document)
         return {model: (rows.ids, rows.table()) for model, rows in found.items()}
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         raise StreamEntryError(name, f"{type(error).__name__}: {error}") from error
 
 
@@ -234,8 +234,11 @@ class _Rows:
 
     def add_vector(self, values: Sequence[float | None] | None) -> None:
         """Add one row's vector; None: it has none."""
-        self._widths.append(None if values is None else len(values))
-        self._numbers.append(np.array(values or (), dtype=_F8).tobytes())  # None becomes NaN
+        numbers = np.array(() if values is None else values, dtype=_F8)  # None becomes NaN
+        if numbers.ndim != 1:
+            raise ValueError(f"{values!r} is no vector")
+        self._widths.append(None if values is None else len(numbers))
+        self._numbers.append(numbers.tobytes())
 
     def table(self) -> pa.Table:
         """All of them."""

@@ -158,6 +158,14 @@ def test_infinite_values_of_an_entry_of_an_earlier_release_come_back() -> None:
     assert [row["features"] for row in rows] == [[None, 1.0], [math.inf, -math.inf]]
 
 
+@pytest.mark.parametrize("vector", [[[1, 2], [3, 4]], "12", ["x"], 5, [[], 1]])
+def test_vector_of_an_earlier_release_that_is_none_is_refused(vector: object) -> None:
+    columns = {"entity": ["1"], "score": [0.5], "features": [vector]}
+    entry = {"model": "churn", "at_us": 1, "requests": [{"request_id": "r", "rows": 1}], "columns": columns}
+    with pytest.raises(StreamEntryError):
+        rows_from("predictions", [((1, 0), orjson.dumps({**entry, "same": {"version": 1, "variant": "a"}}))])
+
+
 def test_actual_is_read_back() -> None:
     record = actual_record(model="churn", value=1.0, at_us=5, entity="7", as_of_us=3)
     ids, rows = rows_from("actuals", [((1, 2), record)])["churn"]
@@ -174,7 +182,14 @@ def test_record_that_names_no_model_is_refused(model: object) -> None:
 
 
 def test_record_of_a_wrong_shape_is_refused() -> None:
-    for wrong in ({"entries": [{"score": "high"}]}, {"entries": [5]}, {"entries": 5}, {"at_us": None}, {}):
+    for wrong in (
+        {"at_us": 2**63, "entries": [{}]},
+        {"entries": [{"score": "high"}]},
+        {"entries": [5]},
+        {"entries": 5},
+        {"at_us": None},
+        {},
+    ):
         record = orjson.dumps({"model": "churn", "at_us": 1, **wrong})
         with pytest.raises(StreamEntryError):
             rows_from("predictions", [((1, 0), record)])
