@@ -21,6 +21,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 from heliostat.cli import run_job
 from heliostat.clock import US_PER_DAY, US_PER_S, ManualClock, parse_instant_us
@@ -368,6 +370,51 @@ def test_files_that_were_merged_into_others_are_deleted_once_nobody_may_read_the
     assert len(_ids(sink)) == 34
     assert _predicted(sink) == [f"p{number:02}" for number in range(34)]
     assert before.version() == sink.event_log.version(SALES, USER), "to delete what no table has is no commit"
+
+
+def test_table_that_is_away_for_a_moment_doesnt_end_the_sink(
+    intake: Intake, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake.submit("sales", [event("e0")])
+    sink.streams.append("predictions", [_prediction("p0")])
+    sink.drain_once()
+    intake.submit("sales", [event("e1")])
+    sink.streams.append("predictions", [_prediction("p1")])
+    stop, rounds = threading.Event(), list[float]()
+
+    def pause(seconds: float = 0.0) -> bool:
+        rounds.append(seconds)
+        monkeypatch.undo()
+        if len(rounds) == 2:
+            stop.set()
+        return stop.is_set()
+
+    def away(*_: Any) -> Any:
+        raise DeltaError("the log is away")
+
+    stop.wait = pause  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(DeltaTable, "transaction_version", away)
+    sink.run_forever(0.25, stop)
+    assert rounds == [0.5, 0.25]  # waited for, then as ever
+    assert (_ids(sink), _predicted(sink)) == (["e0", "e1"], ["p0", "p1"])
+
+
+def test_old_files_that_cant_be_looked_for_dont_end_the_sink(
+    intake: Intake, sink: Sink, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    intake.submit("sales", [event("e0")])
+    sink.streams.append("predictions", [_prediction("p0")])
+    stop = threading.Event()
+    stop.wait = lambda *_: stop.set()  # type: ignore[method-assign,assignment] # one round
+
+    def too_many(_: Path) -> Any:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", too_many)
+        sink.run_forever(0.01, stop)
+    assert "old files weren't looked for" in caplog.text
+    assert (_ids(sink), _predicted(sink)) == (["e0"], ["p0"])
 
 
 # ── Predictions and actuals ──────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from heliostat.clock import US_PER_DAY
-from heliostat.errors import StaleProgressError, UnknownTableError
+from heliostat.errors import StaleProgressError, TableUnavailableError, UnknownTableError
 from heliostat.schema import TIMESTAMP
 from heliostat.storage.delta import Progress
 from heliostat.storage.offline_store import _STREAMED, ACTUALS, DEAD_LETTERS, PREDICTIONS, OfflineStore
@@ -218,3 +218,17 @@ def test_store_behind_an_object_store_address_does_the_same(tmp_path: Path) -> N
     assert _spent(store, 0, 0) == [2.0]
     assert (store.tables("features"), store.tables("batch")) == (["sales@1"], [])
     assert store.version("features", "sales@1") == 2
+
+
+def test_folder_that_cant_be_listed_is_said_to_be_unavailable(
+    store: OfflineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.append_stream("predictions", "churn", predictions(("a", 5)), Progress({"s": None}, {"s": (1, 0)}))
+    assert store.tables("predictions") == ["churn"]
+
+    def too_many(_: Path) -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Path, "iterdir", too_many)
+    with pytest.raises(TableUnavailableError, match=r"predictions.*Too many open files"):
+        store.tables("predictions")
