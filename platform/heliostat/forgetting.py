@@ -35,18 +35,18 @@ from heliostat.ingestion.sink import Sink
 from heliostat.online.bucket_rings import BucketTask
 from heliostat.online.tiles import RingLimits
 from heliostat.schema import BUCKET
-from heliostat.storage.delta import Table, arrow_schema, joined
+from heliostat.storage.delta import Table, arrow_schema
 from heliostat.storage.erasure import (
     Doomed,
     Erased,
     ServerEraser,
     doomed_rows,
     erase_rows,
-    subfolders,
     uncommitted_with,
     vacuum,
 )
 from heliostat.storage.offline_store import Kind
+from heliostat.storage.places import joined, subfolders
 from heliostat.workspace import Workspace
 
 FORGET_KIND: Final = "forget"

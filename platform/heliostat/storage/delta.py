@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,15 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 
-from heliostat.errors import SchemaMismatchError, StaleProgressError, TableCommitError, TableUnavailableError
+from heliostat.errors import SchemaMismatchError, StaleProgressError, TableCommitError
 from heliostat.schema import describe_schema
 from heliostat.storage.parquet import as_dictionaries, read_files, statistics, write_file
+from heliostat.storage.places import one_line, reached
 
 StreamId = tuple[int, int]
 """A stream entry's id: milliseconds and sequence number; compares like the ids do."""
 
 _MAX_ATTEMPTS = 100
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,13 @@ class OpenTables:
             TableNotFoundError: If there is none.
         """
         held = self._held.pop(place.uri, None)  # what fails below is opened anew next time
-        if held is not None and _is_same(held[2], place.commit_file(held[1])):
-            table = held[0]
-            table.update_incremental()
-        else:  # never seen, or deleted since, and perhaps created again
-            table = place.load()
+        if held is not None and not _is_same(held[2], place.commit_file(held[1])):
+            held = None  # deleted since, and perhaps created again
+        if held is not None:
+            held[0].update_incremental()
+        table = place.load() if held is None else held[0]
         version = table.version()
-        if held is None or table is not held[0] or version != held[1]:
+        if held is None or version != held[1]:
             held = table, version, place.commit_file(version)
         self._held[place.uri] = held
         return table
@@ -179,7 +178,7 @@ class Table:
             except (DeltaError, OSError) as error:
                 # Somebody may have been quicker.
                 if self.open() is None:
-                    raise TableCommitError(self.uri, _one_line(error)) from error
+                    raise TableCommitError(self.uri, one_line(error)) from error
             table = self.current()
         return self._evolved(table, schema)
 
@@ -200,7 +199,7 @@ class Table:
         except DeltaError as error:
             # Somebody else may have added them at the same time.
             if not set(schema.names) <= set(arrow_schema(self.current()).names):
-                raise TableCommitError(self.uri, _one_line(error)) from error
+                raise TableCommitError(self.uri, one_line(error)) from error
         return self.current()
 
     def current(self) -> DeltaTable:
@@ -239,7 +238,7 @@ class Table:
                 write_file(rows, sink, repetitive=repetitive)
             written = filesystem.get_file_info(path)
         except (DeltaError, OSError) as error:
-            raise TableCommitError(self.uri, _one_line(error)) from error
+            raise TableCommitError(self.uri, one_line(error)) from error
         modified_ns = written.mtime_ns
         return AddAction(
             path=path,
@@ -388,12 +387,12 @@ class Table:
                     ),
                 )
             except CommitFailedError as error:
-                failed = base, _one_line(error), commit
+                failed = base, one_line(error), commit
                 self._forget()
                 time.sleep(random.uniform(0, 0.002 * min(attempt + 1, 25)))  # noqa: S311 - spreads out writers
             except (DeltaError, OSError) as error:
                 self._forget()
-                raise TableCommitError(self.uri, _one_line(error)) from error
+                raise TableCommitError(self.uri, one_line(error)) from error
             else:
                 return base + 1
         raise TableCommitError(self.uri, f"{_MAX_ATTEMPTS} other commits came first")
@@ -425,19 +424,6 @@ class Table:
         ]
 
 
-@contextlib.contextmanager
-def reached(uri: str) -> Iterator[None]:
-    """Say of what fails in the block which place can't be reached.
-
-    Raises:
-        TableUnavailableError: If something does.
-    """
-    try:
-        yield
-    except (DeltaError, OSError) as error:
-        raise TableUnavailableError(uri, _one_line(error)) from error
-
-
 def _is_same(before: pafs.FileInfo, now: pafs.FileInfo) -> bool:
     return bool(now.is_file) and (before.mtime_ns, before.size) == (now.mtime_ns, now.size)
 
@@ -445,23 +431,6 @@ def _is_same(before: pafs.FileInfo, now: pafs.FileInfo) -> bool:
 def arrow_schema(table: DeltaTable) -> pa.Schema:
     """A table's schema in Arrow's words."""
     return pa.schema(table.schema().to_arrow())
-
-
-def joined(root: str, *parts: str) -> str:
-    """A path below a root, which is a folder or a URL."""
-    return "/".join([root.rstrip("/"), *parts])
-
-
-def absolute_root(root: str) -> str:
-    """A root as every process understands it, whatever its working directory."""
-    if root.startswith("file://"):
-        root = root.removeprefix("file://")
-    return root.rstrip("/") if "://" in root else str(Path(root).expanduser().absolute())
-
-
-def _one_line(error: Exception) -> str:
-    """A foreign error's text without line breaks and colours."""
-    return " ".join(_COLOUR.sub("", str(error)).split())
 
 
 def _applied(table: DeltaTable, stream: str) -> StreamId | None:

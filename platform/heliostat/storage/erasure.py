@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
@@ -25,13 +24,13 @@ import redis
 import redis.exceptions
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
-from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction
 from numpy.typing import NDArray
 
 from heliostat.errors import TableCommitError
 from heliostat.storage.delta import Commit, Table, arrow_schema
 from heliostat.storage.online_store import OnlineConfig
+from heliostat.storage.places import one_line
 from heliostat.storage.scripts import Script
 
 _ABANDONED_HOURS: Final = 24
@@ -200,23 +199,13 @@ def vacuum(place: Table, *, hours: int = 0, exclusive: bool = False) -> int:
         with ThreadPoolExecutor(_DELETIONS_AT_ONCE) as pool:
             list(pool.map(lambda path: _delete(filesystem, path), found))
     except (DeltaError, OSError) as error:
-        raise TableCommitError(place.uri, " ".join(str(error).split())) from error
+        raise TableCommitError(place.uri, one_line(error)) from error
     return len(found)
 
 
 def _delete(filesystem: pafs.FileSystem, path: str) -> None:
     with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
         filesystem.delete_file(path)
-
-
-def subfolders(root: str, options: Mapping[str, str], *parts: str) -> list[str]:
-    """The names of the folders below a place on a disk or in an object store, sorted; none if it isn't there."""
-    if "://" in root:
-        filesystem = pafs.PyFileSystem(DeltaStorageHandler(root, dict(options)))
-        found = filesystem.get_file_info(pafs.FileSelector("/".join(parts), allow_not_found=True, recursive=False))
-        return sorted(Path(each.path).name for each in found)
-    folder = Path(root, *parts)
-    return sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
 
 
 def uncommitted_with(place: Table, doomed: Doomed) -> int:

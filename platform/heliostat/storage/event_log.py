@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from heliostat.errors import BucketCountError, KeyColumnError
 from heliostat.schema import BUCKET, ID_HASH, INGESTED, TIE, cast_column, conform, hash64
-from heliostat.storage.delta import OpenTables, Progress, StreamId, Table, absolute_root, arrow_schema, joined
+from heliostat.storage.delta import OpenTables, Progress, StreamId, Table, arrow_schema
 from heliostat.storage.event_append import EntityAppend, HashCache, Spool, repetitive_columns, repetitive_texts
 from heliostat.storage.event_files import LogStatistics
 from heliostat.storage.log_version import NO_VERSION, LogVersion
+from heliostat.storage.places import absolute_root, joined
 
 IntArray = NDArray[np.int64]
 

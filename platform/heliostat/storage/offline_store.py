@@ -13,32 +13,20 @@ writing the same thing again changes nothing that a reader could see.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 from deltalake import DeltaTable
-from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction
 
 from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.errors import UnknownTableError
 from heliostat.schema import TIMESTAMP, times_us
-from heliostat.storage.delta import (
-    Commit,
-    OpenTables,
-    Progress,
-    StreamId,
-    Table,
-    absolute_root,
-    arrow_schema,
-    joined,
-    reached,
-)
+from heliostat.storage.delta import Commit, OpenTables, Progress, StreamId, Table, arrow_schema
 from heliostat.storage.event_files import paths_of, pruned
+from heliostat.storage.places import absolute_root, joined, subfolders
 
 Kind = Literal["features", "predictions", "actuals", "batch", "dead_letters"]
 StreamKind = Literal["predictions", "actuals"]
@@ -366,15 +354,8 @@ class OfflineStore:
 
     def tables(self, kind: Kind) -> list[str]:
         """The names that have a table of a kind: view references, models or sources."""
-        with reached(joined(self.root, kind)):
-            if "://" in self.root:
-                filesystem = pafs.PyFileSystem(DeltaStorageHandler(self.root, self.storage_options))
-                found = filesystem.get_file_info(pafs.FileSelector(kind, allow_not_found=True, recursive=False))
-                names = [Path(each.path).name for each in found]
-            else:
-                folder = Path(self.root, kind)
-                names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
-        return sorted(name for name in names if self._table(kind, name, None).open() is not None)
+        names = subfolders(self.root, self.storage_options, kind)
+        return [name for name in names if self._table(kind, name, None).open() is not None]
 
     def version(self, kind: Kind, name: str) -> int:
         """The current version of a table; -1 when there is none yet."""

@@ -30,6 +30,7 @@ RECORD_FIELD = b"p"
 
 FloatArray = NDArray[np.float64]
 _F8 = np.dtype("<f8")
+_UNREADABLE = (LookupError, TypeError, ValueError, OverflowError, pa.ArrowException)
 _FEATURES = "features"
 _OF_A_REQUEST = ("request_id", "trace_id", "latency_ms", "forced")
 
@@ -72,7 +73,7 @@ def events_from(payloads: Sequence[bytes], schema: pa.Schema) -> pa.Table:
     try:
         columns = [_typed([row.get(field.name) for row in rows], field.type) for field in schema]
         columns.append(pa.array([row[INGESTED] for row in rows], pa.int64()))
-    except (LookupError, TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
         raise StreamEntryError("events", f"{type(error).__name__}: {error}") from error
     return pa.table(columns, names=[*schema.names, INGESTED])
 
@@ -193,7 +194,7 @@ def rows_from(
             else:
                 _add_requests_predictions(rows, entry, document)
         return {model: (rows.ids, rows.table()) for model, rows in found.items()}
-    except (LookupError, TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
         raise StreamEntryError(name, f"{type(error).__name__}: {error}") from error
 
 
@@ -283,7 +284,9 @@ def _add_predictions(rows: _Rows, entry: StreamId, document: Mapping[str, Any], 
     for vector, places in zip(vectors, columns.get("infinite", ()), strict=False):
         for place, sign in places or ():
             vector[place] = math.inf * sign
-    for _, vector in zip(range(n), vectors, strict=True):
+    if len(vectors) != n:
+        raise ValueError(f"{len(vectors)} vectors, and there are {n} rows")
+    for vector in vectors:
         rows.add_vector(vector)
 
 

@@ -15,7 +15,8 @@ from deltalake.exceptions import CommitFailedError
 
 from heliostat.errors import TableCommitError, TableUnavailableError
 from heliostat.schema import TIMESTAMP
-from heliostat.storage.delta import Commit, OpenTables, Table, absolute_root
+from heliostat.storage.delta import Commit, OpenTables, Table
+from heliostat.storage.places import absolute_root
 
 SCHEMA = pa.schema([("at", TIMESTAMP), ("n", pa.int64()), ("part", pa.string())])
 

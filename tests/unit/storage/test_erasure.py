@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from heliostat.schema import TIMESTAMP
 from heliostat.storage import erasure
 from heliostat.storage.delta import Commit, Table
-from heliostat.storage.erasure import Doomed, doomed_rows, erase_rows, subfolders, uncommitted_with, vacuum
+from heliostat.storage.erasure import Doomed, doomed_rows, erase_rows, uncommitted_with, vacuum
+from heliostat.storage.places import subfolders
 
 SCHEMA = pa.schema([("who", pa.string()), ("at", TIMESTAMP), ("_part", pa.int32())])
 
