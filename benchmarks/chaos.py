@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import serving
+from benchmarks import served
 from benchmarks.chaos_load import (
     A_REQUEST,
     BETTER,
@@ -381,7 +381,7 @@ def main() -> int:
         drain_for_ever(given.sink)
         return 0
     gc.disable()  # looking through all answers that are kept would stop the clients for half a second, and seem ours
-    with serving.project() as bare, Workspace.open(settings_of(bare)) as workspace, cluster.connect(bare):
+    with served.project() as bare, Workspace.open(settings_of(bare)) as workspace, cluster.connect(bare):
         truth = prepare(workspace)
         url = graph.deploy(workspace.settings)
         try:

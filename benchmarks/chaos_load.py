@@ -17,7 +17,7 @@ import lightgbm
 import numpy as np
 import orjson
 
-from benchmarks import chaos_declarations, serving
+from benchmarks import chaos_declarations, served
 from deployments.stages import feature_readers, version_facts
 from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.ingestion.intake import Intake
@@ -90,7 +90,7 @@ class Truth:
 def prepare(workspace: Workspace) -> Truth:
     """Events of customers ``1 … n`` into the rings, versions good and bad, a route; and what is right."""
     rng = np.random.default_rng(7)
-    now_us, count = workspace.clock.now_us(), CUSTOMERS * serving.EVENTS_A_CUSTOMER
+    now_us, count = workspace.clock.now_us(), CUSTOMERS * served.EVENTS_A_CUSTOMER
     ages_us = (rng.exponential(60.0, count) * US_PER_DAY).astype(np.int64) + US_PER_DAY
     events = [
         {

@@ -26,7 +26,7 @@ from benchmarks import load
 from benchmarks.memory import held_bytes
 from benchmarks.peers import ROOT, Report, facts, tree_bytes
 from benchmarks.processes import replica_pid, titled
-from benchmarks.serving import EVENTS_A_CUSTOMER, MODEL, TREES, graph, prepare, project
+from benchmarks.served import EVENTS_A_CUSTOMER, MODEL, TREES, graph, prepare, project
 from heliostat.ingestion.sink import Sink
 from heliostat.workspace import Workspace
 

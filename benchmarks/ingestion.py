@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import load
 from benchmarks.peers import ROOT, PeakMemory, Report, facts
-from benchmarks.serving import graph, project
+from benchmarks.served import graph, project
 from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.ingestion.checking import EventCheck
 from heliostat.ingestion.files import read_ahead, read_batches

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import load
 from benchmarks.peers import ROOT, Report, facts
 from benchmarks.processes import replica_pid
-from benchmarks.serving import graph, prepare, project
+from benchmarks.served import graph, prepare, project
 from heliostat.workspace import Workspace
 
 CUSTOMERS = 2_000

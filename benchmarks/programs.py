@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 import threading
 import time
@@ -178,6 +179,30 @@ def valkey_server(folder: Path) -> Iterator[int]:
                         raise
                     time.sleep(0.02)
         yield port
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@contextlib.contextmanager
+def http_program(*command: str) -> Iterator[str]:
+    """A program that serves HTTP while the block runs, on a free port (``--port``); gives its address.
+
+    Raises:
+        SystemExit: If it doesn't come up.
+    """
+    (port,) = free_ports("127.0.0.1", 1)
+    process = subprocess.Popen([*command, "--port", str(port)])
+    try:
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit and process.poll() is None:
+            with contextlib.closing(socket.socket()) as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        else:
+            raise SystemExit(f"{' '.join(command)} doesn't answer")
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(timeout=20)

@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import load
 from benchmarks.peers import ROOT, Report, facts, python_of
 from benchmarks.processes import cpu_s, replica_pid, titled, tree
-from benchmarks.serving import MODEL, TREES, Cell, graph, prepare, project, ratio
+from benchmarks.served import MODEL, TREES, graph, prepare, project
+from benchmarks.serving import Cell, ratio
 from heliostat.ports import free_ports
 from heliostat.workspace import Workspace
 

@@ -11,7 +11,8 @@ A/B assignment, LightGBM, every prediction durable in the log before its answer.
 the other, as a user would first write it; and, as a second peer, all of a request's in one pipeline.
 Same machine, same Valkey server, same model, same load generator; they take turns. A split of two versions
 is running. Beside them a bare FastAPI route on the same Serve that returns a constant; then the distributed
-placement of the same graph, in the same run; and first what the load generator itself can send at most.
+placement of the same graph and the fused one, in turns of their own; and first what the load generator itself can
+send at most.
 """
 
 from __future__ import annotations
@@ -19,44 +20,33 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
-import os
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
-import lightgbm
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import load, request_parts
 from benchmarks.peers import ROOT, Report, facts, python_of
-from heliostat import cluster
-from heliostat.clock import US_PER_DAY, format_instant
-from heliostat.ingestion.intake import Intake
-from heliostat.models.packaging import ModelPackage, Signature
-from heliostat.online.retrieval import FeatureBatch, FeatureReader
-from heliostat.online.tiles import RingLimits
-from heliostat.ports import free_ports
-from heliostat.settings import ClockSettings, RaySettings, ServingSettings, Settings
-from heliostat.storage.embedded import EmbeddedServer
+from benchmarks.programs import http_program
+from benchmarks.served import (
+    DISTRIBUTED,
+    EVENTS_A_CUSTOMER,
+    PEER_PREFIX,
+    TREES,
+    distributed,
+    graph,
+    prepare,
+    project,
+)
 from heliostat.workspace import Workspace
 
 PEER_PACKAGES = ("fastapi", "uvicorn", "uvloop", "httptools", "redis", "hiredis", "lightgbm", "numpy")
-PEER_PREFIX = "plain:customer:"
-MODEL = "churn"
-EVENTS_A_CUSTOMER = 8
-TREES = 100
-_CHUNK = 1_000
 
 
 @dataclass(frozen=True)
@@ -121,112 +111,7 @@ def ratio(ours: Cell, theirs: Cell, what: str = "requests_per_s") -> float:
     )
 
 
-@contextlib.contextmanager
-def project() -> Iterator[Settings]:
-    """Settings of a project that is there while the block runs: churn, at one instant, any free port."""
-    home = Path(tempfile.mkdtemp(prefix="hs-bench-"))
-    os.chdir(ROOT)  # where the definitions are imported from, here and in the replicas
-    try:
-        yield Settings(
-            project="bench",
-            home=home,
-            clock=ClockSettings(kind="replay", replay_from="1998-07-01", speed=0.0),
-            ray=RaySettings(object_store_bytes=200_000_000),
-            serving=ServingSettings(port=0),
-        )
-    finally:
-        EmbeddedServer.stop(home)
-        shutil.rmtree(home, ignore_errors=True)
-
-
-# ── The same data for both ──────────────────────────────────────────────────────────
-
-
-def prepare(workspace: Workspace, customers: int) -> FeatureBatch:
-    """Events of customers ``1 … n`` into the rings, two versions, a split; and for the peer the same as hashes.
-
-    Returns:
-        The customers' features, in order.
-    """
-    rng = np.random.default_rng(7)
-    now_us = workspace.clock.now_us()
-    count = customers * EVENTS_A_CUSTOMER
-    ages_us = (rng.exponential(60.0, count) * US_PER_DAY).astype(np.int64) + US_PER_DAY
-    events = [
-        {
-            "event_id": number,
-            "customer_id": 1 + number % customers,
-            "purchased_at": format_instant(now_us - int(age_us)),
-            "quantity": int(quantity),
-            "amount": round(float(amount), 2),
-        }
-        for number, (age_us, quantity, amount) in enumerate(
-            zip(ages_us, rng.integers(1, 6, count), rng.gamma(2.0, 15.0, count), strict=True)
-        )
-    ]
-    definitions, settings = workspace.definitions, workspace.settings
-    intake = Intake.of(workspace, workspace.online)
-    for first in range(0, count, _CHUNK):
-        intake.submit("purchases", events[first : first + _CHUNK])
-    spec = definitions.model(MODEL)
-    reader = FeatureReader(
-        spec.feature_refs,
-        keys=workspace.online.keys,
-        n_buckets=settings.storage.buckets,
-        limits=RingLimits.of(settings.ingestion),
-    )
-    batch, _ = reader.read(workspace.online, [str(each) for each in range(1, customers + 1)], as_of_us=now_us)
-    control, challenger = (_register(workspace, batch.matrix, seed) for seed in (7, 8))
-    workspace.rollout.serve(MODEL, control, reason="benchmark")
-    workspace.rollout.start_split(MODEL, experiment="benchmark", control=control, challenger=challenger, weight=0.5)
-    home = workspace.settings.home
-    (home / "model.txt").write_text(workspace.models.package(MODEL, control).booster_text)
-    (home / "features.json").write_text(json.dumps(list(spec.feature_names)))
-    with workspace.online.client.pipeline(transaction=False) as pipeline:
-        for customer, vector in enumerate(batch.matrix.tolist(), start=1):
-            values = {name: repr(value) for name, value in zip(batch.names, vector, strict=True) if value == value}
-            pipeline.hset(f"{PEER_PREFIX}{customer}", mapping=values)
-        pipeline.execute()
-    return batch
-
-
-def _register(workspace: Workspace, matrix: np.ndarray[tuple[int, int], np.dtype[np.float64]], seed: int) -> int:
-    spec = workspace.definitions.model(MODEL)
-    rng = np.random.default_rng(seed)
-    names = list(spec.feature_names)
-    labels = (rng.random(len(matrix)) < 1 / (1 + matrix[:, 0])).astype(float)
-    parameters = {"objective": "binary", "num_leaves": 15, "min_data_in_leaf": 5, "verbosity": -1, "seed": seed}
-    data = lightgbm.Dataset(matrix, labels, feature_name=names, params={"verbosity": -1})
-    booster = lightgbm.train(parameters, data, num_boost_round=TREES)
-    package = ModelPackage(booster.model_to_string(), Signature.of(spec), spec.objective)
-    return workspace.models.register(spec, package, lineage={}).version
-
-
 # ── The contenders ──────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def program(*command: str) -> Iterator[str]:
-    """A server of this folder while the block runs, on a free port; gives its address.
-
-    Raises:
-        SystemExit: If it doesn't come up.
-    """
-    (port,) = free_ports("127.0.0.1", 1)
-    process = subprocess.Popen([*command, "--port", str(port)])
-    try:
-        limit = time.monotonic() + 60
-        while time.monotonic() < limit and process.poll() is None:
-            with contextlib.closing(socket.socket()) as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        else:
-            raise SystemExit(f"{' '.join(command)} doesn't answer")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
 
 
 @contextlib.contextmanager
@@ -235,13 +120,13 @@ def peer(workspace: Workspace, python: Path, *more: str) -> Iterator[str]:
     home = workspace.settings.home
     options = ["--redis", str(workspace.settings.online.url), "--prefix", PEER_PREFIX]
     files = ["--model", str(home / "model.txt"), "--features", str(home / "features.json")]
-    with program(str(python), str(ROOT / "benchmarks" / "plain_server.py"), *options, *files, *more) as url:
+    with http_program(str(python), str(ROOT / "benchmarks" / "plain_server.py"), *options, *files, *more) as url:
         yield url
 
 
 def ceiling(plan: Plan) -> dict[tuple[int, int], float]:
     """What the load generator sends at most, requests/s, by entities and concurrency."""
-    with program(sys.executable, str(ROOT / "benchmarks" / "constant_server.py")) as url:
+    with http_program(sys.executable, str(ROOT / "benchmarks" / "constant_server.py")) as url:
         return {
             (entities, concurrency): load.run(
                 f"{url}/predict",
@@ -254,20 +139,6 @@ def ceiling(plan: Plan) -> dict[tuple[int, int], float]:
             for entities in plan.entities
             for concurrency in plan.concurrency
         }
-
-
-@contextlib.contextmanager
-def graph(workspace: Workspace) -> Iterator[str]:
-    """The fused graph on a Ray of its own while the block runs; gives its address."""
-    cluster.set_environment()
-    from deployments import graph as served  # Ray reads its environment when it is imported
-
-    with cluster.connect(workspace.settings):
-        url = served.deploy(workspace.settings)
-        try:
-            yield url
-        finally:
-            served.undeploy()
 
 
 def check_agreement(ours: str, plain: str, customers: int) -> None:
@@ -324,8 +195,8 @@ def goals(cells: Cells) -> Iterator[str]:
         ours = cell["heliostat"]
         wanted = {name: GOALS[name, entities, concurrency] for name in cell if (name, entities, concurrency) in GOALS}
         pairs = [(ratio(ours, cell[name]), goal, f"of {name}'s requests/s") for name, goal in wanted.items()]
-        if "distributed" in cell and concurrency == DISTRIBUTED_AT:
-            share = statistics.median(cell["distributed"].requests_per_s) / statistics.median(ours.requests_per_s)
+        if DISTRIBUTED in cell and concurrency == DISTRIBUTED_AT:
+            share = ratio(cell[DISTRIBUTED], cell["fused"])
             pairs.append((share, DISTRIBUTED_GOAL, "of the fused placement's requests/s, distributed"))
         for found, goal, what in pairs:
             reached = "reached" if found >= goal else "NOT reached"
@@ -388,8 +259,8 @@ def report(cells: Cells, most: Mapping[tuple[int, int], float], plan: Plan) -> R
                 " Heliostat looks those up and scores them once."
             ),
             (
-                "Bare is a FastAPI route that returns a constant, on the same Serve. Distributed was deployed after"
-                " the others had been measured, so it took no turns with them."
+                "Bare is a FastAPI route that returns a constant, on the same Serve. Distributed took turns with the"
+                " fused placement alone, after the others had been measured; its share is the median of those turns."
             ),
             (
                 "Both gave the same predictions, bit by bit, of those whom the same version serves, before anything"
@@ -417,8 +288,7 @@ def run(workspace: Workspace, plan: Plan, python: Path | None) -> Report:
     prepare(workspace, plan.customers)
     with contextlib.ExitStack() as stack:
         contenders = {"heliostat": stack.enter_context(graph(workspace))}
-        from benchmarks import bare_route  # as in `graph`
-        from deployments import graph as served
+        from benchmarks import bare_route  # Ray reads its environment when it is imported
 
         if python is not None:
             contenders["plain"] = stack.enter_context(peer(workspace, python))
@@ -430,10 +300,10 @@ def run(workspace: Workspace, plan: Plan, python: Path | None) -> Report:
             contenders["bare"] = bare_route.deploy(contenders["heliostat"], workspace.settings)
             stack.callback(bare_route.serve.delete, "bare")
         cells = measure(contenders, plan)
-        if "distributed" not in plan.skip:
-            serving = workspace.settings.serving.model_copy(update={"placement": "distributed"})
-            spread = served.deploy(workspace.settings.model_copy(update={"serving": serving}))
-            for place, cell in measure({"distributed": spread}, plan).items():
+        if DISTRIBUTED not in plan.skip:
+            fused = contenders["heliostat"]
+            placements = {"fused": fused, DISTRIBUTED: stack.enter_context(distributed(workspace, fused))}
+            for place, cell in measure(placements, plan).items():
                 cells[place] |= cell
     return report(cells, most, plan)
 
