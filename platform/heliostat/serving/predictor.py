@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -261,11 +262,10 @@ class Predictor:
         try:
             answers = iter(await self._answer(requests, min(each.deadline for each in in_time), marks))
         finally:
-            self._meter.of(requests[0].model).batch(
-                [limit_s - each.deadline + now for each in in_time],
-                rows=sum(len(each.entities) for each in requests),
-                marks_s=marks,
-            )
+            count = self._meter.of(requests[0].model).batch
+            waited_s = [limit_s - each.deadline + now for each in in_time]
+            rows = sum(len(each.entities) for each in requests)
+            self._meter.later(partial(count, waited_s, rows=rows, marks_s=marks))
         return [next(answers) if each.deadline > too_late else DeadlineError(self._deadline_ms) for each in waiting]
 
     async def _answer(
@@ -318,7 +318,8 @@ class Predictor:
         meter = self._meter.of(batch.model)
         meter.fell_back(predictions.fallbacks, predictions.causes)
         meter.routed(assignment.revision, assignment.versions[0])
-        meter.predicted(predictions.versions, predictions.variants, predictions.missing, logged=logged)
+        columns = predictions.versions, predictions.variants, predictions.missing
+        self._meter.later(partial(meter.predicted, *columns, logged=logged))
         if not logged:
             answers = [replace(answer, logged=False) for answer in answers]
         if explanations is not None:

@@ -2,13 +2,15 @@
 
 Whoever exports them (`deployments.meter`) reads `Board.samples`. To add to a number costs a dictionary look-up,
 to a histogram a bisection; what is said of each row of a batch is kept as it is and sorted out by the reader.
-So a request costs about a microsecond, and no more if there are more metrics. Belongs to one event loop.
+So a row costs a fraction of a microsecond, no more if there are more metrics, and nobody waits for it
+(`Meter.later`). Belongs to one event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, repeat
 from typing import NamedTuple
@@ -146,7 +148,26 @@ class Meter:
         self._requests: dict[tuple[str, int], int] = {}
         self._latencies: dict[str, Distribution] = {}
         self._models: dict[str, ModelMeter] = {}
+        self._uncounted: deque[Callable[[], None]] = deque()
+        self._is_due = False
         self.board.ask(self._told)
+
+    def later(self, count: Callable[[], None]) -> None:
+        """Have something counted once the answers that the caller is about to give have left, or numbers are read.
+
+        Of a lone request for a hundred entities, counting took a tenth of the replica's time. Those who are answered
+        go on in the event loop's next pass; this is done in the one behind it.
+        """
+        self._uncounted.append(count)
+        if not self._is_due:
+            self._is_due = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._catch_up)
+
+    def _catch_up(self) -> None:
+        self._is_due = False
+        while self._uncounted:
+            self._uncounted.popleft()()
 
     def answered(self, route: str, status: int, latency_ms: float) -> None:
         """Count a request."""
@@ -194,6 +215,7 @@ class Meter:
         self.board.ask(look)
 
     def _told(self) -> None:
+        self._catch_up()
         for (route, status), number in self._requests.items():
             self.board.set("heliostat_requests_total", route, status, value=number)
         self.board.set("heliostat_requests_in_flight", value=self.in_flight)

@@ -173,3 +173,41 @@ def _timed(call: Callable[[], None]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def test_what_is_counted_later_comes_behind_those_who_are_answered() -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        meter, answer = Meter(), asyncio.get_running_loop().create_future()
+
+        async def client() -> None:
+            order.append(await answer)
+
+        waiting = asyncio.create_task(client())
+        await asyncio.sleep(0)
+        meter.later(lambda: order.append("counted"))
+        meter.later(lambda: order.append("counted as well"))
+        answer.set_result("answered")
+        await asyncio.sleep(0)
+        assert order == ["answered"]
+        await asyncio.sleep(0)
+        await waiting
+
+    asyncio.run(main())
+    assert order == ["answered", "counted", "counted as well"]
+
+
+def test_numbers_that_are_read_hold_what_is_to_be_counted_later_and_hold_it_once() -> None:
+    async def main() -> None:
+        meter = Meter()
+        predicted = "heliostat_predictions_total", "churn", 1, "control"
+        for _ in range(2):
+            meter.later(lambda: meter.of("churn").predicted([1, 1], ["control"] * 2, [()] * 2))
+        assert meter.board.value(*predicted) == 4
+        meter.later(lambda: meter.of("churn").predicted([1], ["control"], [()]))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert meter.board.value(*predicted) == 5
+
+    asyncio.run(main())
