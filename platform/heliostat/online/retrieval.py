@@ -15,19 +15,13 @@ from typing import Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from heliostat.errors import (
-    InvalidDefinitionError,
-    InvalidValueError,
-    MissingInputError,
-    RingCorruptError,
-    UnknownFeatureError,
-)
+from heliostat.errors import InvalidDefinitionError, InvalidValueError, MissingInputError, UnknownFeatureError
 from heliostat.features.aggregations import FloatArray
-from heliostat.features.definitions import Entity, FeatureRef, FeatureView, request_types
+from heliostat.features.definitions import Entity, FeatureRef, request_types
 from heliostat.features.request import UniformOverrides
-from heliostat.online.compiled import MergeProgram, bundle_names, can_run, rings_of
-from heliostat.online.merging import MergePlan, merge_rings, parse_rings
-from heliostat.online.tiles import BoolArray, RingGroup, RingLimits, Rings, ring_layout
+from heliostat.online.compiled import bundle_names
+from heliostat.online.tiles import BoolArray, RingLimits, ring_layout
+from heliostat.online.view_plan import Given, Inputs, ViewPlan
 from heliostat.schema import integer_buckets
 from heliostat.settings import Settings
 from heliostat.storage.online_store import AsyncOnlineStore, OnlineKeys, OnlineStore
@@ -40,12 +34,6 @@ Overrides: TypeAlias = Mapping[str, float | int | bool | None]
 
 RowOverrides: TypeAlias = Sequence[Overrides | None] | UniformOverrides
 """What each of ``n`` rows gives."""
-
-Given: TypeAlias = tuple[slice | NDArray[np.intp], FloatArray]
-"""Which rows of a column are given, and their values."""
-
-Inputs: TypeAlias = Mapping[str, FloatArray]
-"""What a request brings for derived features, shape ``(n,)`` by name; NaN is null."""
 
 EntityTexts: TypeAlias = Sequence[str] | Mapping[str, Sequence[str]]
 """Keys as `Entity.text` gives them, ``n`` of them; of several entities, by the entity's name, ``n`` of each."""
@@ -81,36 +69,6 @@ class FeatureBatch:
         return [self.names[column] for column in np.flatnonzero(self.null[row])]
 
 
-@dataclass(frozen=True, eq=False)
-class _ViewPlan:
-    """What is read and computed of one view.
-
-    Attributes:
-        view: The view.
-        merge: Its rings, and the aggregated features that are needed, themselves or by derived ones.
-        derived: Derived features that are needed, in declared order.
-        bundle: Which of an entity's bundles has the view's rings.
-        columns: Where in the matrix each feature that was asked for comes.
-        rest: What of ``merge`` the program doesn't do; None if it does all.
-        program: Does the others; None without.
-        direct: Whether the program writes into the matrix: all that was asked for, and nothing else is needed.
-    """
-
-    view: FeatureView
-    merge: MergePlan
-    derived: tuple[str, ...]
-    bundle: int
-    columns: tuple[tuple[str, int], ...]
-    rest: MergePlan | None
-    program: MergeProgram | None
-    direct: bool
-
-    @cached_property
-    def quick(self) -> tuple[str, ...]:
-        """The features that the program computes, in the order of its columns if it isn't ``direct``."""
-        return tuple(name for name in self.merge.features if self.rest is None or name not in self.rest.features)
-
-
 class FeatureReader:
     """Reads the same features for any entities.
 
@@ -135,11 +93,15 @@ class FeatureReader:
         self.names = tuple(feature.name for feature in features)
         self.request = request_types(features)
         self._n_buckets = n_buckets
-        self._plans: list[_ViewPlan] = []
+        self._plans: list[ViewPlan] = []
         self._bundles: dict[tuple[str, str], int] = {}
+        self._width = len(features)
         for view in {id(each.view): each.view for each in features}.values():
             asked = tuple((each.feature, column) for column, each in enumerate(features) if each.view is view)
-            self._plans.append(self._planned(view, asked, limits))
+            bundle = self._bundles.setdefault((view.source.name, view.entity.name), len(self._bundles))
+            plan = ViewPlan.of(view, asked, ring_layout(view, limits), bundle=bundle, scratch=self._width)
+            self._plans.append(plan)
+            self._width += plan.n_scratch
         self.views = tuple(plan.view.ref for plan in self._plans)
         self._tags = tuple(f"{{b{bucket}}}:" for bucket in range(n_buckets))
         places = {id(plan.view): position for position, plan in enumerate(self._plans)}
@@ -157,28 +119,6 @@ class FeatureReader:
             keys=OnlineKeys(settings.online.key_prefix, settings.project),
             n_buckets=settings.storage.buckets,
             limits=RingLimits.of(settings.ingestion),
-        )
-
-    def _planned(self, view: FeatureView, asked: tuple[tuple[str, int], ...], limits: RingLimits) -> _ViewPlan:
-        needed = view.needed({name for name, _ in asked})
-        derived = tuple(name for name in needed if name in view.derived_features)
-        # Whether a view is absent is seen by its rings: features of the request alone still read one.
-        stored = [name for name in needed if name in view.base_features] or list(view.base_features)[:1]
-        layout = ring_layout(view, limits)
-        merge = MergePlan(layout, stored)
-        quick = [name for name in stored if can_run(view.base_features[name])]
-        others = [name for name in stored if name not in quick]
-        direct = not others and not derived and all(name in quick for name, _ in asked)
-        columns = asked if direct else [(name, column) for column, name in enumerate(quick)]
-        return _ViewPlan(
-            view,
-            merge,
-            derived,
-            bundle=self._bundles.setdefault((view.source.name, view.entity.name), len(self._bundles)),
-            columns=asked,
-            rest=MergePlan(layout, others) if others else None,
-            program=MergeProgram(merge, columns) if quick else None,
-            direct=direct,
         )
 
     @cached_property
@@ -262,79 +202,23 @@ class FeatureReader:
         if missing:
             raise MissingInputError(missing, f"the vector of {', '.join(self.views)}", "what was given")
         given = self._given(overrides) if overrides else {}
-        matrix = np.empty((n, len(self.names)))
+        wide = np.empty((n, self._width))
         absent = np.empty((n, len(self._plans)), dtype=np.bool_)
         newest_us = np.full(n, np.nan)
         for position, plan in enumerate(self._plans):
-            replaced = given.get(position, {})
-            if plan.program is not None and plan.direct:
-                self._run(plan, plan.program, values, as_of_us, matrix, newest_us, absent, position)
-                for name, column in plan.columns if replaced else ():
-                    if name in replaced:
-                        rows, numbers = replaced[name]
-                        matrix[rows, column] = numbers
-                continue
-            features = self._view_columns(plan, values, n, as_of_us, replaced, absent, position, newest_us, brought)
-            for name, column in plan.columns:
-                matrix[:, column] = features[name]
+            plan.fill(
+                wide,
+                values,
+                as_of_us,
+                given=given.get(position, {}),
+                inputs=brought,
+                newest_us=newest_us,
+                absent=absent,
+                position=position,
+            )
+        n_names = len(self.names)
+        matrix = wide if self._width == n_names else np.ascontiguousarray(wide[:, :n_names])
         return FeatureBatch(self.names, matrix, self.views, absent, newest_us)
-
-    def _view_columns(
-        self,
-        plan: _ViewPlan,
-        values: Sequence[bytes | None],
-        n: int,
-        as_of_us: int,
-        given: Mapping[str, Given],
-        absent: BoolArray,
-        position: int,
-        newest_us: FloatArray,
-        inputs: Inputs,
-    ) -> dict[str, FloatArray]:
-        columns = dict(inputs)
-        others: MergePlan | None = plan.merge
-        if plan.program is not None:
-            table = np.empty((len(plan.quick), n))
-            self._run(plan, plan.program, values, as_of_us, table.T, newest_us, absent, position)
-            columns.update(zip(plan.quick, table, strict=True))
-            others = plan.rest
-        if others is not None:
-            rings = {group.label: _parsed(group, self._own(plan, values, n)) for group in others.groups}
-            merged = merge_rings(others, rings, as_of_us=as_of_us)
-            columns.update(merged.columns)
-            if plan.program is None:
-                absent[:, position] = sum(each.counts for each in rings.values()) == 0
-                longest = others.groups[-1]
-                _newest(longest, rings[longest.label], newest_us)
-                if merged.expired is not None:
-                    absent[:, position] |= merged.expired
-        for name in given.keys() & plan.merge.features.keys():
-            columns[name] = _replaced(columns[name], given[name])
-        for name in plan.derived:
-            columns[name] = _replaced(plan.view.derived_features[name](columns), given.get(name))
-        return columns
-
-    def _run(
-        self,
-        plan: _ViewPlan,
-        program: MergeProgram,
-        values: Sequence[bytes | None],
-        as_of_us: int,
-        out: FloatArray,
-        newest_us: FloatArray,
-        absent: BoolArray,
-        position: int,
-    ) -> None:
-        n = len(out)
-        try:
-            program.run(values, plan.bundle * n, as_of_us, out=out, newest_us=newest_us, absent=absent, view=position)
-        except ValueError:
-            for group in plan.merge.groups:
-                _parsed(group, self._own(plan, values, n))
-            raise
-
-    def _own(self, plan: _ViewPlan, values: Sequence[bytes | None], n: int) -> Sequence[bytes | None]:
-        return values[plan.bundle * n : (plan.bundle + 1) * n]
 
     def _given(self, overrides: RowOverrides) -> dict[int, dict[str, Given]]:
         """Rows and values by view and feature."""
@@ -446,37 +330,6 @@ class FeatureReader:
         values = await store.read([*also, *self.keys(entity_texts)])
         batch = self.decode(values[len(also) :], as_of_us=as_of_us, overrides=overrides, inputs=inputs)
         return batch, values[: len(also)]
-
-
-def _parsed(group: RingGroup, bundles: Sequence[bytes | None]) -> Rings:
-    """One ring of each bundle."""
-    try:
-        rings = rings_of(bundles, group.ring_id)
-    except ValueError:
-        lengths = tuple(sorted({len(each) for each in bundles if each}))
-        raise RingCorruptError(group.view_ref, group.name, lengths) from None
-    try:
-        return parse_rings(group, rings)
-    except ValueError:
-        lengths = tuple(sorted({len(each) for each in rings if each}))
-        raise RingCorruptError(group.view_ref, group.name, lengths, group.slot_bytes) from None
-
-
-def _newest(group: RingGroup, rings: Rings, newest_us: FloatArray) -> None:
-    """Write down where each entity's newest tile begins, if it has one: its last slot, unless that is the base."""
-    if len(rings.slots):
-        # The fraction of a slot's number says where it comes from.
-        last = np.floor(rings.slots[np.add.accumulate(rings.counts) - 1, 0])
-        np.fmax(newest_us, last * group.hop_us, out=newest_us, where=rings.counts > group.life)
-
-
-def _replaced(column: FloatArray, given: Given | None) -> FloatArray:
-    if given is None:
-        return column
-    rows, values = given
-    column = column.copy()  # may be a state that other features share
-    column[rows] = values
-    return column
 
 
 def _uniform(overrides: RowOverrides) -> UniformOverrides | None:

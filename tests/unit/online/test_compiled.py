@@ -15,7 +15,7 @@ from heliostat.errors import RingCorruptError
 from heliostat.features.aggregations import Count, Mean, StdDev, Sum
 from heliostat.features.definitions import FeatureRef, FeatureView
 from heliostat.features.states import State
-from heliostat.online import compiled, retrieval
+from heliostat.online import compiled, view_plan
 from heliostat.online.retrieval import FeatureReader
 from heliostat.online.tiles import RingGroup, RingLimits
 from heliostat.schema import integer_buckets
@@ -35,7 +35,7 @@ def readers(features: Sequence[FeatureRef], patch: pytest.MonkeyPatch, n_buckets
     """One that uses C, and one that doesn't."""
     quick = FeatureReader(features, keys=KEYS, n_buckets=n_buckets, limits=LIMITS)
     with patch.context() as without:
-        without.setattr(retrieval, "can_run", lambda _: False)
+        without.setattr(view_plan, "can_run", lambda _: False)
         plain = FeatureReader(features, keys=KEYS, n_buckets=n_buckets, limits=LIMITS)
     return [quick, plain]
 
