@@ -20,7 +20,9 @@ from benchmarks.peers import Report, facts, python_of
 from benchmarks.processes import cpu_s, replica_pid, threads_cpu_s, titled
 
 REQUIREMENTS = ("py-spy>=0.4",)
-_RATE = 400
+# Samples a second, and for how long. Each stops the replica for more than a millisecond: with 400 a second what runs
+# without Python's lock, trees above all, was seen a third as often as clocks around it said.
+_RATE, _SAMPLED_S = 97, 15.0
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "parse the body": ("serving/requests.py", "serving/open_inference.py"),
@@ -145,7 +147,7 @@ def measure(
         entities: A request.
         customers: To draw them from.
         concurrency: Connections.
-        seconds: Of a run, at least 1; there are two, with py-spy and without.
+        seconds: Of the run without py-spy, at least 1; the one with it is longer.
     """
     replica = replica_pid()
     processes = {HAPROXY: titled(b"haproxy"), VALKEY: [valkey_pid]}
@@ -158,8 +160,8 @@ def measure(
     in_threads = {at: (now - threads.get(at, 0.0)) * each for at, now in threads_cpu_s(replica).items()}
 
     file = folder / f"stacks-{entities}-{concurrency}"
-    with ThreadPoolExecutor(1) as pool, Sampler().watching(replica, seconds, file):
-        pool.submit(load.run, f"{url}/predict", seconds=seconds + 1.0, **options).result()
+    with ThreadPoolExecutor(1) as pool, Sampler().watching(replica, _SAMPLED_S, file):
+        pool.submit(load.run, f"{url}/predict", seconds=_SAMPLED_S + 1.0, **options).result()
     seen = shares(file.read_text().splitlines())
     busiest = max(in_threads, key=in_threads.__getitem__)
     if busiest not in seen:
@@ -196,11 +198,11 @@ def report(cells: Mapping[tuple[int, int], Shared], *, seconds: float, customers
             ),
             (
                 "A thread's time is shared out by where it was in samples, of the event loop's"
-                f" {', '.join(f'{cell.samples:,}' for cell in cells.values())}, {_RATE} a second at most: by the"
+                f" {', '.join(f'{cell.samples:,}' for cell in cells.values())}; {_RATE} a second at most: by the"
                 " innermost frame whose file says what it is for. Threads that run no Python are Ray's own."
             ),
             (
-                f"Runs of {seconds:g} s, without py-spy for times, with it for shares;"
+                f"Runs of {seconds:g} s without py-spy for times, of {_SAMPLED_S:g} s with it for shares;"
                 f" {', '.join(f'{cell.requests_per_s:,.0f}' for cell in cells.values())} requests/s without it."
             ),
         ),

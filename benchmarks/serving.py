@@ -312,7 +312,7 @@ def run_parts(workspace: Workspace, plan: Plan) -> Report:
     """Where the time of a request goes: one alone, and 16 at once; the workspace is empty."""
     prepare(workspace, plan.customers)
     valkey = int(workspace.online.client.info("server")["process_id"])
-    seconds = max(1.0, plan.seconds)
+    seconds = max(3.0, plan.seconds)
     with graph(workspace) as url:
         cells = {
             (entities, concurrency): request_parts.measure(
