@@ -32,7 +32,10 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "log": ("serving/prediction_log.py", "storage/streams.py", "Predictor._log_answers"),
     "answer": ("serving/answers.py", "json_response "),
     "check access": ("deployments/access.py", "serving/access.py", "serving/keys.py"),
-    "count and trace": ("deployments/meter.py", "heliostat/tracing.py", "heliostat/telemetry.py", "util/metrics.py"),
+    "count and trace": (
+        *("serving/telemetry.py", "deployments/meter.py", "heliostat/tracing.py", "heliostat/telemetry.py"),
+        "util/metrics.py",
+    ),
     "batch, deadlines, ladder": ("heliostat/serving/",),
     "gateway": ("deployments/",),
     "uvicorn, Starlette, Ray Serve": ("uvicorn/", "starlette/", "fastapi/", "ray/serve/", "heliostat/ingress.py"),
@@ -147,7 +150,7 @@ def measure(
         entities: A request.
         customers: To draw them from.
         concurrency: Connections.
-        seconds: Of the run without py-spy, at least 1; the one with it is longer.
+        seconds: Of the run without py-spy, at least 1.
     """
     replica = replica_pid()
     processes = {HAPROXY: titled(b"haproxy"), VALKEY: [valkey_pid]}

@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import lightgbm
 import numpy as np
 
@@ -134,8 +136,14 @@ def distributed(workspace: Workspace, url: str) -> Iterator[str]:
 
     serving = workspace.settings.serving.model_copy(update={"placement": "distributed"})
     application = served.graph(workspace.settings.model_copy(update={"serving": serving}))
-    serve.run(application, name=DISTRIBUTED, route_prefix=f"/{DISTRIBUTED}")
+    own = f"{url}/{DISTRIBUTED}"
     try:
-        yield f"{url}/{DISTRIBUTED}"
+        serve.run(application, name=DISTRIBUTED, route_prefix=f"/{DISTRIBUTED}")
+        limit = time.monotonic() + 30
+        while httpx.get(f"{own}/healthz").status_code != 200:  # the ingress learns of it a moment later
+            if time.monotonic() > limit:
+                raise SystemExit("the distributed graph doesn't answer")
+            time.sleep(0.1)
+        yield own
     finally:
         serve.delete(DISTRIBUTED)

@@ -228,6 +228,9 @@ def report(cells: Cells, most: Mapping[tuple[int, int], float], plan: Plan) -> R
         if "pipelined" in cell:
             share = ratio(cell["heliostat"], cell["pipelined"])
             told[0] = f"{share:.2f} of pipelined's {told[0].removeprefix('pipelined ')}"
+        if DISTRIBUTED in cell:
+            share = ratio(cell[DISTRIBUTED], cell["fused"])
+            told[-1] += f", {share:.2f} of the fused placement's requests/s in turns with it"
         if (entities, concurrency) in most:
             told.append(f"the load generator against a constant {most[entities, concurrency]:,.0f} requests/s")
         if told:

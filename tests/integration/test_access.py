@@ -599,7 +599,7 @@ def test_no_log_record_holds_a_key(guarded: Guarded) -> None:
     assert "answered 503" in said
     for headers in guarded.headers.values():
         for value in headers.values():
-            secret = value.rpartition("_")[2]
+            secret = value.split("_", 2)[-1]
             assert len(secret) < 40 or secret not in said
 
 
@@ -730,7 +730,7 @@ def test_on_serve_a_revoked_key_stops_within_the_bound(guarded: Guarded, deploye
 
 
 def test_on_serve_no_log_file_holds_a_key(guarded: Guarded, deployed: Deployed) -> None:
-    secrets = [value.rpartition("_")[2].encode() for each in guarded.headers.values() for value in each.values()]
+    secrets = [value.split("_", 2)[-1].encode() for each in guarded.headers.values() for value in each.values()]
     secrets = [each for each in secrets if len(each) > 40]
     with httpx.Client(base_url=deployed.replica, timeout=20) as client:
         for headers in guarded.headers.values():
@@ -797,7 +797,7 @@ def test_keys_are_made_shown_once_listed_and_revoked(
     catalog = b"".join(each.read_bytes() for each in settings.home.glob("catalog.db*"))
     for place in (out, table, catalog.decode("latin-1")):
         assert key.strip() not in place
-        assert key.strip().rpartition("_")[2] not in place
+        assert key.strip().split("_", 2)[2] not in place
     code, _, told = heliostat("keys create shop --scope read")
     assert (code, "works already" in told) == (5, True)
     code, _, told = heliostat("keys create other --scope everything")

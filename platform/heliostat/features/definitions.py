@@ -57,7 +57,8 @@ class DerivedFeature:
     Attributes:
         name: Identifier.
         inputs: The function's parameters: names of features and of request inputs of the same view.
-        function: Takes float64 arrays of shape ``(n,)``, gives one; the same online and offline.
+        function: Takes float64 arrays of shape ``(n,)``, gives one; the same online and offline. It can't write
+            into what it takes: those are other features' values.
         request: Those parameters that only a request or a spine has, with their types.
     """
 
@@ -67,9 +68,13 @@ class DerivedFeature:
     request: RequestTypes = field(default_factory=dict)
 
     def __call__(self, columns: Mapping[str, FloatArray]) -> FloatArray:
-        """Compute from columns by the name of feature or request input, shape ``(n,)`` each."""
+        """Compute from columns by the name of feature or request input, shape ``(n,)`` each.
+
+        Raises:
+            ValueError: If the function writes into one of them.
+        """
         with np.errstate(all="ignore"):
-            values = self.function(*(columns[name] for name in self.inputs))
+            values = self.function(*(_read_only(columns[name]) for name in self.inputs))
         return np.asarray(values, dtype=np.float64)
 
     def describe(self) -> dict[str, Any]:
@@ -228,7 +233,8 @@ class FeatureView:
         """Add a feature computed from features and request inputs of this view: a decorator.
 
         The function's name is the feature's; its parameters name features and request inputs of this
-        view. It takes and gives float64 arrays of shape ``(n,)`` and runs unchanged offline and online.
+        view. It takes and gives float64 arrays of shape ``(n,)`` and runs unchanged offline and online; what
+        it takes can't be written into.
 
         Raises:
             DuplicateNameError: If the view has a feature or request input of that name.
@@ -340,6 +346,12 @@ class FeatureView:
     def content_hash(self) -> str:
         """Changes if and only if the meaning does; tags, owner and description don't count."""
         return content_hash(self.describe())
+
+
+def _read_only(column: FloatArray) -> FloatArray:
+    view = column.view()
+    view.flags.writeable = False
+    return view
 
 
 def request_types(features: Sequence[FeatureRef]) -> RequestTypes:

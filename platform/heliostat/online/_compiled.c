@@ -1,7 +1,7 @@
 /* What `compiled.py` asks of C: the rings of a request merged into features, and the names of their keys.
  *
- * Everything here has a twin in numpy or Python (`merging.py`, `retrieval.py`) that gives the same bits; tests hold
- * the two together. Nothing is kept between calls, and nothing is trusted but the program that `compiled.py` writes.
+ * Everything here has a twin in numpy or Python (`merging.py`, `view_plan.py`, `retrieval.py`) that gives the same bits;
+ * tests hold the two together. Nothing is kept between calls, and nothing is trusted but the program of `compiled.py`.
  * Sums are taken slot by slot, in order: compile without fast-math and without contraction.
  */
 #define PY_SSIZE_T_CLEAN

@@ -124,6 +124,21 @@ def test_every_plain_function_goes_by_c_and_the_rest_by_numpy(monkeypatch: pytes
     assert (plan.direct, plan.rest is not None and list(plan.rest.features)) == (False, ["s"])
 
 
+def test_a_derived_feature_cant_change_what_it_is_computed_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = FeatureView("own", version=1, source=SOURCES[USER.name], entity=USER, features={"n": Count(window="30d")})
+
+    @view.derived
+    def more(n: np.ndarray) -> np.ndarray:
+        n += 1
+        return n
+
+    for reader in readers([*view], monkeypatch):
+        with pytest.raises(ValueError, match="read-only"):
+            reader.decode([None], as_of_us=ORIGIN_US)
+    with pytest.raises(ValueError, match="read-only"):
+        view.derive({"n": np.zeros(1)})
+
+
 def test_a_ring_of_half_a_slot_is_named_with_its_view_and_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     view = FeatureView("one", version=1, source=SOURCES[USER.name], entity=USER, features={"n": Count(window="30d")})
     for reader in readers([*view], monkeypatch):
