@@ -33,7 +33,10 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "answer": ("serving/answers.py", "json_response "),
     "check access": ("deployments/access.py", "serving/access.py", "serving/keys.py"),
     "count and trace": (
-        *("serving/telemetry.py", "deployments/meter.py", "heliostat/tracing.py", "heliostat/telemetry.py"),
+        "serving/telemetry.py",
+        "deployments/meter.py",
+        "heliostat/tracing.py",
+        "heliostat/telemetry.py",
         "util/metrics.py",
     ),
     "batch, deadlines, ladder": ("heliostat/serving/",),

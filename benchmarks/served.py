@@ -7,11 +7,9 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import lightgbm
 import numpy as np
 
@@ -21,7 +19,6 @@ from heliostat.clock import US_PER_DAY, format_instant
 from heliostat.ingestion.intake import Intake
 from heliostat.models.packaging import ModelPackage, Signature
 from heliostat.online.retrieval import FeatureBatch, FeatureReader
-from heliostat.online.tiles import RingLimits
 from heliostat.settings import ClockSettings, RaySettings, ServingSettings, Settings
 from heliostat.storage.embedded import EmbeddedServer
 from heliostat.workspace import Workspace
@@ -80,12 +77,7 @@ def prepare(workspace: Workspace, customers: int) -> FeatureBatch:
     for first in range(0, count, _CHUNK):
         intake.submit("purchases", events[first : first + _CHUNK])
     spec = definitions.model(MODEL)
-    reader = FeatureReader(
-        spec.feature_refs,
-        keys=workspace.online.keys,
-        n_buckets=settings.storage.buckets,
-        limits=RingLimits.of(settings.ingestion),
-    )
+    reader = FeatureReader.open(spec.feature_refs, settings)
     batch, _ = reader.read(workspace.online, [str(each) for each in range(1, customers + 1)], as_of_us=now_us)
     control, challenger = (_register(workspace, batch.matrix, seed) for seed in (7, 8))
     workspace.rollout.serve(MODEL, control, reason="benchmark")
@@ -139,11 +131,7 @@ def distributed(workspace: Workspace, url: str) -> Iterator[str]:
     own = f"{url}/{DISTRIBUTED}"
     try:
         serve.run(application, name=DISTRIBUTED, route_prefix=f"/{DISTRIBUTED}")
-        limit = time.monotonic() + 30
-        while httpx.get(f"{own}/healthz").status_code != 200:  # the ingress learns of it a moment later
-            if time.monotonic() > limit:
-                raise SystemExit("the distributed graph doesn't answer")
-            time.sleep(0.1)
+        served.wait_for(f"{own}/healthz", 30.0)
         yield own
     finally:
         serve.delete(DISTRIBUTED)

@@ -270,7 +270,7 @@ def deploy(settings: Settings, *, timeout_s: float = 120.0) -> str:
     # A Serve that ran already has its port, whatever was asked for; nothing public tells which that is.
     ingress = _get_global_client().http_config
     url = f"http://{'127.0.0.1' if ingress.host in _ALL_INTERFACES else ingress.host}:{ingress.port}"
-    _wait_for(f"{url}/healthz", timeout_s)
+    wait_for(f"{url}/healthz", timeout_s)
     return url
 
 
@@ -306,8 +306,16 @@ def _reason(error: RuntimeError) -> str:
     return ours[-1].partition(": ")[2] if ours else " ".join(lines)
 
 
-def _wait_for(url: str, timeout_s: float) -> None:
-    """The ingress learns of its replicas a moment after Serve says that they run."""
+def wait_for(url: str, timeout_s: float) -> None:
+    """Wait until a graph answers: the ingress learns of its replicas a moment after Serve says that they run.
+
+    Args:
+        url: Of a route that answers 200.
+        timeout_s: How long at most, seconds.
+
+    Raises:
+        DeploymentFailedError: If it doesn't until then; with what came last.
+    """
     limit = time.monotonic() + timeout_s
     last = "no answer"
     while time.monotonic() < limit:
