@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import orjson
@@ -55,8 +55,15 @@ _NUMPY: Final[Mapping[str, np.dtype[Any]]] = {
 _BYTES: Final = "BYTES"
 _DATATYPES: Final = (*_NUMPY, _BYTES)
 _LENGTH: Final = struct.Struct("<I")
-_FITTING: Final[Mapping[str, AbstractSet[type]]] = {"U": {str}, "b": {bool}, "f": {float, int}}
-"""Types of Python all of whose values fit, by numpy's kind."""
+_FITTING: Final[Mapping[str, AbstractSet[type]]] = {
+    _BYTES: {str},
+    **{name: {bool} if dtype.kind == "b" else {float, int} for name, dtype in _NUMPY.items() if dtype.kind in "bf"},
+}
+"""Types of Python all of whose values fit, by datatype, where that depends on the type alone."""
+_LIMITS: Final[Mapping[str, tuple[int, int]]] = {
+    name: (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)) for name, dtype in _NUMPY.items() if dtype.kind in "iu"
+}
+"""The least and the largest value of whole numbers, by datatype."""
 
 _DTYPES: Final = {"float64": "FP64", "int64": "INT64", "bool": "BOOL"}
 
@@ -173,97 +180,104 @@ def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 def _columns(tensors: list[Any], data: memoryview) -> dict[str, list[Any]]:
     """The tensors' values by name: all of one length."""
     columns: dict[str, list[Any]] = {}
+    rows: int | None = None
     for at, tensor in enumerate(tensors):
         name = tensor.get("name") if isinstance(tensor, dict) else None
         if not isinstance(name, str):
             raise InvalidFieldError(f"inputs[{at}]", "has no name", "an object with name, datatype, shape and data")
-        where = f"tensor {name!r}"
         if name in columns:
-            raise InvalidFieldError(where, "is there twice", "each tensor once")
-        size = _binary_size(tensor, where)
+            raise InvalidFieldError(_place(name), "is there twice", "each tensor once")
+        size = _binary_size(name, tensor)
         if size is not None and size > len(data):
             raise InvalidFieldError(
-                where, f"needs {size} bytes and {len(data)} are left", "its bytes behind the JSON"
+                _place(name), f"needs {size} bytes and {len(data)} are left", "its bytes behind the JSON"
             )
-        columns[name] = _values(tensor, None if size is None else bytes(data[:size]), where)
-        data = data[size or 0 :]
-        first = next(iter(columns))
-        if len(columns[name]) != len(columns[first]):
-            problem = f"has {len(columns[name])} rows and {first!r} has {len(columns[first])}"
-            raise InvalidFieldError(where, problem, "as many rows in all tensors: one an entity")
+        values = columns[name] = _values(name, tensor, None if size is None else bytes(data[:size]))
+        if size is not None:
+            data = data[size:]
+        if rows is None:
+            rows = len(values)
+        elif len(values) != rows:
+            problem = f"has {len(values)} rows and {next(iter(columns))!r} has {rows}"
+            raise InvalidFieldError(_place(name), problem, "as many rows in all tensors: one an entity")
     if len(data):
         raise InvalidFieldError("the body", f"has {len(data)} bytes that belong to no tensor", "binary_data_size")
     return columns
 
 
-def _binary_size(tensor: Mapping[str, Any], where: str) -> int | None:
+def _place(name: str) -> str:
+    return f"tensor {name!r}"
+
+
+def _binary_size(name: str, tensor: Mapping[str, Any]) -> int | None:
     parameters = tensor.get("parameters")
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
-        raise InvalidFieldError(f"{where}: binary_data_size", f"is {size!r}", "a number of bytes")
+        raise InvalidFieldError(f"{_place(name)}: binary_data_size", f"is {size!r}", "a number of bytes")
     return size
 
 
-def _values(tensor: Mapping[str, Any], content: bytes | None, where: str) -> list[Any]:
+def _values(name: str, tensor: Mapping[str, Any], content: bytes | None) -> list[Any]:
     datatype, shape = tensor.get("datatype"), tensor.get("shape")
     if datatype not in _DATATYPES:
-        raise InvalidFieldError(f"{where}: datatype", f"is {datatype!r}", f"one of {', '.join(_DATATYPES)}")
-    if not isinstance(shape, list) or not all(type(each) is int for each in shape) or len(shape) not in (1, 2):
-        raise InvalidFieldError(f"{where}: shape", f"is {shape!r}", "[n] or [n, 1], n being the number of entities")
-    if shape[0] < 0 or shape[1:] not in ([], [1]):
-        raise InvalidFieldError(f"{where}: shape", f"is {shape!r}", "[n] or [n, 1], n being the number of entities")
-    if content is None:
-        values = _from_json(tensor.get("data"), datatype, where)
-    else:
-        values = _from_bytes(content, datatype, where)
+        raise InvalidFieldError(f"{_place(name)}: datatype", f"is {datatype!r}", f"one of {', '.join(_DATATYPES)}")
+    if not _is_column(shape):
+        expected = "[n] or [n, 1], n being the number of entities"
+        raise InvalidFieldError(f"{_place(name)}: shape", f"is {shape!r}", expected)
+    values = (
+        _from_json(name, tensor.get("data"), datatype) if content is None else _from_bytes(name, content, datatype)
+    )
     if len(values) != shape[0]:
-        raise InvalidFieldError(where, f"has {len(values)} values", f"{shape[0]}, as its shape says")
+        raise InvalidFieldError(_place(name), f"has {len(values)} values", f"{shape[0]}, as its shape says")
     return values
 
 
-def _from_json(data: object, datatype: str, where: str) -> list[Any]:
+def _is_column(shape: object) -> TypeGuard[list[int]]:
+    """Whether it is [n] or [n, 1]: of whole numbers, and true is none."""
+    if type(shape) is not list or not 1 <= len(shape) <= 2 or type(shape[0]) is not int or shape[0] < 0:
+        return False
+    return len(shape) == 1 or (type(shape[1]) is int and shape[1] == 1)
+
+
+def _from_json(name: str, data: object, datatype: str) -> list[Any]:
     if not isinstance(data, list):
-        raise InvalidFieldError(where, "has no data", "a list, or binary_data_size; there is no shared memory")
-    if data and all(isinstance(each, list) for each in data):
+        expected = "a list, or binary_data_size; there is no shared memory"
+        raise InvalidFieldError(_place(name), "has no data", expected)
+    if data and isinstance(data[0], list) and all(isinstance(each, list) for each in data):
         data = list(itertools.chain.from_iterable(data))
     # null is no value of the protocol; here it is a null feature, since JSON has no NaN.
     if not _all_fit(data, datatype):
         wrong = next((each for each in data if each is not None and not _fits(each, datatype)), None)
         if wrong is not None:
-            raise InvalidFieldError(where, f"holds {_shortened(wrong)}", f"values of datatype {datatype}")
+            raise InvalidFieldError(_place(name), f"holds {_shortened(wrong)}", f"values of datatype {datatype}")
     return data
 
 
 def _all_fit(data: list[Any], datatype: str) -> bool:
     """Whether all values fit, as far as their types and the extremes can say: then none needs to be looked at."""
     types = set(map(type, data))
-    kind = "U" if datatype == _BYTES else _NUMPY[datatype].kind
-    if kind not in "iu":
-        return types <= _FITTING[kind]
-    limits = np.iinfo(_NUMPY[datatype])
-    return types == {int} and min(data) >= limits.min and max(data) <= limits.max
+    fitting = _FITTING.get(datatype)
+    if fitting is not None:
+        return types <= fitting
+    least, most = _LIMITS[datatype]
+    return types == {int} and least <= min(data) and max(data) <= most
 
 
 def _fits(value: object, datatype: str) -> bool:
-    if datatype == _BYTES:
-        return isinstance(value, str)
-    kind = _NUMPY[datatype].kind
-    if kind == "b" or isinstance(value, bool):
-        return isinstance(value, bool) and kind == "b"
-    if kind == "f":
-        return isinstance(value, int | float)
-    limits = np.iinfo(_NUMPY[datatype])
-    return isinstance(value, int) and limits.min <= value <= limits.max
+    fitting = _FITTING.get(datatype)
+    if fitting is not None:
+        return type(value) in fitting
+    least, most = _LIMITS[datatype]
+    return type(value) is int and least <= value <= most
 
 
-def _from_bytes(content: bytes, datatype: str, where: str) -> list[Any]:
+def _from_bytes(name: str, content: bytes, datatype: str) -> list[Any]:
     if datatype == _BYTES:
-        return _texts(content, where)
+        return _texts(content, _place(name))
     dtype = _NUMPY[datatype]
     if len(content) % dtype.itemsize:
-        raise InvalidFieldError(
-            where, f"has {len(content)} bytes", f"a multiple of {dtype.itemsize}, the size of {datatype}"
-        )
+        expected = f"a multiple of {dtype.itemsize}, the size of {datatype}"
+        raise InvalidFieldError(_place(name), f"has {len(content)} bytes", expected)
     values = np.frombuffer(content, dtype)
     found: list[Any] = values.tolist()
     if dtype.kind == "f" and not np.isfinite(values).all():  # as JSON has them
