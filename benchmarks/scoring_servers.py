@@ -397,7 +397,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="as small as it gets, without peers, nothing written")
     parser.add_argument(
-        "--seconds", type=float, default=Plan.seconds, help="of a run; twice that, of a lone client's"
+        "--seconds", type=float, default=Plan.seconds, help=f"of a run; of a lone client's, {_LONE_TIMES} times that"
     )
     parser.add_argument(
         "--rounds", type=int, default=Plan.rounds, help="runs of each contender in each cell, likewise"

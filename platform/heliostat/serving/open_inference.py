@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Final, TypeGuard
 
 import numpy as np
@@ -245,35 +246,30 @@ def _from_json(name: str, data: object, datatype: str) -> list[Any]:
         raise InvalidFieldError(_place(name), "has no data", expected)
     if data and isinstance(data[0], list) and all(isinstance(each, list) for each in data):
         data = list(itertools.chain.from_iterable(data))
-    # null is no value of the protocol; here it is a null feature, since JSON has no NaN.
     if not _all_fit(data, datatype):
-        wrong = next((each for each in data if each is not None and not _fits(each, datatype)), None)
-        if wrong is not None:
-            raise InvalidFieldError(_place(name), f"holds {_shortened(wrong)}", f"values of datatype {datatype}")
+        wrong = next(each for each in data if not _all_fit([each], datatype))
+        raise InvalidFieldError(_place(name), f"holds {_shortened(wrong)}", f"values of datatype {datatype}")
     return data
 
 
 def _all_fit(data: list[Any], datatype: str) -> bool:
-    """Whether all values fit, as far as their types and the extremes can say: then none needs to be looked at."""
+    """Whether all values fit: by their types and, of whole numbers, the extremes, without a look at each.
+
+    null is no value of the protocol; here it is a null feature, since JSON has no NaN.
+    """
     types = set(map(type, data))
+    if NoneType in types:
+        return _all_fit([each for each in data if each is not None], datatype)
     fitting = _FITTING.get(datatype)
     if fitting is not None:
         return types <= fitting
     least, most = _LIMITS[datatype]
-    return types == {int} and least <= min(data) and max(data) <= most
-
-
-def _fits(value: object, datatype: str) -> bool:
-    fitting = _FITTING.get(datatype)
-    if fitting is not None:
-        return type(value) in fitting
-    least, most = _LIMITS[datatype]
-    return type(value) is int and least <= value <= most
+    return not data or (types == {int} and least <= min(data) and max(data) <= most)
 
 
 def _from_bytes(name: str, content: bytes, datatype: str) -> list[Any]:
     if datatype == _BYTES:
-        return _texts(content, _place(name))
+        return _texts(name, content)
     dtype = _NUMPY[datatype]
     if len(content) % dtype.itemsize:
         expected = f"a multiple of {dtype.itemsize}, the size of {datatype}"
@@ -285,7 +281,7 @@ def _from_bytes(name: str, content: bytes, datatype: str) -> list[Any]:
     return found
 
 
-def _texts(content: bytes, where: str) -> list[str]:
+def _texts(name: str, content: bytes) -> list[str]:
     found: list[str] = []
     at = 0
     while at < len(content):
@@ -293,12 +289,12 @@ def _texts(content: bytes, where: str) -> list[str]:
         end = begin + _LENGTH.unpack_from(content, at)[0] if begin <= len(content) else len(content) + 1
         if end > len(content):
             raise InvalidFieldError(
-                where, "ends within a text", "for each text its length in 4 bytes, then its bytes"
+                _place(name), "ends within a text", "for each text its length in 4 bytes, then its bytes"
             )
         try:
             found.append(content[begin:end].decode())
         except UnicodeDecodeError:
-            raise InvalidFieldError(where, f"holds {content[begin:end][:20]!r}", "texts in UTF-8") from None
+            raise InvalidFieldError(_place(name), f"holds {content[begin:end][:20]!r}", "texts in UTF-8") from None
         at = end
     return found
 
